@@ -1,0 +1,118 @@
+"""What to do, as one frozen dataclass that validates itself and travels as JSON.
+
+`CompressionConfig` holds every setting that changes the numbers in a compressed model. It is written into the
+checkpoint (``config.json`` → ``quantization_config.compression``) so that a result can always be traced back to how
+it was made.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from slablm.errors import SlabError
+
+ALL_LINEAR = "all-linear"
+CALIBRATION_SOURCES = ("c4", "wikitext2", "self", "builtin")
+VALUE_DTYPES = ("float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """An N:M sparsity pattern: of every `group` consecutive inputs in a row at most `survivors` are kept."""
+
+    survivors: int
+    group: int
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern | None:
+        """Read ``"unstructured"`` (None) or ``"N:M"``.
+
+        Raises:
+            SlabError: the text is neither.
+        """
+        if text == "unstructured":
+            return None
+        match = re.fullmatch(r"(\d+):(\d+)", text)
+        if match is None:
+            raise SlabError(f"pattern {text!r} is not understood: use 'unstructured' or N:M such as '2:4' or '4:8'")
+        survivors, group = int(match[1]), int(match[2])
+        if not 0 < survivors < group:
+            raise SlabError(f"pattern {text!r} keeps {survivors} of every {group}: N must lie between 1 and M - 1")
+        return cls(survivors, group)
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """Settings of one compression run.
+
+    Args:
+        method: name of the algorithm, a key of `slablm.methods.METHODS`.
+        ratio: the paper's compression ratio CR in (0, 1): the share of the FP16 bits that is removed. The paper counts
+            values, sign bits and factors; positions are free (the true size is reported beside it, always).
+        pattern: ``"unstructured"`` or ``"N:M"``, N of every M consecutive inputs survive at most.
+        rank: rank r of the low-rank matrix W_L.
+        iterations: rounds s of the alternating minimisation.
+        calibration: ``c4``, ``wikitext2``, ``self``, ``builtin`` or the path of a text file.
+        num_samples: number of calibration windows.
+        seq_len: tokens per calibration window.
+        targets: modules to compress: ``"all-linear"``, a module name or name suffix, or ``"re:"`` and a pattern.
+        ignore: modules to leave dense, same syntax; wins over `targets`.
+        value_dtype: stored type of values and factors, ``float16`` or ``bfloat16`` (None: by the model's dtype).
+        seed: seed of everything that is sampled.
+
+    Raises:
+        SlabError: a setting is out of range; the message names it.
+    """
+
+    method: str = "slab"
+    ratio: float = 0.5
+    pattern: str = "unstructured"
+    rank: int = 1
+    iterations: int = 20
+    calibration: str = "c4"
+    num_samples: int = 128
+    seq_len: int = 2048
+    targets: tuple[str, ...] = (ALL_LINEAR,)
+    ignore: tuple[str, ...] = ()
+    value_dtype: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        # JSON turns tuples into lists; accept both so that a saved config reads back equal.
+        object.__setattr__(self, "targets", tuple(self.targets))
+        object.__setattr__(self, "ignore", tuple(self.ignore))
+        if not 0 < self.ratio < 1:
+            raise SlabError(f"ratio must lie strictly between 0 and 1, got {self.ratio}")
+        for name in ("rank", "iterations", "num_samples"):
+            if getattr(self, name) < 1:
+                raise SlabError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.seq_len < 2:
+            raise SlabError(f"seq_len must be at least 2 tokens, got {self.seq_len}")
+        if not self.targets:
+            raise SlabError("targets is empty: name at least one module or use 'all-linear'")
+        if self.value_dtype is not None and self.value_dtype not in VALUE_DTYPES:
+            raise SlabError(f"value_dtype must be one of {', '.join(VALUE_DTYPES)}, got {self.value_dtype!r}")
+        Pattern.parse(self.pattern)
+
+    @property
+    def n_of_m(self) -> Pattern | None:
+        """The parsed `pattern`, None when unstructured."""
+        return Pattern.parse(self.pattern)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON-ready types."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> CompressionConfig:
+        """Inverse of `to_dict`.
+
+        Raises:
+            SlabError: an unknown setting, probably written by a newer slablm.
+        """
+        unknown = sorted(set(data) - {field.name for field in fields(cls)})
+        if unknown:
+            raise SlabError(f"unknown compression setting {unknown[0]!r}: made by a newer slablm? Please upgrade")
+        return cls(**data)

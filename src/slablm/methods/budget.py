@@ -1,0 +1,71 @@
+"""How many entries a row may keep: the paper's accounting.
+
+At compression ratio CR with b-bit values, SLaB spends per weight (arXiv 2604.04493)
+
+    p  (kept values)  +  1/b  (sign bits)  +  r (m + n) / (m n)  (factors)  =  1 − CR
+
+of a dense b-bit weight. Positions are *not* counted. A pure pruner has no signs and no factors, so p = 1 − CR. The
+number of entries kept in each row of n is k = ⌊p n⌋.
+"""
+
+from __future__ import annotations
+
+import math
+
+from slablm.config import CompressionConfig
+from slablm.errors import SlabError
+
+PAPER_VALUE_BITS = 16
+
+# floor(p n) must not lose an entry to the rounding of p: (1 − 0.9) · 10 is 0.9999999999999998 in binary.
+_ROUNDING = 1e-9
+
+
+def overhead(shape: tuple[int, int], rank: int, signs: bool) -> float:
+    """Share of the dense bits spent on sign bits and factors.
+
+    Args:
+        shape: (m, n) = (out_features, in_features).
+        rank: rank of the factors, 0 for none.
+        signs: whether one sign bit per weight is stored.
+    """
+    m, n = shape
+    return (1 / PAPER_VALUE_BITS if signs else 0.0) + rank * (m + n) / (m * n)
+
+
+def kept_per_row(shape: tuple[int, int], config: CompressionConfig, rank: int, signs: bool, name: str = "") -> int:
+    """k = ⌊p n⌋, limited to what an N:M pattern leaves.
+
+    Args:
+        shape: (m, n) of the weight.
+        config: supplies `ratio` and `pattern`.
+        rank: rank of the factors the method will store.
+        signs: whether the method stores sign bits.
+        name: how error messages call the layer.
+
+    Raises:
+        SlabError: nothing would be kept (the largest possible ratio is named), or the pattern does not divide n.
+    """
+    n = shape[1]
+    spent = overhead(shape, rank, signs)
+    k = math.floor((1 - config.ratio - spent) * n + _ROUNDING)
+    where = f"layer {name}" if name else "a weight"
+    if k < 1:
+        largest = 1 - spent - 1 / n
+        way_out = f"use at most ratio {math.floor(largest * 1e4) / 1e4:.4f}" if largest > 0 else "ignore this layer"
+        raise SlabError(
+            f"ratio {config.ratio} keeps no entry of {where} with shape {shape[0]}x{n} at rank {rank}: {way_out}"
+        )
+    if (pattern := config.n_of_m) is not None:
+        if n % pattern.group:
+            raise SlabError(
+                f"pattern {config.pattern} does not divide the {n} inputs of {where}: "
+                "choose another pattern or ignore this layer"
+            )
+        k = min(k, n // pattern.group * pattern.survivors)
+    return k
+
+
+def paper_ratio(shape: tuple[int, int], kept: int, rank: int, signs: bool) -> float:
+    """The compression ratio in the paper's accounting of a row budget `kept` (dimensionless, 0 is dense)."""
+    return 1 - kept / shape[1] - overhead(shape, rank, signs)

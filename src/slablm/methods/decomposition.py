@@ -1,0 +1,117 @@
+"""What a method returns and what it is given: two small containers of tensors.
+
+A `Decomposition` stands for
+
+    Ŵ = W_S + W_L ⊙ W_B,      W_L = Σᵢ uᵢ vᵢᵀ,      W_B ∈ {±1}^{m×n}
+
+in *folded* form. At a position that W_S keeps, the low-rank term only shifts the kept value, so we store the sum of
+both there and give that position no sign:
+
+    Ŵ[i, j] = values        where the mask is set      (W_S + W_L ⊙ W_B, added up once)
+    Ŵ[i, j] = ±W_L[i, j]    elsewhere
+
+This is the same matrix, it costs one ternary state {kept, +, −} per weight instead of two bits, and rounding to 16
+bits then hits the entry itself rather than a difference. Every row keeps the same number k of entries, so the values
+are a dense [m, k] array in column order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """Statistics of one linear layer's calibration inputs X, [tokens, n].
+
+    Attributes:
+        input_norms: ‖X[:, j]‖₂ per input feature, [n] float32. This is d in the paper's score |W| · d.
+        tokens: number of rows of X.
+        sample: a few rows of X, [s, n] float32, for measuring the output error; may be empty.
+        gram: XᵀX, [n, n] float32, for the methods of `slablm.methods.NEEDS_GRAM`; None for all others.
+    """
+
+    input_norms: Tensor
+    tokens: int
+    sample: Tensor
+    gram: Tensor | None = None
+
+    def output_error(self, weight: Tensor, approximation: Tensor) -> float:
+        """Relative output error ‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F on the sampled rows (0 when the output is zero).
+
+        Args:
+            weight: W, [m, n].
+            approximation: Ŵ, [m, n].
+        """
+        inputs = self.sample.to(weight.device)
+        reference = torch.linalg.matrix_norm(inputs @ weight.float().T)
+        difference = torch.linalg.matrix_norm(inputs @ (weight.float() - approximation.float()).T)
+        return (difference / reference).item() if reference > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A weight as sparse values plus a sign-modulated low-rank matrix (folded form, see the module's text).
+
+    Attributes:
+        mask: kept positions, [m, n] bool, exactly k per row.
+        values: Ŵ at the kept positions of each row, in column order, [m, k].
+        left: u, [m, r]; r is 0 for a pure pruner.
+        right: vᵀ, [r, n].
+        signs: the ±1 matrix W_B as [m, n] bool, True for −1; None when W_L is used without signs. Its entries at
+            kept positions carry no meaning.
+    """
+
+    mask: Tensor
+    values: Tensor
+    left: Tensor
+    right: Tensor
+    signs: Tensor | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n) = (out_features, in_features)."""
+        return self.mask.shape[0], self.mask.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """Rank r of the stored factors."""
+        return self.left.shape[1]
+
+    @property
+    def kept(self) -> int:
+        """Entries k kept in each row."""
+        return self.values.shape[1]
+
+    def dense(self) -> Tensor:
+        """Ŵ, [m, n] float32."""
+        background = low_rank(self.left, self.right)
+        if self.signs is not None:
+            background = torch.where(self.signs, -background, background)
+        return background.masked_scatter_(self.mask, self.values.float())
+
+    def bits(self, value_bits: int = 16) -> int:
+        """Exact bits in the paper's accounting: values, sign bits and factors; positions not counted."""
+        m, n = self.shape
+        signs = m * n if self.signs is not None else 0
+        return value_bits * (m * self.kept + self.rank * (m + n)) + signs
+
+
+def low_rank(left: Tensor, right: Tensor) -> Tensor:
+    """Σᵢ uᵢ vᵢᵀ in float32, [m, n], summed in index order.
+
+    A matrix product may add in any order; one outer product at a time gives the same bits on every machine, and that
+    is what makes packing bit-exact.
+
+    Args:
+        left: u, [m, r].
+        right: vᵀ, [r, n].
+    """
+    left, right = left.float(), right.float()
+    total = left.new_zeros(left.shape[0], right.shape[1])
+    for i in range(left.shape[1]):
+        total += torch.outer(left[:, i], right[i])
+    return total
