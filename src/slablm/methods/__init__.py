@@ -19,7 +19,10 @@ Method = Callable[[Tensor, LayerStats, CompressionConfig], Decomposition]
 
 METHODS: dict[str, Method] = {"slab": slab, "wanda": wanda, "magnitude": magnitude}
 
-__all__ = ["METHODS", "Decomposition", "LayerStats", "Method", "get_method"]
+# Methods that need `LayerStats.gram`, XᵀX.
+NEEDS_GRAM: frozenset[str] = frozenset()
+
+__all__ = ["METHODS", "NEEDS_GRAM", "Decomposition", "LayerStats", "Method", "get_method"]
 
 
 def get_method(name: str) -> Method:
