@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
 
+from slablm import integrity
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def _write_model(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
     # The original (pre-conversion) tensor names would not match the digests.
     kwargs.setdefault("save_original_format", False)
     type(model).save_pretrained(model, folder, **kwargs)
+    for file in weight_files(folder):
+        integrity.sort_metadata(file)
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["transformers_weights"] = GUARD
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)

@@ -59,6 +59,22 @@ def verify_file(path: Path) -> None:
         raise SlabError(f"{path} cannot be read ({error}): it is truncated or damaged, {way_out}") from error
 
 
+def sort_metadata(path: Path) -> None:
+    """Put the header's metadata keys in order, in place.
+
+    safetensors writes them in the order of a hash map with a random seed; the same model would give different files.
+    """
+    with path.open("r+b") as file:
+        length: int = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise AssertionError("a reordered safetensors header must not grow")
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
 def header_bytes(path: Path) -> int:
     """Bytes of a safetensors file before its first tensor."""
     with path.open("rb") as file:
