@@ -12,7 +12,7 @@ from slablm.calibration.text import calibration_windows
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.layerwise import LayerReport, Progress, check_finite, compress_blocks, value_dtype
-from slablm.methods import Decomposition, LayerStats, get_method
+from slablm.methods import YARDSTICKS, LayerStats, Result, get_method
 from slablm.modules import SlabLinear
 from slablm.targets import Targets, select_targets
 
@@ -88,7 +88,7 @@ def compress_model(
     from slablm import hf
 
     check_model(model)
-    get_method(config.method)
+    check_packable(config.method)
     _check_parameters(model)
     config = replace(config, value_dtype=str(value_dtype(config, model.dtype)).removeprefix("torch."))
     _round_other_matrices(model, targets, getattr(torch, config.value_dtype or ""))
@@ -99,7 +99,7 @@ def compress_model(
 
 def decompose(
     weight: Tensor, input_norms: Tensor | None = None, config: CompressionConfig | None = None, **settings: Any
-) -> Decomposition:
+) -> Result:
     """Decompose one matrix.
 
     Args:
@@ -109,7 +109,8 @@ def decompose(
         settings: fields of `CompressionConfig`, on top of `config`.
 
     Returns:
-        The decomposition; ``.dense()`` is Ŵ, ``.bits()`` the paper's size.
+        A `Decomposition` (or, from a yardstick method, its own kind of result); ``.dense()`` is Ŵ, ``.bits()`` the
+        paper's size.
 
     Raises:
         SlabError: wrong shapes, NaN or Inf, or an impossible ratio or pattern.
@@ -137,6 +138,17 @@ def check_model(model: PreTrainedModel) -> None:
         raise SlabError("the model is already compressed by slablm: start from the dense model")
     if getattr(model.config, "quantization_config", None) is not None:
         raise SlabError("the model is already quantized: start from the unquantized model")
+
+
+def check_packable(method: str) -> None:
+    """Refuse methods whose result cannot be saved.
+
+    Raises:
+        SlabError: an unknown method, or one that is only there to be compared with.
+    """
+    get_method(method)
+    if method in YARDSTICKS:
+        raise SlabError(f"method {method!r} has no packed format, it is a yardstick: see it in `slablm compare`")
 
 
 def _check_parameters(model: PreTrainedModel) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 from slablm.memory import human_bytes
+from slablm.methods.budget import PAPER_VALUE_BITS
 
 if TYPE_CHECKING:
     from slablm.config import CompressionConfig
@@ -91,20 +92,20 @@ def size_summary(reports: list[LayerReport]) -> dict[str, Any]:
     Args:
         reports: one per compressed layer.
     """
-    weights = [report.shape[0] * report.shape[1] for report in reports]
-    packed = sum(report.nbytes for report in reports)
-    left = sum((1 - report.compression_ratio) * count for report, count in zip(reports, weights, strict=True))
+    weights = sum(report.weights for report in reports)
+    true_bits = sum(report.true_bits for report in reports)
     return {
-        "weights": sum(weights),
-        "packed_bytes": packed,
-        "bits_per_weight": 8 * packed / sum(weights),
-        "compression_ratio": 1 - left / sum(weights),
+        "weights": weights,
+        "packed_bytes": true_bits // 8,
+        "bits_per_weight": true_bits / weights,
+        "compression_ratio": 1 - sum(report.paper_bits for report in reports) / (PAPER_VALUE_BITS * weights),
     }
 
 
 def _shown_settings(config: CompressionConfig) -> dict[str, Any]:
     """Settings worth a row; a calibration file by its name only."""
     settings = config.to_dict()
-    del settings["method"], settings["ratio"]
+    for key in ("method", "ratio", "value_bits", "group_size"):  # shown above, or of the quantizers
+        del settings[key]
     settings["calibration"] = config.calibration.rpartition("/")[2]
     return {key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items() if value != []}

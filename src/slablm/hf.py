@@ -201,7 +201,12 @@ def attach(model: PreTrainedModel, config: CompressionConfig, reports: list[Laye
         config: the settings, `value_dtype` included.
         reports: one per compressed layer.
     """
-    modules = {r.name: ModuleSpec(r.kept, r.rank, r.signs, round(r.output_error, 6)) for r in reports}
+    modules = {}
+    for report in reports:
+        layer = model.get_submodule(report.name)
+        assert isinstance(layer, SlabLinear)
+        spec = layer.packed.spec
+        modules[report.name] = ModuleSpec(spec.kept, spec.rank, spec.signs, round(report.output_error, 6))
     quantization_config = SlabQuantizationConfig(modules, config.value_dtype or "", config)
     model.config.quantization_config = quantization_config
     model.hf_quantizer = SlabHfQuantizer(quantization_config, pre_quantized=True)

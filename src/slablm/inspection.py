@@ -13,6 +13,9 @@ from slablm import integrity
 from slablm.checkpoint import CONFIG, weight_files
 from slablm.errors import SlabError
 from slablm.layerwise import LayerReport
+from slablm.methods.budget import PAPER_VALUE_BITS, paper_ratio
+
+VALUE_BYTES = 2  # float16 and bfloat16
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,22 @@ class Inspection:
     @property
     def weights(self) -> int:
         """Number of weights in the compressed layers."""
-        return sum(layer.shape[0] * layer.shape[1] for layer in self.layers)
+        return sum(layer.weights for layer in self.layers)
 
     @property
     def bits_per_weight(self) -> float:
         """True bits per target weight: packed tensors and headers on disk."""
-        return 8 * (sum(layer.nbytes for layer in self.layers) + self.header_bytes) / self.weights
+        return (sum(layer.true_bits for layer in self.layers) + 8 * self.header_bytes) / self.weights
 
     @property
     def compression_ratio(self) -> float:
         """The paper's compression ratio over all compressed layers."""
-        kept = sum((1 - layer.compression_ratio) * layer.shape[0] * layer.shape[1] for layer in self.layers)
-        return 1 - kept / self.weights
+        return 1 - sum(layer.paper_bits for layer in self.layers) / (PAPER_VALUE_BITS * self.weights)
 
     @property
     def kept_fraction(self) -> float:
         """Share of the target weights that are kept as values."""
-        return sum(layer.kept * layer.shape[0] for layer in self.layers) / self.weights
+        return sum(layer.kept_fraction * layer.weights for layer in self.layers) / self.weights
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -65,7 +67,7 @@ class Inspection:
                 {
                     "name": layer.name,
                     "shape": list(layer.shape),
-                    "kept_fraction": layer.kept / layer.shape[1],
+                    "kept_fraction": layer.kept_fraction,
                     "bits_per_weight": layer.bits_per_weight,
                     "compression_ratio": layer.compression_ratio,
                     "output_error": layer.output_error,
@@ -104,9 +106,13 @@ def inspect_folder(folder: Path) -> Inspection:
         if missing:
             raise SlabError(f"{folder}: tensor {missing[0]!r} is missing: download or compress it again")
         n = sizes[f"{name}.right"][1]
-        rows = sizes[f"{name}.values"][0] // (2 * spec.kept)
-        nbytes = sum(sizes[part][0] for part in parts)
-        layers.append(LayerReport(name, (rows, n), spec.kept, spec.rank, spec.signs, nbytes, spec.output_error, 0.0))
+        m = sizes[f"{name}.values"][0] // (VALUE_BYTES * spec.kept)
+        true_bits = 8 * sum(sizes[part][0] for part in parts)
+        ratio = paper_ratio((m, n), spec.kept, spec.rank, spec.signs)
+        paper_bits = round((1 - ratio) * PAPER_VALUE_BITS * m * n)
+        layers.append(
+            LayerReport(name, (m, n), spec.kept / n, paper_bits, true_bits, spec.output_error, seconds=0.0)
+        )
     return Inspection(
         tuple(layers),
         header_bytes=sum(map(integrity.header_bytes, files)),

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from slablm.calibration.capture import BlockCall, capture_block_calls, collect_stats
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods import NEEDS_GRAM, LayerStats, get_method
-from slablm.methods.budget import paper_ratio
+from slablm.methods import NEEDS_GRAM, Decomposition, LayerStats, PrunedWeight, get_method
+from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.modules import SlabLinear
 from slablm.packing import PackedWeight, pack
 from slablm.targets import Targets, find_blocks
@@ -41,32 +41,35 @@ class LayerReport:
     Attributes:
         name: full name of the module.
         shape: (m, n).
-        kept: entries k kept per row.
-        rank: rank of the factors.
-        signs: whether sign bits are stored.
-        nbytes: bytes of the packed tensors.
+        kept_fraction: share of the entries that are kept as values of their own.
+        paper_bits: size in the paper's accounting (positions not counted).
+        true_bits: size with everything a reader needs.
         output_error: ‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F on sampled calibration inputs.
         seconds: time of the decomposition.
     """
 
     name: str
     shape: tuple[int, int]
-    kept: int
-    rank: int
-    signs: bool
-    nbytes: int
+    kept_fraction: float
+    paper_bits: int
+    true_bits: int
     output_error: float
     seconds: float
 
     @property
+    def weights(self) -> int:
+        """Number of weights, m · n."""
+        return self.shape[0] * self.shape[1]
+
+    @property
     def compression_ratio(self) -> float:
-        """The paper's compression ratio of this layer."""
-        return paper_ratio(self.shape, self.kept, self.rank, self.signs)
+        """The paper's compression ratio of this layer against 16-bit values."""
+        return 1 - self.paper_bits / (PAPER_VALUE_BITS * self.weights)
 
     @property
     def bits_per_weight(self) -> float:
-        """True bits per weight of the packed tensors."""
-        return 8 * self.nbytes / (self.shape[0] * self.shape[1])
+        """True bits per weight."""
+        return self.true_bits / self.weights
 
 
 Progress = Callable[[int, int, LayerReport], None]
@@ -80,7 +83,9 @@ def compress_blocks(
     config: CompressionConfig,
     on_layer: Progress | None = None,
 ) -> list[LayerReport]:
-    """Compress the target layers of a model in place: each becomes a `SlabLinear`.
+    """Compress the target layers of a model in place.
+
+    A layer becomes a `SlabLinear`; with one of the methods in `YARDSTICKS` it stays linear and its weight becomes Ŵ.
 
     Args:
         model: the dense model, in eval mode.
@@ -93,7 +98,7 @@ def compress_blocks(
         One report per layer, in the order of the model.
 
     Raises:
-        SlabError: NaN or Inf in weights or activations, an impossible ratio or pattern.
+        SlabError: NaN or Inf in activations, an impossible ratio or pattern.
     """
     _, blocks = find_blocks(model)
     hidden, calls = capture_block_calls(model, blocks, windows, model.device)
@@ -111,8 +116,8 @@ def compress_blocks(
         for i, states in enumerate(hidden):
             hidden[i] = call(block, states)
             check_finite(hidden[i], f"the output of block {index}")
-        for name, layer in layers.items():
-            replace_module(model, name, SlabLinear(packed[name], layer.bias))
+        for name, weight in packed.items():
+            replace_module(model, name, SlabLinear(weight, layers[name].bias))
     return reports
 
 
@@ -124,7 +129,11 @@ def _compress_block(
     config: CompressionConfig,
     note: Callable[[LayerReport], None],
 ) -> dict[str, PackedWeight]:
-    """Pack the target layers of one block; each keeps, for the propagation, the dense form of its packed weight."""
+    """Compress the target layers of one block.
+
+    Every layer's weight becomes Ŵ, for the propagation (dense is faster while it lasts). Returned are the packed
+    weights, of the methods that have them.
+    """
     if not layers:
         return {}
     stats = collect_stats(
@@ -138,45 +147,57 @@ def _compress_block(
     packed = {}
     for name, layer in layers.items():
         # Statistics of a layer are dropped with it: a Gram matrix is larger than the weight.
-        report, packed[name] = compress_layer(name, layer, stats.pop(name), config)
-        layer.weight.data = packed[name].dense().to(layer.weight.dtype)
+        report, approximation, weight = compress_layer(name, layer.weight, stats.pop(name), config)
+        layer.weight.data = approximation.to(layer.weight.dtype)
+        if weight is not None:
+            packed[name] = weight
         note(report)
     return packed
 
 
 def compress_layer(
-    name: str, layer: nn.Linear, stats: LayerStats, config: CompressionConfig
-) -> tuple[LayerReport, PackedWeight]:
-    """Decompose and pack one layer.
+    name: str, weight: Tensor, stats: LayerStats, config: CompressionConfig
+) -> tuple[LayerReport, Tensor, PackedWeight | None]:
+    """Run the method on one weight and round the result as it is stored.
 
     Args:
-        name: its full name, for errors and the report.
-        layer: the dense layer; not changed.
+        name: full name of the layer, for errors and the report.
+        weight: W, [m, n].
         stats: statistics of its inputs.
         config: method and settings.
+
+    Returns:
+        The report, Ŵ [m, n] float32, and its packed form if the method has one.
 
     Raises:
         SlabError: see `compress_blocks`.
     """
-    weight = layer.weight
     start = time.perf_counter()
     try:
-        decomposition = get_method(config.method)(weight, stats, config)
+        result = get_method(config.method)(weight, stats, config)
     except SlabError as error:
         raise SlabError(f"{name}: {error}") from error
     seconds = time.perf_counter() - start
-    packed = pack(decomposition, value_dtype(config, weight.dtype), name)
+    dtype = value_dtype(config, weight.dtype)
+    packed: PackedWeight | None = None
+    kept = 1.0
+    if isinstance(result, Decomposition):
+        packed = pack(result, dtype, name)
+        approximation, true_bits, kept = packed.dense(), 8 * packed.nbytes, result.kept / weight.shape[1]
+    else:
+        approximation, true_bits = result.dense(), result.true_bits()
+        if isinstance(result, PrunedWeight):
+            approximation, kept = approximation.to(dtype).float(), result.values.numel() / weight.numel()
     report = LayerReport(
         name=name,
-        shape=decomposition.shape,
-        kept=decomposition.kept,
-        rank=decomposition.rank,
-        signs=packed.signs,
-        nbytes=packed.nbytes,
-        output_error=stats.output_error(weight, packed.dense()),
+        shape=result.shape,
+        kept_fraction=kept,
+        paper_bits=result.bits(),
+        true_bits=true_bits,
+        output_error=stats.output_error(weight, approximation),
         seconds=seconds,
     )
-    return report, packed
+    return report, approximation, packed
 
 
 def value_dtype(config: CompressionConfig, model_dtype: torch.dtype) -> torch.dtype:

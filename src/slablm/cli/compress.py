@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def compress(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or 'smollm2'.")],
     out: Annotated[Path, typer.Argument(help="Folder for the compressed checkpoint.")],
-    method: Annotated[str, typer.Option(help="slab, wanda or magnitude.")] = "slab",
+    method: Annotated[str, typer.Option(help="slab, wanda, magnitude or an arm of the ablation.")] = "slab",
     ratio: Annotated[float, typer.Option(help="Compression ratio in the paper's accounting.")] = 0.5,
     pattern: Annotated[str, typer.Option(help="unstructured, 2:4, 4:8 or any N:M (N of every M survive).")] = (
         "unstructured"
@@ -76,7 +76,7 @@ def run(source: str, out: Path, config: CompressionConfig, *, overwrite: bool, *
         SlabError: any bad input. Cheap checks come before the model is loaded.
     """
     from slablm import __version__, loading
-    from slablm.api import check_model
+    from slablm.api import check_model, check_packable
     from slablm.calibration.text import calibration_windows
     from slablm.card import model_card
     from slablm.checkpoint import check_target, save
@@ -84,11 +84,10 @@ def run(source: str, out: Path, config: CompressionConfig, *, overwrite: bool, *
     from slablm.errors import SlabError
     from slablm.inspection import inspect_folder
     from slablm.memory import human_bytes, peak_resident_bytes
-    from slablm.methods import get_method
     from slablm.targets import select_targets
 
     start = time.perf_counter()
-    get_method(config.method)
+    check_packable(config.method)
     check_target(out, overwrite)
     if loading.is_compressed(source):
         raise SlabError(f"{source} is already compressed by slablm: start from the dense model")

@@ -39,7 +39,7 @@ def _print_table(inspection: Inspection) -> None:
         table.add_row(
             layer.name,
             f"{layer.shape[0]}×{layer.shape[1]}",
-            f"{layer.kept / layer.shape[1]:.4f}",
+            f"{layer.kept_fraction:.4f}",
             f"{layer.bits_per_weight:.3f}",
             f"{layer.compression_ratio:.4f}",
             f"{layer.output_error:.4f}",
