@@ -49,12 +49,10 @@ def compress(
     if tokenizer is None:
         from transformers import AutoTokenizer
 
-        where, options = loading.locate(model.config.name_or_path)
+        where, options = loading.locate(model.config.name_or_path or "")
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     check_model(model)
-    windows = calibration_windows(
-        model, tokenizer, config.calibration, config.num_samples, config.seq_len, config.seed
-    )
+    windows = calibration_windows(model, tokenizer, config)
     compress_model(model, select_targets(model, config), windows, config, on_layer)
     return model
 

@@ -67,7 +67,7 @@ def model_card(
     """
     summary = size_summary(reports)
     title = source.rstrip("/").rpartition("/")[2]
-    environment = jinja2.Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)  # noqa: S701 (Markdown)
+    environment = jinja2.Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE).render(
         hub_id=source.count("/") == 1 and not source.startswith((".", "/")),
         # A local path says nothing to a reader and too much about the writer.
@@ -108,4 +108,6 @@ def _shown_settings(config: CompressionConfig) -> dict[str, Any]:
     for key in ("method", "ratio", "value_bits", "group_size"):  # shown above, or of the quantizers
         del settings[key]
     settings["calibration"] = config.calibration.rpartition("/")[2]
-    return {key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items() if value != []}
+    return {
+        key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items() if value != []
+    }

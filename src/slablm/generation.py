@@ -42,7 +42,7 @@ def continue_text(
         raise SlabError("the tokenizer has no chat template: leave out --chat")
     if chat:
         messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     # A chat template writes its special tokens itself.
     inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=not chat).to(model.device)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
@@ -50,4 +50,4 @@ def continue_text(
         **inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=padding
     )
     start = inputs["input_ids"].shape[1] if chat else 0
-    return tokenizer.decode(output[0, start:], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0, start:], skip_special_tokens=True))

@@ -54,7 +54,7 @@ class ModuleSpec:
 
 
 @register_quantization_config(QUANT_METHOD)
-class SlabQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class SlabQuantizationConfig(QuantizationConfigMixin):
     """The ``quantization_config`` of a slablm checkpoint; see FORMAT.md.
 
     Args:
@@ -86,7 +86,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
             }
         except TypeError as error:
             raise SlabError(f"config.json: quantization_config.modules is damaged ({error})") from error
-        self.quant_method = QUANT_METHOD
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment] # the enum lists only built-in methods
         self.format_version = format_version
         self.value_dtype = value_dtype
         self.compression = (
@@ -113,7 +113,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(QUANT_METHOD)
-class SlabHfQuantizer(HfQuantizer):  # type: ignore[misc]
+class SlabHfQuantizer(HfQuantizer):
     """Loads and saves slablm checkpoints inside transformers."""
 
     requires_calibration = True
@@ -209,9 +209,12 @@ def attach(model: PreTrainedModel, config: CompressionConfig, reports: list[Laye
         modules[report.name] = ModuleSpec(spec.kept, spec.rank, spec.signs, round(report.output_error, 6))
     quantization_config = SlabQuantizationConfig(modules, config.value_dtype or "", config)
     model.config.quantization_config = quantization_config
-    model.hf_quantizer = SlabHfQuantizer(quantization_config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = QUANT_METHOD
+    # These three are what `from_pretrained` sets on a quantized model.
+    vars(model).update(
+        hf_quantizer=SlabHfQuantizer(quantization_config, pre_quantized=True),
+        is_quantized=True,
+        quantization_method=QUANT_METHOD,
+    )
     _use_own_save(model)
 
 
@@ -222,4 +225,4 @@ def _use_own_save(model: PreTrainedModel) -> None:
     """
     from slablm.checkpoint import save_pretrained
 
-    model.save_pretrained = MethodType(save_pretrained, model)
+    vars(model)["save_pretrained"] = MethodType(save_pretrained, model)

@@ -110,9 +110,7 @@ def inspect_folder(folder: Path) -> Inspection:
         true_bits = 8 * sum(sizes[part][0] for part in parts)
         ratio = paper_ratio((m, n), spec.kept, spec.rank, spec.signs)
         paper_bits = round((1 - ratio) * PAPER_VALUE_BITS * m * n)
-        layers.append(
-            LayerReport(name, (m, n), spec.kept / n, paper_bits, true_bits, spec.output_error, seconds=0.0)
-        )
+        layers.append(LayerReport(name, (m, n), spec.kept / n, paper_bits, true_bits, spec.output_error, seconds=0.0))
     return Inspection(
         tuple(layers),
         header_bytes=sum(map(integrity.header_bytes, files)),

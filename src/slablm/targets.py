@@ -101,7 +101,7 @@ def select_targets(model: nn.Module, config: CompressionConfig) -> Targets:
 
 
 def _reason_to_leave(name: str, module: nn.Module, config: CompressionConfig, used: set[str]) -> str | None:
-    """None: compress; empty: nothing to say (no matrix here); otherwise why it stays dense. Notes patterns in `used`."""
+    """None: compress it; empty: no matrix here; otherwise why it stays dense. Adds matching patterns to `used`."""
     matrices = [p for p in module.parameters(recurse=False) if p.ndim >= 2]
     if not matrices:
         return ""

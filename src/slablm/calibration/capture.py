@@ -38,7 +38,8 @@ class BlockCall:
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """Run the block on hidden states [1, seq_len, hidden_size] and return the new ones."""
         output = block(hidden, *self.args, **self.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        states: Tensor = output[0] if isinstance(output, tuple) else output
+        return states
 
 
 @torch.no_grad()
@@ -70,9 +71,7 @@ def capture_block_calls(
         if not first:
             first = current
         elif not all(_same(a.kwargs, b.kwargs) and _same(a.args, b.args) for a, b in zip(first, current, strict=True)):
-            raise SlabError(
-                f"{type(model).__name__} hands its blocks arguments that depend on the text: not supported"
-            )
+            raise SlabError(f"{type(model).__name__} hands its blocks arguments that depend on the text: not supported")
     return hidden, first
 
 
@@ -93,9 +92,7 @@ def _tuple_lengths(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> l
 
 
 @contextmanager
-def _noting_blocks(
-    blocks: nn.ModuleList, lengths: list[int | None]
-) -> Iterator[list[tuple[Tensor, BlockCall]]]:
+def _noting_blocks(blocks: nn.ModuleList, lengths: list[int | None]) -> Iterator[list[tuple[Tensor, BlockCall]]]:
     """Replace every block's forward by one that notes its arguments and returns the hidden states unchanged."""
     calls: list[tuple[Tensor, BlockCall]] = []
 

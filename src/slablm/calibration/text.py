@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -117,26 +118,24 @@ def sample_windows(
 
 
 def calibration_windows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, source: str, num_samples: int, seq_len: int, seed: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: CompressionConfig
 ) -> Tensor:
-    """Token windows of a calibration source, [num_samples, seq_len] int64.
+    """Token windows of the configured calibration source, [num_samples, seq_len] int64.
 
     Args:
         model: the dense model (used by source ``self`` and for the longest possible window).
         tokenizer: the model's.
-        source: ``c4``, ``wikitext2``, ``self``, ``builtin`` or a file path.
-        num_samples: number of windows.
-        seq_len: tokens per window.
-        seed: for source ``self``.
+        config: `calibration`, `num_samples`, `seq_len` and, for source ``self``, `seed`.
 
     Raises:
         SlabError: see `load_text`, `windows_from_text`, `sample_windows`; or a window longer than the model allows.
     """
+    count, seq_len = config.num_samples, config.seq_len
     check_length(model, seq_len)
-    if source == "self":
-        return sample_windows(model, tokenizer, seq_len, num_samples, seed)
-    text = load_text(source, split="calibration", num_tokens=num_samples * seq_len)
-    return windows_from_text(text, tokenizer, seq_len, num_samples, f"calibration text {source}")
+    if config.calibration == "self":
+        return sample_windows(model, tokenizer, seq_len, count, config.seed)
+    text = load_text(config.calibration, split="calibration", num_tokens=count * seq_len)
+    return windows_from_text(text, tokenizer, seq_len, count, f"calibration text {config.calibration}")
 
 
 def check_length(model: PreTrainedModel, seq_len: int) -> None:

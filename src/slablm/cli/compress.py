@@ -99,9 +99,7 @@ def run(source: str, out: Path, config: CompressionConfig, *, overwrite: bool, *
     for name, reason in targets.left_dense.items():
         log.print(f"left dense: {name} ({reason})")
     log.print(f"Calibrating on {config.calibration}: {config.num_samples} windows of {config.seq_len} tokens")
-    windows = calibration_windows(
-        model, tokenizer, config.calibration, config.num_samples, config.seq_len, config.seed
-    )
+    windows = calibration_windows(model, tokenizer, config)
     hidden_bytes = windows.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
     log.print(f"Memory for hidden states of all windows: {human_bytes(hidden_bytes)}")
     dense_bytes = sum(parameter.nbytes for parameter in model.parameters())

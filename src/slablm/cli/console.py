@@ -26,8 +26,8 @@ def quiet_libraries() -> None:
     """Silence the progress bars and notices of transformers; ours say what a user needs."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 @contextmanager

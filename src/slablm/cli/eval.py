@@ -35,9 +35,7 @@ def evaluate(
     check_length(loaded, seq_len)
     windows = windows_from_text(content, tokenizer, seq_len, None, f"evaluation text {text}")[:max_windows]
     with progress("Evaluating") as (bar, task):
-        result = perplexity(
-            loaded, windows, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+        result = perplexity(loaded, windows, lambda done, total: bar.update(task, completed=done, total=total))
     if json:
         print_json(
             {

@@ -44,7 +44,7 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """exp of the mean loss."""
+        """Exp of the mean loss."""
         return math.exp(self._mean)
 
     @property

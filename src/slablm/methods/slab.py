@@ -95,12 +95,14 @@ def alternate(weight: Tensor, stats: LayerStats, config: CompressionConfig, k: i
 
 def _signed(low_rank_matrix: Tensor, residual: Tensor) -> Tensor:
     """W_L ⊙ sign(R), in place; W_L may be negative when its rank is above 1."""
-    return low_rank_matrix.mul_(torch.copysign(torch.ones((), device=residual.device), residual))
+    one = torch.ones((), device=residual.device)
+    signed: Tensor = low_rank_matrix.mul_(torch.copysign(one, residual))
+    return signed
 
 
 def start_basis(weight: Tensor, rank: int) -> Tensor:
     """Where the first power iteration starts, [n, r] or wider: column norms, and a fixed random block beside them."""
-    norms = torch.linalg.vector_norm(weight, dim=0, keepdim=True).T
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=0, keepdim=True).T
     if rank == 1:
         return norms
     width = min(rank + OVERSAMPLING, *weight.shape) - 1
