@@ -99,7 +99,7 @@ def inspect_folder(folder: Path) -> Inspection:
                 tensor = tensors.get_tensor(name)
                 sizes[name] = tensor.nbytes, tensor.shape[-1]
     layers = []
-    for name, spec in quantization.modules.items():
+    for name, spec in sorted(quantization.modules.items(), key=lambda item: _by_depth(item[0])):
         plane = "states" if spec.signs else "positions"
         parts = [f"{name}.{part}" for part in ("values", "left", "right", plane)]
         missing = [part for part in parts if part not in sizes]
@@ -117,6 +117,11 @@ def inspect_folder(folder: Path) -> Inspection:
         file_bytes=sum(file.stat().st_size for file in files),
         settings=quantization.compression.to_dict(),
     )
+
+
+def _by_depth(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def read_quantization_config(folder: Path) -> dict[str, Any]:
