@@ -39,7 +39,8 @@ def test_block_calls_replay_the_model(tiny_model):
     _, blocks = find_blocks(tiny_model)
     hidden, calls = capture_block_calls(tiny_model, blocks, windows, torch.device("cpu"))
     assert [tuple(states.shape) for states in hidden] == [(1, 16, 64)] * 2
-    for window, states in zip(windows, hidden, strict=True):
+    for window, first in zip(windows, hidden, strict=True):
+        states = first
         for block, call in zip(blocks, calls, strict=True):
             states = call(block, states)
         logits = tiny_model.lm_head(tiny_model.model.norm(states))
