@@ -148,12 +148,12 @@ def _conditions(
     from slablm.comparison import Conditions, model_digest
     from slablm.targets import select_targets
 
+    num_tokens = None if max_windows is None else max_windows * eval_seq_len
+    content = load_text(text, split="evaluation", num_tokens=num_tokens)
     model, tokenizer = loading.load(source, **load_options)
     check_model(model)
     select_targets(model, config)
     check_length(model, eval_seq_len)
-    num_tokens = None if max_windows is None else max_windows * eval_seq_len
-    content = load_text(text, split="evaluation", num_tokens=num_tokens)
     evaluation = windows_from_text(content, tokenizer, eval_seq_len, None, f"evaluation text {text}")[:max_windows]
     description = {
         "model": source,
