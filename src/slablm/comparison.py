@@ -41,7 +41,8 @@ if TYPE_CHECKING:
 
     from slablm.layerwise import LayerReport
 
-# To be raised whenever a change of the methods or of the evaluation changes results: old cells are then measured again.
+# To be raised whenever a change of the methods or of the evaluation changes results, or the form of a record changes:
+# old cells are then measured again.
 NUMBERS_VERSION = 1
 _ORIGIN = ("_name_or_path", "_commit_hash", "architectures", "transformers_version")
 

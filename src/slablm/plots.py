@@ -37,6 +37,8 @@ COLOURS = (
     ("#a6262b", "#f27c80"),
 )
 INK, GRID = ("#1c1d1f", "#e6e6e3"), ("#d9dadc", "#3a3d42")
+# Bars of the dense model, on both backgrounds: error bars in ink show on it.
+GREY = "#8f949b"
 MARKERS = "os^DvPX<>"
 FILLS = ("full", "none", "left", "top")
 UNSTRUCTURED = "unstructured"
@@ -172,6 +174,7 @@ def accuracy_plot(records: Sequence[Record]) -> Figure:
             for bar in bars:
                 bar.set_gid(f"data {record.cell.method}")
         plot.set_yticks(range(len(tasks)), tasks)
+        plot.margins(y=0.02)
         plot.invert_yaxis()
         plot.grid(visible=False, axis="y")
         plot.set_xlim(0, 100)
@@ -245,7 +248,7 @@ def _methods(records: Sequence[Record]) -> list[str]:
 
 
 def _colour(method: str) -> str:
-    return INK[0] if method == DENSE else COLOURS[list(METHODS).index(method) % len(COLOURS)][0]
+    return GREY if method == DENSE else COLOURS[list(METHODS).index(method) % len(COLOURS)][0]
 
 
 def _look(method: str, size: float) -> dict[str, Any]:
