@@ -273,6 +273,14 @@ def test_a_report_without_tasks_or_quantizers(tmp_path):
     assert "nan" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
 
 
+def test_the_report_says_where_plain_quantization_is_better(tmp_path):
+    records = [*small(), record("rtn", 3.1, 8.2, value_bits=8), record("gptq", 3.9, 3.2, value_bits=3)]
+    text = write_report(records, tmp_path, {"model": "m"}, "slablm compare m").read_text(encoding="utf-8")
+    said = re.findall(r"<li>(rtn|gptq) .*? against (\w+) 50 % unstructured", text)
+    assert said == [("rtn", "slab")]
+    assert "No quantizer was measured" not in text
+
+
 def test_the_same_records_give_the_same_page(tmp_path):
     pages = [write_report(small(), tmp_path / name, {"model": "m"}, "x").read_bytes() for name in "ab"]
     assert pages[0] == pages[1]
