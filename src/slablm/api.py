@@ -85,14 +85,32 @@ def compress_model(
     """
     from slablm import hf
 
-    check_model(model)
     check_packable(config.method)
-    _check_parameters(model)
-    config = replace(config, value_dtype=str(value_dtype(config, model.dtype)).removeprefix("torch."))
-    _round_other_matrices(model, targets, getattr(torch, config.value_dtype or ""))
+    config = prepare_model(model, targets, config)
     reports = compress_blocks(model, targets, windows, config, on_layer)
     hf.attach(model, config, reports)
     return reports
+
+
+def prepare_model(model: PreTrainedModel, targets: Targets, config: CompressionConfig) -> CompressionConfig:
+    """Check a dense model, and round what stays dense as it would be stored; in place.
+
+    Args:
+        model: the dense model.
+        targets: from `select_targets`.
+        config: settings.
+
+    Returns:
+        The settings with the value type filled in.
+
+    Raises:
+        SlabError: the model is compressed already; NaN or Inf in weights; a value that the value type cannot hold.
+    """
+    check_model(model)
+    _check_parameters(model)
+    config = replace(config, value_dtype=str(value_dtype(config, model.dtype)).removeprefix("torch."))
+    _round_other_matrices(model, targets, getattr(torch, config.value_dtype or ""))
+    return config
 
 
 def decompose(

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from slablm.cli.compare import compare
 from slablm.cli.compress import compress
 from slablm.cli.eval import evaluate
 from slablm.cli.generate import generate
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("compare")(compare)
 app.command("compress")(compress)
 app.command("eval")(evaluate)
 app.command("generate")(generate)

@@ -1,0 +1,309 @@
+"""``slablm compare``: many methods on one model, one table, one report."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, log, print_json, progress
+from slablm.config import CompressionConfig
+from slablm.errors import SlabError
+
+if TYPE_CHECKING:
+    from slablm.comparison import Conditions, Grid, Tasks
+    from slablm.records import Cell, Record, ResultsFile
+    from slablm.table import Row
+
+T = TypeVar("T")
+RESULTS = "results.jsonl"
+
+
+def compare(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or 'smollm2'.")],
+    out: Annotated[Path, typer.Option(help="Folder for results.jsonl, report.html and plots.")],
+    methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "slab,wanda,sparsegpt",
+    ratios: Annotated[str, typer.Option(help="Compression ratios of the unstructured cells.")] = "0.5,0.6,0.7,0.8",
+    patterns: Annotated[str, typer.Option(help="unstructured and N:M patterns; N:M is measured at ratio 1 - N/M.")] = (
+        "unstructured,2:4,4:8"
+    ),
+    bits: Annotated[str, typer.Option(help="Bits per code of the quantizers rtn and gptq.")] = "3,4,8",
+    group_size: Annotated[str, typer.Option(help="Group sizes of the quantizers.")] = "128",
+    calibration: Annotated[str, typer.Option(help="c4, wikitext2, self, builtin or a text file.")] = "c4",
+    num_samples: Annotated[int, typer.Option(help="Calibration windows, the same for every method.")] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    text: Annotated[str, typer.Option(help="Evaluation: wikitext2, c4, builtin or a text file.")] = "wikitext2",
+    max_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate on the first windows only.")] = None,
+    eval_seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per evaluation window; as --seq-len.")] = None,
+    tasks: Annotated[str, typer.Option(help="Zero-shot tasks of lm-eval, separated by commas.")] = "",
+    task_file: Annotated[list[Path] | None, typer.Option(help="A local task file; repeat for several.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
+    targets: Annotated[list[str] | None, typer.Option(help="Modules to compress; repeat for several.")] = None,
+    ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave dense; repeat for several.")] = None,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    seed: Annotated[int, typer.Option(help="Seed of everything that is sampled.")] = 0,
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Compare methods on MODEL, cell by cell; run it again to continue where it was stopped."""
+    from slablm.comparison import Grid, Tasks
+
+    grid = Grid(
+        tuple(_split(methods)),
+        tuple(_numbers(ratios, float, "--ratios")),
+        tuple(_split(patterns)),
+        tuple(_numbers(bits, int, "--bits")),
+        tuple(_numbers(group_size, int, "--group-size")),
+    )
+    chosen: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
+    config = CompressionConfig(
+        calibration=calibration,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        ignore=tuple(ignore or ()),
+        seed=seed,
+        **chosen,
+    )
+    records = run(
+        model, out, grid, config, text=text, max_windows=max_windows, eval_seq_len=eval_seq_len or seq_len,
+        tasks=Tasks(tuple(_split(tasks)), tuple(task_file or ()), limit), dtype=dtype, device=device,
+        revision=revision, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    _show(records, out, json)
+
+
+def run(
+    source: str,
+    out: Path,
+    grid: Grid,
+    config: CompressionConfig,
+    *,
+    text: str,
+    max_windows: int | None,
+    eval_seq_len: int,
+    tasks: Tasks,
+    **load_options: Any,
+) -> list[Record]:
+    """Check, measure what is missing, write the report; returns all records.
+
+    Args:
+        source: the dense model, as for `slablm.loading.load`.
+        out: folder of the results.
+        grid: what to compare.
+        config: all other settings of the methods.
+        text: evaluation text.
+        max_windows: only the first evaluation windows; None for all.
+        eval_seq_len: tokens per evaluation window.
+        tasks: zero-shot tasks.
+        load_options: dtype, device and so on for `slablm.loading.load`.
+
+    Raises:
+        SlabError: any bad input. Cheap checks come before the model is loaded.
+    """
+    from slablm import loading
+    from slablm.cli.console import quiet_libraries
+    from slablm.comparison import measure_cells
+    from slablm.plots import require_matplotlib
+    from slablm.records import ResultsFile
+    from slablm.report import write_report
+
+    cells = grid.cells(config)
+    tasks.identity()
+    require_matplotlib()
+    if loading.is_compressed(source):
+        raise SlabError(f"{source} is already compressed by slablm: start from the dense model")
+    results = ResultsFile(out / RESULTS)
+    quiet_libraries()
+    log.print(f"Loading {source}")
+    conditions = _conditions(source, config, text, max_windows, eval_seq_len, tasks, load_options)
+    with _reporting(cells, conditions, results) as (on_cell, on_step):
+        records = measure_cells(cells, conditions, results, on_cell, on_step)
+    log.print("Writing the report")
+    command = shlex.join(["slablm", *sys.argv[1:]])
+    write_report(records, out, conditions.description | {"seed": config.seed}, command)
+    return records
+
+
+def _conditions(
+    source: str,
+    config: CompressionConfig,
+    text: str,
+    max_windows: int | None,
+    eval_seq_len: int,
+    tasks: Tasks,
+    load_options: dict[str, Any],
+) -> Conditions:
+    """Load the model once to check it, to read its digest and to cut the texts."""
+    from slablm import loading
+    from slablm.api import check_model
+    from slablm.calibration.text import calibration_windows, check_length, load_text, windows_from_text
+    from slablm.comparison import Conditions, model_digest
+    from slablm.targets import select_targets
+
+    num_tokens = None if max_windows is None else max_windows * eval_seq_len
+    content = load_text(text, split="evaluation", num_tokens=num_tokens)
+    model, tokenizer = loading.load(source, **load_options)
+    check_model(model)
+    select_targets(model, config)
+    check_length(model, eval_seq_len)
+    evaluation = windows_from_text(content, tokenizer, eval_seq_len, None, f"evaluation text {text}")[:max_windows]
+    description = {
+        "model": source,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "calibration": config.calibration,
+        "calibration windows": f"{config.num_samples} of {config.seq_len} tokens",
+        "evaluation": text,
+        "evaluation windows": f"{len(evaluation)} of {eval_seq_len} tokens",
+    }
+    if tasks:
+        description["tasks"] = ", ".join((*tasks.names, *(file.name for file in tasks.files)))
+        description["questions per task"] = "all" if tasks.limit is None else f"the first {tasks.limit}"
+    return Conditions(
+        load=lambda: loading.load(source, **load_options)[0],
+        tokenizer=tokenizer,
+        model_digest=model_digest(model),
+        calibration=calibration_windows(model, tokenizer, config),
+        evaluation=evaluation,
+        tasks=tasks,
+        description=description,
+    )
+
+
+@contextmanager
+def _reporting(
+    cells: Sequence[Cell], conditions: Conditions, results: ResultsFile
+) -> Iterator[tuple[Callable[[Record, bool], None], Callable[[str, int, int], None]]]:
+    """The callbacks of `measure_cells`: a bar within each cell; a line with the time left after each."""
+    from slablm.comparison import cell_key
+    from slablm.table import show_perplexity
+
+    missing = [cell for cell in cells if results.get(cell_key(cell, conditions)) is None]
+    log.print(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
+    start = time.perf_counter()
+    done = measured = 0
+    with progress("Starting") as (bar, task):
+
+        def on_cell(record: Record, new: bool) -> None:
+            nonlocal done, measured
+            done, measured = done + 1, measured + new
+            if not new:
+                return
+            left = (time.perf_counter() - start) / measured * (len(missing) - measured)
+            log.print(
+                f"[{done}/{len(cells)}] {record.cell.label}: perplexity {show_perplexity(record)}, "
+                f"{record.bits_per_weight:.2f} true bits per weight, ETA {_duration(left)}",
+                markup=False,
+                soft_wrap=True,
+            )
+
+        def on_step(what: str, step: int, steps: int) -> None:
+            label = f"cell {done + 1}/{len(cells)}: {cells[done].label}, {what}"
+            bar.update(task, description=label, completed=step, total=steps)
+
+        yield on_cell, on_step
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def _show(records: Sequence[Record], out: Path, json: bool) -> None:
+    """The final tables, or the JSON object."""
+    from slablm.report import REPORT
+    from slablm.table import headline, rows
+
+    lines = rows(records)
+    if json:
+        print_json(
+            {
+                "headline": headline(records),
+                "rows": [line.to_dict() for line in lines],
+                "results": str(out / RESULTS),
+                "report": str(out / REPORT),
+            }
+        )
+        return
+    _print_perplexities(lines)
+    if records[0].accuracies:
+        _print_accuracies(lines, list(records[0].accuracies))
+    typer.echo(headline(records))
+    typer.echo(f"report: {out / REPORT}")
+
+
+def _print_perplexities(lines: Sequence[Row]) -> None:
+    from slablm.table import show_perplexity, show_relative
+
+    body = [
+        (
+            line.record.cell.setting if line.record.cell.config else "",
+            line.record.cell.method,
+            f"{line.record.compression_ratio:.3f}",
+            f"{line.record.bits_per_weight:.2f}",
+            show_perplexity(line.record),
+            f"{line.record.ratio_to_dense:.2f}",
+            show_relative(line.loss) if line.loss else "reference" if line.reference else "",
+        )
+        for line in lines
+    ]
+    _print_table(
+        "Perplexity",
+        ("setting", "method", "ratio\n(paper)", "true bits\nper weight", "perplexity\n± std. error", "× dense",
+         "against\nreference [95 %]"),
+        body,
+    )  # fmt: skip
+
+
+def _print_accuracies(lines: Sequence[Row], tasks: Sequence[str]) -> None:
+    from slablm.table import show_accuracy, show_average, show_points
+
+    body = []
+    for line in lines:
+        record, results = line.record, line.record.accuracies or {}
+        difference = show_points(line.accuracy) if line.accuracy else "reference" if line.reference else ""
+        each = (show_accuracy(results[task]["acc"], results[task]["stderr"]) for task in tasks)
+        setting = record.cell.setting if record.cell.config else ""
+        body.append((setting, record.cell.method, show_average(record), difference, *each))
+    _print_table("Accuracy in %", ("setting", "method", "average", "against\nreference [95 %]", *tasks), body)
+
+
+def _print_table(title: str, columns: Sequence[str], body: Sequence[tuple[str, ...]]) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
+    for before, line in zip([None, *body], body, strict=False):
+        if before is not None and before[0] != line[0]:
+            table.add_section()
+        table.add_row(*line)
+    console = Console(highlight=False, markup=False)
+    # A file or a narrow terminal gets whole lines as well: a cut number is worse than a wrapped line.
+    console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    console.print(table)
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _numbers(text: str, kind: Callable[[str], T], option: str) -> list[T]:
+    numbers = []
+    for part in _split(text):
+        try:
+            numbers.append(kind(part))
+        except ValueError:
+            raise SlabError(f"{option}: {part!r} is no number; separate several by commas") from None
+    return numbers
