@@ -194,6 +194,8 @@ def check_limit(limit: int | None) -> None:
 
 def _hub_tasks(name: str) -> dict[str, Any]:
     """The tasks behind a name of lm-eval: itself, or the members of a group."""
+    from datasets.exceptions import DatasetsError
+
     manager = _task_manager()
     if name not in manager.all_tasks:
         near = difflib.get_close_matches(name, manager.all_tasks, n=3)
@@ -205,7 +207,7 @@ def _hub_tasks(name: str) -> dict[str, Any]:
         raise SlabError(
             f"the data of task {name!r} cannot be fetched ({_one_line(error)}): go online once, or give --task-file"
         ) from error
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise SlabError(f"task {name!r} cannot be loaded: {_one_line(error)}") from error
     for member, task in found.items():
         metrics = sorted(task.aggregation())
