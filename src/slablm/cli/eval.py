@@ -1,37 +1,67 @@
-"""``slablm eval``: perplexity of a dense or compressed model."""
+"""``slablm eval``: perplexity or zero-shot accuracy of a dense or compressed model."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, print_json, progress
+from slablm.errors import SlabError
+
+if TYPE_CHECKING:
+    from slablm.evaluation.zeroshot import TaskResult
+
+# Options that mean something for one of the two measurements only.
+PERPLEXITY_OPTIONS = ("text", "seq_len", "max_windows")
+TASK_OPTIONS = ("limit", "batch_size")
 
 
 def evaluate(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hub id, local folder (dense or compressed), .gguf file or 'smollm2'.")],
     text: Annotated[str, typer.Option(help="wikitext2, c4, builtin or a text file.")] = "wikitext2",
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Zero-shot tasks of lm-eval, separated by commas; slab-paper names seven.")
+    ] = None,
+    task_file: Annotated[
+        list[Path] | None, typer.Option(help="JSON-lines file with a task's questions; may be repeated.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first questions of every task.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers scored at a time; larger is faster on GPUs.")] = 1,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Measure perplexity on non-overlapping windows."""
+    """Measure perplexity on non-overlapping windows or, with --tasks or --task-file, zero-shot accuracy instead."""
     from slablm import loading
-    from slablm.calibration.text import check_length, load_text, windows_from_text
     from slablm.cli.console import quiet_libraries
+
+    def load() -> tuple[Any, Any]:
+        quiet_libraries()
+        return loading.load(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
+
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    if tasks is None and not task_file:
+        _refuse(context, TASK_OPTIONS, "counts for zero-shot tasks: add --tasks or --task-file")
+        _perplexity(load, text, seq_len, max_windows, json)
+    else:
+        _refuse(context, PERPLEXITY_OPTIONS, "measures perplexity, --tasks and --task-file accuracy: run them apart")
+        _accuracy(load, names, task_file or [], limit, batch_size, json)
+
+
+def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, json: bool) -> None:
+    from slablm.calibration.text import check_length, load_text, windows_from_text
     from slablm.evaluation import perplexity
 
     num_tokens = None if max_windows is None else max_windows * seq_len
     content = load_text(text, split="evaluation", num_tokens=num_tokens)
-    quiet_libraries()
-    loaded, tokenizer = loading.load(
-        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
-    )
+    loaded, tokenizer = load()
     check_length(loaded, seq_len)
     windows = windows_from_text(content, tokenizer, seq_len, None, f"evaluation text {text}")[:max_windows]
     with progress("Evaluating") as (bar, task):
@@ -47,3 +77,35 @@ def evaluate(
         )
     else:
         typer.echo(f"perplexity {result.value:.3f} ± {result.stderr:.3f} ({len(windows)} windows of {seq_len} tokens)")
+
+
+def _accuracy(load: Any, names: list[str], files: list[Path], limit: int | None, batch_size: int, json: bool) -> None:
+    from slablm.evaluation.zeroshot import load_tasks, score_tasks
+
+    # A wrong name or file is reported before the model is loaded.
+    tasks = load_tasks(names, files)
+    loaded, tokenizer = load()
+    results = score_tasks(loaded, tokenizer, tasks, limit, batch_size)
+    mean = sum(result.accuracy for result in results.values()) / len(results)
+    if json:
+        print_json({"tasks": {name: result.to_dict() for name, result in results.items()}, "mean_accuracy": mean})
+        return
+    width = max(map(len, results))
+    for name, result in results.items():
+        typer.echo(f"{name:{width}}  {_line(result)}")
+    if len(results) > 1:
+        typer.echo(f"{'mean':{width}}  acc {mean:.3f}")
+
+
+def _line(result: TaskResult) -> str:
+    line = f"acc {result.accuracy:.3f} ± {result.stderr:.3f} ({len(result.correct)} questions)"
+    norm = result.to_dict().get("acc_norm")
+    return line if norm is None else f"{line}, acc_norm {norm:.3f}"
+
+
+def _refuse(context: typer.Context, options: tuple[str, ...], why: str) -> None:
+    """Options of the other measurement would be ignored without a word."""
+    for option in options:
+        source = context.get_parameter_source(option)
+        if source is not None and source.name == "COMMANDLINE":
+            raise SlabError(f"--{option.replace('_', '-')} {why}")
