@@ -19,6 +19,16 @@ settings.load_profile("slablm")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.fixture(autouse=True)
+def one_thread(request):
+    """Tiny matrices on several threads only wait for each other, on a busy machine for minutes."""
+    threads = torch.get_num_threads()
+    if request.node.get_closest_marker("smollm2") is None:
+        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def byte_tokenizer():
     """A tokenizer whose tokens are the 256 bytes, with <s> in front of every text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

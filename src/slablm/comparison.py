@@ -267,7 +267,7 @@ def _compress(model: PreTrainedModel, cell: Cell, conditions: Conditions, on_ste
 def _accuracies(model: PreTrainedModel, conditions: Conditions) -> dict[str, dict[str, Any]] | None:
     if not conditions.tasks:
         return None
-    from slablm.evaluation.zeroshot import evaluate_tasks  # type: ignore[import-not-found, unused-ignore]
+    from slablm.evaluation.zeroshot import evaluate_tasks
 
     tasks = conditions.tasks
     results = evaluate_tasks(model, conditions.tokenizer, tasks.names, tasks.files, tasks.limit)
