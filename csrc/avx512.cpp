@@ -1,0 +1,79 @@
+// AVX-512 with BW, VL, VBMI2 (expand bytes and halves) and VNNI: Ice Lake, Zen 4 and later.
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace {
+
+struct Avx512 {
+    static constexpr int kLanes = 16;
+    static constexpr uint64_t kLaneMask = 0xFFFF;
+    static constexpr uint8_t kBias = 0x80;  // vpdpbusd multiplies unsigned by signed
+    static constexpr int kExactRows = 4, kQuickRows = 4;
+
+    using Floats = __m512;
+    using Bits = uint64_t;
+    struct Bytes {
+        __m512i value, correction;
+    };
+    struct Signs {
+        __mmask64 others, minus;
+    };
+
+    static Floats broadcast(float value) { return _mm512_set1_ps(value); }
+    static Floats zero() { return _mm512_setzero_ps(); }
+    static Floats load(const float* from) { return _mm512_loadu_ps(from); }
+    static Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+    static Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+    static Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+    static float total(Floats a) { return _mm512_reduce_add_ps(a); }
+    static void save(Floats a, float* to) { _mm512_storeu_ps(to, a); }
+    static void save(Floats a, BFloat* to) {
+        const __m512i bits = _mm512_castps_si512(a);
+        const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+        const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    }
+
+    static Bits bits(uint64_t word) { return word; }
+    static Floats select(Bits bits, int64_t chunk, Floats off, Floats on) {
+        return _mm512_mask_blend_ps(static_cast<__mmask16>(bits >> (16 * chunk)), off, on);
+    }
+
+    static __m256i expand_halves(const void* values, uint64_t mask) {
+        const __m256i packed = _mm256_loadu_si256(static_cast<const __m256i*>(values));
+        return _mm256_maskz_expand_epi16(static_cast<__mmask16>(mask), packed);
+    }
+    static Floats expand(const Half* values, uint64_t mask) { return _mm512_cvtph_ps(expand_halves(values, mask)); }
+    static Floats expand(const BFloat* values, uint64_t mask) {
+        const __m512i wide = _mm512_cvtepu16_epi32(expand_halves(values, mask));
+        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    static Floats expand(const int8_t* values, uint64_t mask) {
+        const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+        const __m128i spread = _mm_maskz_expand_epi8(static_cast<__mmask16>(mask), packed);
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(spread));
+    }
+
+    // x is stored as x + 128: 128 times the sum of the weights is taken off again, once for all tokens.
+    static Bytes values8(const int8_t* values, uint64_t kept) {
+        const __m512i value = _mm512_maskz_expand_epi8(kept, _mm512_loadu_si512(values));
+        const __m512i zero = _mm512_setzero_si512();
+        const __m512i excess = _mm512_dpbusd_epi32(zero, _mm512_set1_epi8(static_cast<char>(kBias)), value);
+        return {value, _mm512_sub_epi32(zero, excess)};
+    }
+    static Signs signs8(uint64_t kept, uint64_t minus) { return {~kept, minus}; }
+    static Floats dot(const Bytes& weights, const uint8_t* x) {
+        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(weights.correction, _mm512_loadu_si512(x), weights.value));
+    }
+    static Floats dot(const Signs& signs, const int8_t* z) {
+        const __m512i zero = _mm512_setzero_si512();
+        const __m512i plain = _mm512_maskz_loadu_epi8(signs.others, z);
+        const __m512i turned = _mm512_mask_sub_epi8(plain, signs.minus, zero, plain);
+        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, _mm512_set1_epi8(1), turned));
+    }
+};
+
+}  // namespace
+
+const Kernels kAvx512Kernels = kernels_of<Avx512>();
