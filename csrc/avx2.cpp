@@ -71,21 +71,33 @@ struct Avx2 {
         return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
     }
 
-    // Byte i of the result has only bit i % 8 of the mask's byte i / 8.
-    static __m256i spread_bits(uint32_t mask) {
+    // Kept and minus bits side by side in both halves of the register: one load serves four spreads.
+    struct Word {
+        uint64_t kept;
+        __m256i bits;
+    };
+    static Word word(const uint64_t* planes, int64_t plane_count) {
+        const __m128i* from = reinterpret_cast<const __m128i*>(planes);
+        return {planes[0], _mm256_broadcastsi128_si256(plane_count == 2 ? _mm_loadu_si128(from) : _mm_loadl_epi64(from))};
+    }
+
+    // 32 columns from bit 8 * byte on: byte i of the result has only bit i % 8 of byte i / 8.
+    static __m256i spread_bits(__m256i bits, int byte) {
         const __m256i byte_of = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1,  //
                                                  2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3);
-        return _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(mask)), byte_of), bit_of());
+        const __m256i shuffle = _mm256_add_epi8(byte_of, _mm256_set1_epi8(static_cast<char>(byte)));
+        return _mm256_and_si256(_mm256_shuffle_epi8(bits, shuffle), bit_of());
     }
     static __m256i bit_of() { return _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201ull)); }
-    static __m256i kept_flags(uint32_t kept) { return _mm256_min_epu8(spread_bits(kept), _mm256_set1_epi8(1)); }
+    static __m256i kept_flags(const Word& word, int half) {
+        return _mm256_min_epu8(spread_bits(word.bits, 4 * half), _mm256_set1_epi8(1));
+    }
 
     // The k-th kept lane of each 16 takes the k-th of its values: inclusive prefix sums of the flags, minus 1.
-    static __m256i values32(const int8_t* values, uint32_t kept) {
+    static __m256i values32(const int8_t* values, uint32_t kept, __m256i flags) {
         constexpr int64_t none = -1, third = 0x0303030380808080ll, eleventh = 0x0B0B0B0B80808080ll;
         const __m256i top_of_four = _mm256_setr_epi64x(third, eleventh, third, eleventh);
         const __m256i top_of_eight = _mm256_setr_epi64x(none, 0x0707070707070707ll, none, 0x0707070707070707ll);
-        const __m256i flags = kept_flags(kept);
         __m256i rank = _mm256_mullo_epi32(flags, _mm256_set1_epi32(0x01010101));
         rank = _mm256_add_epi8(rank, _mm256_shuffle_epi8(rank, top_of_four));
         rank = _mm256_add_epi8(rank, _mm256_shuffle_epi8(rank, top_of_eight));
@@ -97,19 +109,20 @@ struct Avx2 {
         return _mm256_sign_epi8(_mm256_shuffle_epi8(both, rank), flags);  // flag 0 gives 0
     }
 
-    static Bytes values8(const int8_t* values, uint64_t kept) {
+    static Bytes values8(const int8_t* values, const Word& word) {
         Bytes out;
-        out.value[0] = values32(values, static_cast<uint32_t>(kept));
-        out.value[1] = values32(values + __builtin_popcount(static_cast<uint32_t>(kept)), static_cast<uint32_t>(kept >> 32));
+        const uint32_t low = static_cast<uint32_t>(word.kept), high = static_cast<uint32_t>(word.kept >> 32);
+        out.value[0] = values32(values, low, kept_flags(word, 0));
+        out.value[1] = values32(values + __builtin_popcount(low), high, kept_flags(word, 1));
         for (int half = 0; half < 2; ++half) out.magnitude[half] = _mm256_abs_epi8(out.value[half]);
         return out;
     }
-    static Signs signs8(uint64_t kept, uint64_t minus) {
+    static Signs signs8(const Word& word) {
         Signs out;
         for (int half = 0; half < 2; ++half) {
-            const uint32_t k = static_cast<uint32_t>(kept >> 32 * half), m = static_cast<uint32_t>(minus >> 32 * half);
-            const __m256i others = _mm256_xor_si256(kept_flags(k), _mm256_set1_epi8(1));
-            out.value[half] = _mm256_or_si256(others, _mm256_cmpeq_epi8(spread_bits(m), bit_of()));
+            const __m256i others = _mm256_xor_si256(kept_flags(word, half), _mm256_set1_epi8(1));
+            const __m256i minus = _mm256_cmpeq_epi8(spread_bits(word.bits, 8 + 4 * half), bit_of());
+            out.value[half] = _mm256_or_si256(others, minus);
         }
         return out;
     }

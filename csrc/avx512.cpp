@@ -9,7 +9,7 @@ struct Avx512 {
     static constexpr int kLanes = 16;
     static constexpr uint64_t kLaneMask = 0xFFFF;
     static constexpr uint8_t kBias = 0x80;  // vpdpbusd multiplies unsigned by signed
-    static constexpr int kExactRows = 4, kQuickRows = 4;
+    static constexpr int kExactRows = 4, kQuickRows = 1;
 
     using Floats = __m512;
     using Bits = uint64_t;
@@ -55,14 +55,20 @@ struct Avx512 {
         return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(spread));
     }
 
+    struct Word {
+        uint64_t kept, minus;
+    };
+    static Word word(const uint64_t* planes, int64_t plane_count) {
+        return {planes[0], plane_count == 2 ? planes[1] : 0};
+    }
     // x is stored as x + 128: 128 times the sum of the weights is taken off again, once for all tokens.
-    static Bytes values8(const int8_t* values, uint64_t kept) {
-        const __m512i value = _mm512_maskz_expand_epi8(kept, _mm512_loadu_si512(values));
+    static Bytes values8(const int8_t* values, Word word) {
+        const __m512i value = _mm512_maskz_expand_epi8(word.kept, _mm512_loadu_si512(values));
         const __m512i zero = _mm512_setzero_si512();
         const __m512i excess = _mm512_dpbusd_epi32(zero, _mm512_set1_epi8(static_cast<char>(kBias)), value);
         return {value, _mm512_sub_epi32(zero, excess)};
     }
-    static Signs signs8(uint64_t kept, uint64_t minus) { return {~kept, minus}; }
+    static Signs signs8(Word word) { return {~word.kept, word.minus}; }
     static Floats dot(const Bytes& weights, const uint8_t* x) {
         return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(weights.correction, _mm512_loadu_si512(x), weights.value));
     }

@@ -7,8 +7,9 @@
 //   Bits, bits(word)                     a plane word, ready for `select`
 //   select(bits, c, off, on)             lanes 0 ... of chunk c of the word: on where the bit is set, else off
 //   expand(const Value*, mask)           consecutive values to the set lanes of a chunk, as floats; rest arbitrary
-//   Bytes, values8(const int8_t*, kept)  64 int8 lanes: consecutive values where the bit is set, 0 elsewhere
-//   Signs, signs8(kept, minus)           64 lanes: 0 where kept, -1 where minus, +1 elsewhere
+//   Word, word(planes, plane_count)      the plane words of 64 columns, ready for `values8` and `signs8`
+//   Bytes, values8(const int8_t*, Word)  64 int8 lanes: consecutive values where kept, 0 elsewhere
+//   Signs, signs8(Word)                  64 lanes: 0 where kept, -1 where minus, +1 elsewhere
 //   dot(Bytes, x8), dot(Signs, z8)       64 products, summed over parts as floats
 #pragma once
 
@@ -135,6 +136,30 @@ inline void store(const Output& output, int64_t rows, int64_t row, int64_t token
     if (output.type == kBFloat16) from_float(value, static_cast<BFloat*>(output.data) + at);
 }
 
+// --- Memory ahead --------------------------------------------------------------------------------------------------
+
+// Rows follow each other in memory, but a row is too short for the hardware to keep two streams running across pages.
+// So each word asks for the same word some rows further on: at least kBytesAhead away, a multiple of the `group` rows
+// read together. Asking for memory beyond the end is harmless.
+constexpr int64_t kBytesAhead = 4096;
+
+struct Ahead {
+    int64_t values, planes;  // distances in bytes
+
+    Ahead(const SlabWeight& weight, int64_t value_bytes, int64_t group) {
+        const int64_t row_values = weight.kept * value_bytes;
+        const int64_t row_planes = padded_words(weight) * weight.plane_count * 8;
+        const int64_t rows = (kBytesAhead / (row_values + row_planes) + group) / group * group;
+        values = rows * row_values;
+        planes = rows * row_planes;
+    }
+
+    void fetch(const void* at_values, const void* at_planes) const {
+        __builtin_prefetch(static_cast<const char*>(at_values) + values);
+        __builtin_prefetch(static_cast<const char*>(at_planes) + planes);
+    }
+};
+
 // --- Weights as floats ---------------------------------------------------------------------------------------------
 
 // What stands at positions that are not kept: nothing, +-u v, or the general sum.
@@ -198,13 +223,17 @@ template <class Isa, class Value, Background B, int T, int R>
 void exact_rows(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row) {
     const int64_t words = padded_words(weight), padded = words * kWordBits;
     RowReader<Isa, Value, B> reader[R];
+    const Ahead ahead(weight, sizeof(Value), R);
     typename Isa::Floats sum[R][T];
     for (int r = 0; r < R; ++r) {
         reader[r].start(weight, row + r);
         for (int t = 0; t < T; ++t) sum[r][t] = Isa::zero();
     }
     for (int64_t w = 0; w < words; ++w) {
-        for (int r = 0; r < R; ++r) reader[r].next_word();
+        for (int r = 0; r < R; ++r) {
+            ahead.fetch(reader[r].values, reader[r].planes);
+            reader[r].next_word();
+        }
         UNROLLED for (int64_t c = 0; c < kWordBits / Isa::kLanes; ++c) {
             const int64_t column = w * kWordBits + c * Isa::kLanes;
             for (int r = 0; r < R; ++r) {
@@ -229,6 +258,7 @@ void quick_rows(const SlabWeight& weight, const Activations& act, const Output& 
     const int64_t words = padded_words(weight), padded = words * kWordBits;
     const int64_t rank = B == Background::kGeneral ? weight.rank : kRanks;
     const int64_t plane_count = B == Background::kRankOne ? 2 : weight.plane_count;
+    const Ahead ahead(weight, 1, R);
     const uint64_t* planes[R];
     const int8_t* values[R];
     Floats sum[R][T];
@@ -244,15 +274,17 @@ void quick_rows(const SlabWeight& weight, const Activations& act, const Output& 
     for (int64_t w = 0; w < words; ++w) {
         const int64_t column = w * kWordBits;
         for (int r = 0; r < R; ++r) {
-            const uint64_t kept = planes[r][w * plane_count];
-            const auto entries = Isa::values8(values[r], kept);
-            values[r] += __builtin_popcountll(kept);
+            ahead.fetch(values[r], planes[r] + w * plane_count);
+            const uint64_t* at = planes[r] + w * plane_count;
+            const auto word = Isa::word(at, plane_count);
+            const auto entries = Isa::values8(values[r], word);
+            values[r] += __builtin_popcountll(at[0]);
             for (int t = 0; t < T; ++t) {
                 const Floats scale = Isa::broadcast(act.x_scales[t * words + w]);
                 sum[r][t] = Isa::fma(scale, Isa::dot(entries, act.x8 + t * padded + column), sum[r][t]);
             }
             if (B == Background::kNone) continue;
-            const auto signs = Isa::signs8(kept, plane_count == 2 ? planes[r][w * plane_count + 1] : 0);
+            const auto signs = Isa::signs8(word);
             for (int64_t q = 0; q < rank; ++q) {
                 for (int t = 0; t < T; ++t) {
                     const int64_t qt = q * T + t;

@@ -10,7 +10,7 @@ struct Neon {
     static constexpr int kLanes = 8;
     static constexpr uint64_t kLaneMask = 0xFF;
     static constexpr uint8_t kBias = 0;
-    static constexpr int kExactRows = 2, kQuickRows = 2;
+    static constexpr int kExactRows = 2, kQuickRows = 1;
 
     struct Floats {
         float32x4_t low, high;
@@ -72,7 +72,14 @@ struct Neon {
         return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
     }
 
-    static Bytes values8(const int8_t* values, uint64_t kept) {
+    struct Word {
+        uint64_t kept, minus;
+    };
+    static Word word(const uint64_t* planes, int64_t plane_count) {
+        return {planes[0], plane_count == 2 ? planes[1] : 0};
+    }
+    static Bytes values8(const int8_t* values, Word word) {
+        uint64_t kept = word.kept;
         Bytes out;
         for (int i = 0; i < 4; ++i, kept >>= 16) {
             const int8x8_t first = spread_bytes(values, kept & 0xFF);
@@ -88,11 +95,11 @@ struct Neon {
         const uint8x8_t low = vdup_n_u8(static_cast<uint8_t>(bits)), high = vdup_n_u8(static_cast<uint8_t>(bits >> 8));
         return vtstq_u8(vcombine_u8(low, high), vcombine_u8(bit_of, bit_of));
     }
-    static Signs signs8(uint64_t kept, uint64_t minus) {
+    static Signs signs8(Word word) {
         Signs out;
-        for (int i = 0; i < 4; ++i, kept >>= 16, minus >>= 16) {
-            const uint8x16_t others = vbicq_u8(vdupq_n_u8(1), byte_mask(kept));
-            out.value[i] = vreinterpretq_s8_u8(vorrq_u8(others, byte_mask(minus)));
+        for (int i = 0; i < 4; ++i, word.kept >>= 16, word.minus >>= 16) {
+            const uint8x16_t others = vbicq_u8(vdupq_n_u8(1), byte_mask(word.kept));
+            out.value[i] = vreinterpretq_s8_u8(vorrq_u8(others, byte_mask(word.minus)));
         }
         return out;
     }

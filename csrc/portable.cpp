@@ -66,15 +66,21 @@ struct Portable {
         for (; mask != 0; mask &= mask - 1) out.lane[__builtin_ctzll(mask)] = as_entry(*values++);
         return out;
     }
-    static Bytes values8(const int8_t* values, uint64_t kept) {
+    struct Word {
+        uint64_t kept, minus;
+    };
+    static Word word(const uint64_t* planes, int64_t plane_count) {
+        return {planes[0], plane_count == 2 ? planes[1] : 0};
+    }
+    static Bytes values8(const int8_t* values, const Word& word) {
         Bytes out = {};
-        for (; kept != 0; kept &= kept - 1) out.lane[__builtin_ctzll(kept)] = *values++;
+        for (uint64_t kept = word.kept; kept != 0; kept &= kept - 1) out.lane[__builtin_ctzll(kept)] = *values++;
         return out;
     }
-    static Signs signs8(uint64_t kept, uint64_t minus) {
+    static Signs signs8(const Word& word) {
         Signs out;
         for (int i = 0; i < kWordBits; ++i) {
-            out.lane[i] = static_cast<int8_t>(kept >> i & 1 ? 0 : minus >> i & 1 ? -1 : 1);
+            out.lane[i] = static_cast<int8_t>(word.kept >> i & 1 ? 0 : word.minus >> i & 1 ? -1 : 1);
         }
         return out;
     }
