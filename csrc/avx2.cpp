@@ -10,19 +10,18 @@ namespace {
 struct Avx2 {
     static constexpr int kLanes = 8;
     static constexpr uint64_t kLaneMask = 0xFF;
-    static constexpr uint8_t kBias = 0;
-    static constexpr int kExactRows = 2, kQuickRows = 2;
+    static constexpr float kUnit = 256.0f;
+    static constexpr int kExactRows = 2;
+    static constexpr int64_t kQuickTokens = 1;
 
     using Floats = __m256;
     struct Bits {
         __m256i low, high;  // each half of the word in all lanes
     };
     struct Bytes {
-        __m256i magnitude[2], value[2];
+        __m256i part[4];  // 256 times the 8-bit values, in 16 bits
     };
-    struct Signs {
-        __m256i value[2];
-    };
+    using Signs = Bytes;
 
     static Floats broadcast(float value) { return _mm256_set1_ps(value); }
     static Floats zero() { return _mm256_setzero_ps(); }
@@ -109,42 +108,33 @@ struct Avx2 {
         return _mm256_sign_epi8(_mm256_shuffle_epi8(both, rank), flags);  // flag 0 gives 0
     }
 
-    static Bytes values8(const int8_t* values, const Word& word) {
-        Bytes out;
-        const uint32_t low = static_cast<uint32_t>(word.kept), high = static_cast<uint32_t>(word.kept >> 32);
-        out.value[0] = values32(values, low, kept_flags(word, 0));
-        out.value[1] = values32(values + __builtin_popcount(low), high, kept_flags(word, 1));
-        for (int half = 0; half < 2; ++half) out.magnitude[half] = _mm256_abs_epi8(out.value[half]);
-        return out;
+    // Bytes above a byte of zeros: 256 times the value, without a shuffle across the register. Of every four groups of
+    // 8 columns the even ones come first, then the odd ones; x is stored in that order.
+    static Bytes widen(__m256i first, __m256i second) {
+        const __m256i zero = _mm256_setzero_si256();
+        return {{_mm256_unpacklo_epi8(zero, first), _mm256_unpackhi_epi8(zero, first),
+                 _mm256_unpacklo_epi8(zero, second), _mm256_unpackhi_epi8(zero, second)}};
     }
-    static Signs signs8(const Word& word) {
-        Signs out;
-        for (int half = 0; half < 2; ++half) {
-            const __m256i others = _mm256_xor_si256(kept_flags(word, half), _mm256_set1_epi8(1));
-            const __m256i minus = _mm256_cmpeq_epi8(spread_bits(word.bits, 8 + 4 * half), bit_of());
-            out.value[half] = _mm256_or_si256(others, minus);
-        }
-        return out;
+    static int64_t group(int64_t g) { return g / 4 * 4 + g % 4 / 2 + g % 2 * 2; }
+
+    static Bytes values8(const int8_t* values, const Word& word) {
+        const uint32_t low = static_cast<uint32_t>(word.kept), high = static_cast<uint32_t>(word.kept >> 32);
+        return widen(values32(values, low, kept_flags(word, 0)),
+                     values32(values + __builtin_popcount(low), high, kept_flags(word, 1)));
+    }
+    static Signs signs8(const Word& word) { return widen(signs32(word, 0), signs32(word, 1)); }
+    static __m256i signs32(const Word& word, int half) {
+        const __m256i others = _mm256_xor_si256(kept_flags(word, half), _mm256_set1_epi8(1));
+        return _mm256_or_si256(others, _mm256_cmpeq_epi8(spread_bits(word.bits, 8 + 4 * half), bit_of()));
     }
 
-    // |w| * (x with the sign of w): magnitudes up to 127 keep the pairs within 16 bits.
-    static Floats dot(const Bytes& weights, const uint8_t* x) {
+    static Floats dot(const Bytes& a, const int16_t* x) {
         const __m256i* from = reinterpret_cast<const __m256i*>(x);
-        const __m256i ones = _mm256_set1_epi16(1);
-        __m256i sum[2];
-        for (int half = 0; half < 2; ++half) {
-            const __m256i moved = _mm256_sign_epi8(_mm256_loadu_si256(from + half), weights.value[half]);
-            sum[half] = _mm256_madd_epi16(_mm256_maddubs_epi16(weights.magnitude[half], moved), ones);
+        __m256i sum[2] = {_mm256_setzero_si256(), _mm256_setzero_si256()};
+        for (int i = 0; i < 4; ++i) {
+            sum[i % 2] = _mm256_add_epi32(sum[i % 2], _mm256_madd_epi16(a.part[i], _mm256_loadu_si256(from + i)));
         }
         return _mm256_cvtepi32_ps(_mm256_add_epi32(sum[0], sum[1]));
-    }
-    static Floats dot(const Signs& signs, const int8_t* z) {
-        const __m256i* from = reinterpret_cast<const __m256i*>(z);
-        const __m256i ones = _mm256_set1_epi8(1);
-        const __m256i first = _mm256_sign_epi8(_mm256_loadu_si256(from), signs.value[0]);
-        const __m256i second = _mm256_sign_epi8(_mm256_loadu_si256(from + 1), signs.value[1]);
-        const __m256i pairs = _mm256_add_epi16(_mm256_maddubs_epi16(ones, first), _mm256_maddubs_epi16(ones, second));
-        return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
     }
 };
 

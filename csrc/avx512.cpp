@@ -8,17 +8,16 @@ namespace {
 struct Avx512 {
     static constexpr int kLanes = 16;
     static constexpr uint64_t kLaneMask = 0xFFFF;
-    static constexpr uint8_t kBias = 0x80;  // vpdpbusd multiplies unsigned by signed
-    static constexpr int kExactRows = 4, kQuickRows = 1;
+    static constexpr float kUnit = 256.0f;
+    static constexpr int kExactRows = 4;
+    static constexpr int64_t kQuickTokens = 4;
 
     using Floats = __m512;
     using Bits = uint64_t;
     struct Bytes {
-        __m512i value, correction;
+        __m512i low, high;  // 256 times the 8-bit values, in 16 bits
     };
-    struct Signs {
-        __mmask64 others, minus;
-    };
+    using Signs = Bytes;
 
     static Floats broadcast(float value) { return _mm512_set1_ps(value); }
     static Floats zero() { return _mm512_setzero_ps(); }
@@ -61,22 +60,24 @@ struct Avx512 {
     static Word word(const uint64_t* planes, int64_t plane_count) {
         return {planes[0], plane_count == 2 ? planes[1] : 0};
     }
-    // x is stored as x + 128: 128 times the sum of the weights is taken off again, once for all tokens.
+    // Bytes above a byte of zeros: 256 times the value, without a shuffle across the register. The low half gets the
+    // columns of even groups of 8, the high half those of odd ones; x is stored in that order.
+    static Bytes widen(__m512i bytes) {
+        const __m512i zero = _mm512_setzero_si512();
+        return {_mm512_unpacklo_epi8(zero, bytes), _mm512_unpackhi_epi8(zero, bytes)};
+    }
+    static int64_t group(int64_t g) { return g / 2 + g % 2 * 4; }
+
     static Bytes values8(const int8_t* values, Word word) {
-        const __m512i value = _mm512_maskz_expand_epi8(word.kept, _mm512_loadu_si512(values));
-        const __m512i zero = _mm512_setzero_si512();
-        const __m512i excess = _mm512_dpbusd_epi32(zero, _mm512_set1_epi8(static_cast<char>(kBias)), value);
-        return {value, _mm512_sub_epi32(zero, excess)};
+        return widen(_mm512_maskz_expand_epi8(word.kept, _mm512_loadu_si512(values)));
     }
-    static Signs signs8(Word word) { return {~word.kept, word.minus}; }
-    static Floats dot(const Bytes& weights, const uint8_t* x) {
-        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(weights.correction, _mm512_loadu_si512(x), weights.value));
+    static Signs signs8(Word word) {
+        const __m512i others = _mm512_maskz_set1_epi8(~word.kept, 1);
+        return widen(_mm512_mask_blend_epi8(word.minus, others, _mm512_set1_epi8(-1)));
     }
-    static Floats dot(const Signs& signs, const int8_t* z) {
-        const __m512i zero = _mm512_setzero_si512();
-        const __m512i plain = _mm512_maskz_loadu_epi8(signs.others, z);
-        const __m512i turned = _mm512_mask_sub_epi8(plain, signs.minus, zero, plain);
-        return _mm512_cvtepi32_ps(_mm512_dpbusd_epi32(zero, _mm512_set1_epi8(1), turned));
+    static Floats dot(const Bytes& a, const int16_t* x) {
+        const __m512i low = _mm512_dpwssd_epi32(_mm512_setzero_si512(), a.low, _mm512_loadu_si512(x));
+        return _mm512_cvtepi32_ps(_mm512_dpwssd_epi32(low, a.high, _mm512_loadu_si512(x + 32)));
     }
 };
 

@@ -10,7 +10,10 @@
 //   Word, word(planes, plane_count)      the plane words of 64 columns, ready for `values8` and `signs8`
 //   Bytes, values8(const int8_t*, Word)  64 int8 lanes: consecutive values where kept, 0 elsewhere
 //   Signs, signs8(Word)                  64 lanes: 0 where kept, -1 where minus, +1 elsewhere
-//   dot(Bytes, x8), dot(Signs, z8)       64 products, summed over parts as floats
+//   dot(Bytes, x16), dot(Signs, z16)     64 products, summed over parts as floats, times kUnit
+//   kExactRows                           rows read together with one token
+//   kQuickTokens                         up to so many tokens, fixed point is faster than floats
+//   group(g)                             where the g-th 8 columns of a word stand in x16 and z16
 #pragma once
 
 #include <string.h>
@@ -87,19 +90,27 @@ void to_floats(const Input* in, int64_t count, int64_t padded, float* out) {
     for (int64_t j = count; j < padded; ++j) out[j] = 0.0f;
 }
 
-// 64 floats to int8 with one scale, largest magnitude to 127. Adding 1.5 * 2^23 rounds to the nearest integer and leaves
-// it in the low bits, in a form that compilers vectorize.
-inline float quantize_block(const float* x, uint8_t bias, uint8_t* out) {
+// Fixed point has 13 bits: 8-bit weights are multiplied as 256 w (see `unpack` in the units), and the sum of 8 products
+// per lane, 8 * 256 * 127 * 4095, still fits into 32 bits.
+constexpr float kLargest = 4095.0f;
+
+// 64 floats to fixed point with one scale, largest magnitude to kLargest. Adding 1.5 * 2^23 rounds to the nearest
+// integer and leaves it in the low bits, in a form that compilers vectorize. Returns the scale of dot products.
+template <class Isa>
+float to_fixed_point(const float* x, int16_t* out) {
     float largest = 0.0f;
     for (int64_t j = 0; j < kWordBits; ++j) {
         const float magnitude = x[j] < 0.0f ? -x[j] : x[j];
         largest = magnitude > largest ? magnitude : largest;
     }
-    const float inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
+    const bool tiny = largest < 1e-30f;
+    const float inverse = tiny ? 0.0f : kLargest / largest;
+    int16_t fixed[kWordBits];
     for (int64_t j = 0; j < kWordBits; ++j) {
-        out[j] = static_cast<uint8_t>((as_bits(x[j] * inverse + 12582912.0f) & 0xFFu) ^ bias);
+        fixed[j] = static_cast<int16_t>(as_bits(x[j] * inverse + 12582912.0f) & 0xFFFFu);
     }
-    return largest > 1e-30f ? largest / 127.0f : 0.0f;
+    for (int64_t g = 0; g < 8; ++g) memcpy(out + 8 * Isa::group(g), fixed + 8 * g, 8 * sizeof(int16_t));
+    return tiny ? 0.0f : largest / kLargest / Isa::kUnit;
 }
 
 template <class Isa>
@@ -115,14 +126,14 @@ void prepare(const SlabWeight& weight, const void* inputs, int32_t input_type, i
         if (!quick) continue;
         for (int64_t w = 0; w < words; ++w) {
             const float* block = x + w * kWordBits;
-            act.x_scales[t * words + w] = quantize_block(block, Isa::kBias, act.x8 + t * padded + w * kWordBits);
+            act.x_scales[t * words + w] = to_fixed_point<Isa>(block, act.x16 + t * padded + w * kWordBits);
             for (int64_t q = 0; q < weight.rank; ++q) {
                 const float* v = weight.right + q * padded + w * kWordBits;
                 const int64_t qt = q * act.tokens + t;
                 float z[kWordBits];
                 for (int64_t j = 0; j < kWordBits; ++j) z[j] = v[j] * block[j];
                 act.z_scales[qt * words + w] =
-                    quantize_block(z, 0, reinterpret_cast<uint8_t*>(act.z8) + qt * padded + w * kWordBits);
+                    to_fixed_point<Isa>(z, act.z16 + qt * padded + w * kWordBits);
             }
         }
     }
@@ -249,57 +260,47 @@ void exact_rows(const SlabWeight& weight, const Activations& act, const Output& 
     }
 }
 
-// --- int8 activations ----------------------------------------------------------------------------------------------
+// --- Fixed-point activations ----------------------------------------------------------------------------------------------
 
-template <class Isa, Background B, int T, int R>
-void quick_rows(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row) {
+template <class Isa, Background B, int T>
+void quick_row(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row) {
     using Floats = typename Isa::Floats;
-    constexpr int kRanks = B == Background::kNone ? 0 : B == Background::kRankOne ? 1 : kMaxQuickRank;
+    constexpr int64_t kRanks = B == Background::kNone ? 0 : B == Background::kRankOne ? 1 : kMaxQuickRank;
     const int64_t words = padded_words(weight), padded = words * kWordBits;
     const int64_t rank = B == Background::kGeneral ? weight.rank : kRanks;
     const int64_t plane_count = B == Background::kRankOne ? 2 : weight.plane_count;
-    const Ahead ahead(weight, 1, R);
-    const uint64_t* planes[R];
-    const int8_t* values[R];
-    Floats sum[R][T];
-    Floats low[kRanks > 0 ? kRanks : 1][R][T];
-    for (int r = 0; r < R; ++r) {
-        planes[r] = weight.planes + (row + r) * words * plane_count;
-        values[r] = static_cast<const int8_t*>(weight.values) + (row + r) * weight.kept;
-        for (int t = 0; t < T; ++t) sum[r][t] = Isa::zero();
-        for (int64_t q = 0; q < rank; ++q) {
-            for (int t = 0; t < T; ++t) low[q][r][t] = Isa::zero();
-        }
+    const Ahead ahead(weight, 1, 1);
+    const uint64_t* planes = weight.planes + row * words * plane_count;
+    const int8_t* values = static_cast<const int8_t*>(weight.values) + row * weight.kept;
+    Floats sum[T], low[kRanks > 0 ? kRanks : 1][T];
+    for (int t = 0; t < T; ++t) sum[t] = Isa::zero();
+    for (int64_t q = 0; q < rank; ++q) {
+        for (int t = 0; t < T; ++t) low[q][t] = Isa::zero();
     }
-    for (int64_t w = 0; w < words; ++w) {
+    for (int64_t w = 0; w < words; ++w, planes += plane_count) {
         const int64_t column = w * kWordBits;
-        for (int r = 0; r < R; ++r) {
-            ahead.fetch(values[r], planes[r] + w * plane_count);
-            const uint64_t* at = planes[r] + w * plane_count;
-            const auto word = Isa::word(at, plane_count);
-            const auto entries = Isa::values8(values[r], word);
-            values[r] += __builtin_popcountll(at[0]);
+        ahead.fetch(values, planes);
+        const auto word = Isa::word(planes, plane_count);
+        const auto entries = Isa::values8(values, word);
+        values += __builtin_popcountll(planes[0]);
+        for (int t = 0; t < T; ++t) {
+            const Floats scale = Isa::broadcast(act.x_scales[t * words + w]);
+            sum[t] = Isa::fma(scale, Isa::dot(entries, act.x16 + t * padded + column), sum[t]);
+        }
+        if (B == Background::kNone) continue;
+        const auto signs = Isa::signs8(word);
+        for (int64_t q = 0; q < rank; ++q) {
             for (int t = 0; t < T; ++t) {
-                const Floats scale = Isa::broadcast(act.x_scales[t * words + w]);
-                sum[r][t] = Isa::fma(scale, Isa::dot(entries, act.x8 + t * padded + column), sum[r][t]);
-            }
-            if (B == Background::kNone) continue;
-            const auto signs = Isa::signs8(word);
-            for (int64_t q = 0; q < rank; ++q) {
-                for (int t = 0; t < T; ++t) {
-                    const int64_t qt = q * T + t;
-                    const Floats scale = Isa::broadcast(act.z_scales[qt * words + w]);
-                    low[q][r][t] = Isa::fma(scale, Isa::dot(signs, act.z8 + qt * padded + column), low[q][r][t]);
-                }
+                const int64_t qt = q * T + t;
+                const Floats scale = Isa::broadcast(act.z_scales[qt * words + w]);
+                low[q][t] = Isa::fma(scale, Isa::dot(signs, act.z16 + qt * padded + column), low[q][t]);
             }
         }
     }
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) {
-            float total = weight.scales[row + r] * Isa::total(sum[r][t]);
-            for (int64_t q = 0; q < rank; ++q) total += weight.left[(row + r) * rank + q] * Isa::total(low[q][r][t]);
-            store(output, weight.rows, row + r, t, total);
-        }
+    for (int t = 0; t < T; ++t) {
+        float total = weight.scales[row] * Isa::total(sum[t]);
+        for (int64_t q = 0; q < rank; ++q) total += weight.left[row * rank + q] * Isa::total(low[q][t]);
+        store(output, weight.rows, row, t, total);
     }
 }
 
@@ -342,17 +343,16 @@ void exact(const SlabWeight& weight, const Activations& act, const Output& out, 
 
 template <class Isa, Background B, int T>
 void quick_range(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row, int64_t end) {
-    constexpr int R = T <= 2 && B != Background::kGeneral ? Isa::kQuickRows : 1;
-    for (; row + R <= end; row += R) quick_rows<Isa, B, T, R>(weight, act, output, row);
-    for (; row < end; ++row) quick_rows<Isa, B, T, 1>(weight, act, output, row);
+    if constexpr (T <= Isa::kQuickTokens) {
+        for (; row < end; ++row) quick_row<Isa, B, T>(weight, act, output, row);
+    }
 }
 
 template <class Isa, Background B>
 void quick_tokens(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row, int64_t end) {
     if (act.tokens == 1) return quick_range<Isa, B, 1>(weight, act, output, row, end);
     if (act.tokens == 2) return quick_range<Isa, B, 2>(weight, act, output, row, end);
-    if (act.tokens == 4) return quick_range<Isa, B, 4>(weight, act, output, row, end);
-    quick_range<Isa, B, 8>(weight, act, output, row, end);
+    quick_range<Isa, B, 4>(weight, act, output, row, end);
 }
 
 template <class Isa>
@@ -412,7 +412,8 @@ void unpack(const SlabWeight& weight, int64_t begin, int64_t end, void* output, 
 
 template <class Isa>
 constexpr Kernels kernels_of() {
-    return {prepare<Isa>, exact<Isa>, quick<Isa>, unpack<Isa>};
+    static_assert(Isa::kQuickTokens <= 4);
+    return {Isa::kQuickTokens, prepare<Isa>, exact<Isa>, quick<Isa>, unpack<Isa>};
 }
 
 }  // namespace

@@ -9,8 +9,9 @@ namespace {
 struct Neon {
     static constexpr int kLanes = 8;
     static constexpr uint64_t kLaneMask = 0xFF;
-    static constexpr uint8_t kBias = 0;
-    static constexpr int kExactRows = 2, kQuickRows = 1;
+    static constexpr float kUnit = 1.0f;
+    static constexpr int kExactRows = 2;
+    static constexpr int64_t kQuickTokens = 2;
 
     struct Floats {
         float32x4_t low, high;
@@ -42,6 +43,8 @@ struct Neon {
     static void save(Floats a, BFloat* to) {
         vst1q_u16(reinterpret_cast<uint16_t*>(to), vcombine_u16(rounded(a.low), rounded(a.high)));
     }
+
+    static int64_t group(int64_t g) { return g; }
 
     static Bits bits(uint64_t word) { return word; }
     static Floats select(Bits bits, int64_t chunk, Floats off, Floats on) {
@@ -103,15 +106,17 @@ struct Neon {
         }
         return out;
     }
-    static Floats dot(const Bytes& a, const void* b) {
-        const int8_t* other = static_cast<const int8_t*>(b);
-        int32x4_t sum = vdupq_n_s32(0);
-        for (int i = 0; i < 4; ++i) {
-            const int8x16_t x = vld1q_s8(other + 16 * i);
-            sum = vpadalq_s16(sum, vmull_s8(vget_low_s8(a.value[i]), vget_low_s8(x)));
-            sum = vpadalq_s16(sum, vmull_s8(vget_high_s8(a.value[i]), vget_high_s8(x)));
+    static Floats dot(const Bytes& a, const int16_t* x) {
+        int32x4_t low = vdupq_n_s32(0), high = vdupq_n_s32(0);
+        for (int i = 0; i < 4; ++i, x += 16) {
+            const int16x8_t first = vmovl_s8(vget_low_s8(a.value[i])), second = vmovl_s8(vget_high_s8(a.value[i]));
+            const int16x8_t x_first = vld1q_s16(x), x_second = vld1q_s16(x + 8);
+            low = vmlal_s16(low, vget_low_s16(first), vget_low_s16(x_first));
+            high = vmlal_s16(high, vget_high_s16(first), vget_high_s16(x_first));
+            low = vmlal_s16(low, vget_low_s16(second), vget_low_s16(x_second));
+            high = vmlal_s16(high, vget_high_s16(second), vget_high_s16(x_second));
         }
-        return {vcvtq_f32_s32(sum), vdupq_n_f32(0.0f)};
+        return {vcvtq_f32_s32(low), vcvtq_f32_s32(high)};
     }
 };
 

@@ -6,8 +6,9 @@ namespace {
 struct Portable {
     static constexpr int kLanes = 8;
     static constexpr uint64_t kLaneMask = 0xFF;
-    static constexpr uint8_t kBias = 0;
-    static constexpr int kExactRows = 1, kQuickRows = 1;
+    static constexpr float kUnit = 1.0f;
+    static constexpr int kExactRows = 1;
+    static constexpr int64_t kQuickTokens = 4;
 
     struct Floats {
         float lane[kLanes];
@@ -49,6 +50,8 @@ struct Portable {
         for (float lane : a.lane) sum += lane;
         return sum;
     }
+    static int64_t group(int64_t g) { return g; }
+
     static Bits bits(uint64_t word) { return word; }
     static Floats select(Bits bits, int64_t chunk, const Floats& off, const Floats& on) {
         Floats out;
@@ -84,8 +87,7 @@ struct Portable {
         }
         return out;
     }
-    static Floats dot(const Bytes& a, const void* b) {
-        const int8_t* other = static_cast<const int8_t*>(b);
+    static Floats dot(const Bytes& a, const int16_t* other) {
         int32_t sum = 0;
         for (int i = 0; i < kWordBits; ++i) sum += a.lane[i] * other[i];
         Floats out = zero();

@@ -106,7 +106,7 @@ Activations make_activations(const SlabWeight& weight, int64_t tokens, bool quic
     const int64_t words = (weight.columns + kWordBits - 1) / kWordBits, padded = words * kWordBits;
     const int64_t ranks = quick ? weight.rank : 0, scales = quick ? words : 0;
     const int64_t floats = tokens * (padded + scales + ranks * scales);
-    const int64_t bytes = quick ? tokens * padded * (1 + ranks) : 0;
+    const int64_t bytes = quick ? tokens * padded * (1 + ranks) * 2 : 0;
     const size_t needed = static_cast<size_t>(4 * floats + bytes);
     if (memory.size() < needed) memory.resize(needed);
     Activations act{};
@@ -114,8 +114,8 @@ Activations make_activations(const SlabWeight& weight, int64_t tokens, bool quic
     act.x = reinterpret_cast<float*>(memory.data());
     act.x_scales = act.x + tokens * padded;
     act.z_scales = act.x_scales + tokens * scales;
-    act.x8 = memory.data() + 4 * floats;
-    act.z8 = reinterpret_cast<int8_t*>(act.x8 + (quick ? tokens * padded : 0));
+    act.x16 = reinterpret_cast<int16_t*>(memory.data() + 4 * floats);
+    act.z16 = act.x16 + (quick ? tokens * padded : 0);
     return act;
 }
 
@@ -139,13 +139,15 @@ int32_t slablm_abi_version() { return kAbiVersion; }
 int32_t slablm_supports(int32_t set) { return kernels_of(set) != nullptr && cpu_has(set); }
 
 int32_t slablm_matvec(int32_t set, const SlabWeight* weight, const void* inputs, int32_t input_type, int64_t tokens,
-                      void* outputs, int32_t output_type, int32_t quick, int32_t threads) {
+                      void* outputs, int32_t output_type, int32_t threads) {
     const Kernels* kernels = kernels_of(set);
     if (kernels == nullptr || !valid(weight) || tokens < 1 || tokens > kMaxTokens) return -1;
-    if (quick && (weight->value_type != kInt8 || weight->rank > kMaxQuickRank)) return -1;
+    const int64_t padded_tokens = next_power_of_two(tokens);
+    const bool quick = weight->value_type == kInt8 && weight->rank <= kMaxQuickRank &&
+                       padded_tokens <= kernels->quick_tokens;
     try {
-        Activations act = make_activations(*weight, next_power_of_two(tokens), quick != 0);
-        kernels->prepare(*weight, inputs, input_type, tokens, quick != 0, act);
+        Activations act = make_activations(*weight, padded_tokens, quick);
+        kernels->prepare(*weight, inputs, input_type, tokens, quick, act);
         const Output output{outputs, tokens, output_type};
         const auto run = quick ? kernels->quick : kernels->exact;
         for_rows(0, weight->rows, weight->columns, threads,

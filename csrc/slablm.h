@@ -14,7 +14,7 @@ constexpr int32_t kAbiVersion = 1;
 
 constexpr int64_t kWordBits = 64;      // columns per plane word, and per activation scale
 constexpr int64_t kMaxTokens = 8;      // tokens of one decode call
-constexpr int64_t kMaxQuickRank = 8;   // largest rank with int8 activations
+constexpr int64_t kMaxQuickRank = 8;   // largest rank with fixed-point activations
 constexpr int64_t kPadding = 64;       // bytes that may be read after the last value
 
 enum ScalarType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
@@ -41,10 +41,9 @@ SLABLM_API int32_t slablm_abi_version();
 SLABLM_API int32_t slablm_supports(int32_t set);
 
 // outputs[t, i] = sum over j of weight[i, j] * inputs[t, j], tokens 1 ... kMaxTokens, both row-major without gaps.
-// quick: quantize the activations to int8 (int8 values and rank <= kMaxQuickRank only). Returns 0, or -1 if the
-// arguments are out of range or memory is short.
+// Returns 0, or -1 if the arguments are out of range or memory is short.
 SLABLM_API int32_t slablm_matvec(int32_t set, const SlabWeight* weight, const void* inputs, int32_t input_type,
-                                 int64_t tokens, void* outputs, int32_t output_type, int32_t quick, int32_t threads);
+                                 int64_t tokens, void* outputs, int32_t output_type, int32_t threads);
 
 // rows [begin, end) of the weight as a dense [end - begin, columns] matrix of kFloat32 or kBFloat16.
 SLABLM_API int32_t slablm_unpack(int32_t set, const SlabWeight* weight, int64_t begin, int64_t end, void* output,
@@ -54,9 +53,9 @@ SLABLM_API int32_t slablm_unpack(int32_t set, const SlabWeight* weight, int64_t 
 struct Activations {
     int64_t tokens;         // a power of two; missing tokens are 0
     float* x;               // [tokens, padded]
-    uint8_t* x8;            // quick: x as int8 plus the instruction set's bias, [tokens, padded]
+    int16_t* x16;           // quick: x in fixed point, [tokens, padded], columns in the instruction set's order
     float* x_scales;        // quick: [tokens, words]
-    int8_t* z8;             // quick: v_q * x as int8, [rank, tokens, padded]
+    int16_t* z16;           // quick: v_q * x likewise, [rank, tokens, padded]
     float* z_scales;        // quick: [rank, tokens, words]
 };
 
@@ -68,6 +67,7 @@ struct Output {
 
 // What one translation unit, compiled for one instruction set, provides.
 struct Kernels {
+    int64_t quick_tokens;  // with int8 values and up to so many tokens, `quick` is the faster path
     void (*prepare)(const SlabWeight& weight, const void* inputs, int32_t input_type, int64_t tokens, bool quick,
                     Activations& activations);
     void (*exact)(const SlabWeight& weight, const Activations& activations, const Output& output, int64_t begin,

@@ -19,7 +19,6 @@ import slablm.kernels
 from slablm.kernels.layout import NativeWeight
 
 MAX_TOKENS = 8
-MAX_INT8_RANK = 8
 ABI_VERSION = 1
 # Fastest first; the number is the library's.
 INSTRUCTION_SETS = {"avx512": 2, "avx2": 1, "neon": 3, "portable": 0}
@@ -67,14 +66,14 @@ def load() -> Library | str:
     if version != ABI_VERSION:
         return f"{found[0]} belongs to another version of slablm: reinstall slablm"
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
-    functions.slablm_matvec.argtypes = (i32, pointer, pointer, i32, i64, pointer, i32, i32, i32)
+    functions.slablm_matvec.argtypes = (i32, pointer, pointer, i32, i64, pointer, i32, i32)
     functions.slablm_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
     supported = tuple(name for name, number in INSTRUCTION_SETS.items() if functions.slablm_supports(number))
     return Library(functions, found[0], supported)
 
 
 def matvec(
-    library: Library, instruction_set: str, weight: NativeWeight, inputs: Tensor, int8_activations: bool
+    library: Library, instruction_set: str, weight: NativeWeight, inputs: Tensor
 ) -> Tensor:
     """Ŵ applied to a few tokens, straight from the planes.
 
@@ -83,7 +82,6 @@ def matvec(
         instruction_set: one of `library.supported`.
         weight: [m, n].
         inputs: [t, n] with t ≤ `MAX_TOKENS`, contiguous, float32, float16 or bfloat16.
-        int8_activations: quantize the inputs to 8 bits per 64 columns (int8 values, rank ≤ `MAX_INT8_RANK` only).
 
     Returns:
         [t, m] in the inputs' dtype, accumulated in float32.
@@ -98,7 +96,6 @@ def matvec(
         inputs.shape[0],
         outputs.data_ptr(),
         scalar_type,
-        int8_activations,
         torch.get_num_threads(),
     )
     _check(status)
