@@ -90,9 +90,9 @@ void to_floats(const Input* in, int64_t count, int64_t padded, float* out) {
     for (int64_t j = count; j < padded; ++j) out[j] = 0.0f;
 }
 
-// Fixed point has 13 bits: 8-bit weights are multiplied as 256 w (see `unpack` in the units), and the sum of 8 products
-// per lane, 8 * 256 * 127 * 4095, still fits into 32 bits.
-constexpr float kLargest = 4095.0f;
+// Fixed point has 14 bits: 8-bit weights are multiplied as 256 w (see `widen` in the units), and the sum of 8 products
+// per lane, 8 * 256 * 127 * 8191, still fits into 32 bits.
+constexpr float kLargest = 8191.0f;
 
 // 64 floats to fixed point with one scale, largest magnitude to kLargest. Adding 1.5 * 2^23 rounds to the nearest
 // integer and leaves it in the low bits, in a form that compilers vectorize. Returns the scale of dot products.

@@ -141,7 +141,8 @@ int32_t slablm_supports(int32_t set) { return kernels_of(set) != nullptr && cpu_
 int32_t slablm_matvec(int32_t set, const SlabWeight* weight, const void* inputs, int32_t input_type, int64_t tokens,
                       void* outputs, int32_t output_type, int32_t threads) {
     const Kernels* kernels = kernels_of(set);
-    if (kernels == nullptr || !valid(weight) || tokens < 1 || tokens > kMaxTokens) return -1;
+    if (kernels == nullptr || !valid(weight) || tokens < 0 || tokens > kMaxTokens) return -1;
+    if (tokens == 0) return 0;
     const int64_t padded_tokens = next_power_of_two(tokens);
     const bool quick = weight->value_type == kInt8 && weight->rank <= kMaxQuickRank &&
                        padded_tokens <= kernels->quick_tokens;

@@ -40,7 +40,7 @@ SLABLM_API int32_t slablm_abi_version();
 // Whether this library has the instruction set and this CPU can run it.
 SLABLM_API int32_t slablm_supports(int32_t set);
 
-// outputs[t, i] = sum over j of weight[i, j] * inputs[t, j], tokens 1 ... kMaxTokens, both row-major without gaps.
+// outputs[t, i] = sum over j of weight[i, j] * inputs[t, j], tokens 0 ... kMaxTokens, both row-major without gaps.
 // Returns 0, or -1 if the arguments are out of range or memory is short.
 SLABLM_API int32_t slablm_matvec(int32_t set, const SlabWeight* weight, const void* inputs, int32_t input_type,
                                  int64_t tokens, void* outputs, int32_t output_type, int32_t threads);

@@ -185,7 +185,8 @@ def _words(mask: Tensor) -> Tensor:
 
 def _mask(words: Tensor, n: int) -> Tensor:
     """Inverse of `_words`."""
-    return unpack_bits(words.contiguous().view(torch.uint8), n)
+    octets = np.ascontiguousarray(words.numpy()).view(np.uint8)
+    return torch.from_numpy(np.unpackbits(octets, axis=1, count=n, bitorder="little")).bool()
 
 
 def _check_kept(planes: Tensor, kept: int, name: str) -> None:

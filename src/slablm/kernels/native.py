@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import slablm.kernels
+from slablm import kernels
 from slablm.kernels.layout import NativeWeight
 
 MAX_TOKENS = 8
@@ -55,7 +55,7 @@ class Library:
 @cache
 def load() -> Library | str:
     """The library, or why there is none, as one sentence."""
-    found = [path for folder in slablm.kernels.__path__ if (path := Path(folder) / f"_kernels{_SUFFIX}").is_file()]
+    found = [path for folder in kernels.__path__ if (path := Path(folder) / f"_kernels{_SUFFIX}").is_file()]
     if not found:
         return "slablm was installed without its compiled kernels (no C++ compiler at install time)"
     try:
