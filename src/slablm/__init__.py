@@ -1,3 +1,49 @@
-"""One-shot compression of large language models by SLaB (arXiv 2604.04493)."""
+"""One-shot compression of large language models by SLaB (arXiv 2604.04493).
+
+    import slablm
+    model = slablm.compress("path/or/hub-id", slablm.CompressionConfig(ratio=0.5))
+    model.save_pretrained("out")
+
+After ``import slablm``, a plain ``AutoModelForCausalLM.from_pretrained("out")`` loads the result.
+
+Importing is instant: the names below load on first use, and the transformers plug-in registers itself as soon as
+transformers' quantizer registry is there, whichever of the two is imported first.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import wrapt
+
+from slablm.errors import SlabError
+
+if TYPE_CHECKING:
+    from slablm.api import compress, decompose
+    from slablm.config import CompressionConfig
+    from slablm.methods import Decomposition
+    from slablm.modules import SlabLinear
 
 __version__ = "0.1.0"
+__all__ = ["CompressionConfig", "Decomposition", "SlabError", "SlabLinear", "__version__", "compress", "decompose"]
+
+_HOMES = {
+    "CompressionConfig": "slablm.config",
+    "Decomposition": "slablm.methods",
+    "SlabLinear": "slablm.modules",
+    "compress": "slablm.api",
+    "decompose": "slablm.api",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'slablm' has no attribute {name!r}")
+
+
+@wrapt.when_imported("transformers.quantizers.auto")
+def _register(module: Any) -> None:
+    """Register the format with transformers."""
+    import_module("slablm.hf")

@@ -54,6 +54,8 @@ class CompressionConfig:
         pattern: ``"unstructured"`` or ``"N:M"``, N of every M consecutive inputs survive at most.
         rank: rank r of the low-rank matrix W_L.
         iterations: rounds s of the alternating minimisation.
+        value_bits: bits of a code, 2 to 8; used by the quantizers (`rtn`, `gptq`) only.
+        group_size: columns of a row that share a scale and a zero point; used by the quantizers only.
         calibration: ``c4``, ``wikitext2``, ``self``, ``builtin`` or the path of a text file.
         num_samples: number of calibration windows.
         seq_len: tokens per calibration window.
@@ -71,6 +73,8 @@ class CompressionConfig:
     pattern: str = "unstructured"
     rank: int = 1
     iterations: int = 20
+    value_bits: int = 4
+    group_size: int = 128
     calibration: str = "c4"
     num_samples: int = 128
     seq_len: int = 2048
@@ -85,9 +89,11 @@ class CompressionConfig:
         object.__setattr__(self, "ignore", tuple(self.ignore))
         if not 0 < self.ratio < 1:
             raise SlabError(f"ratio must lie strictly between 0 and 1, got {self.ratio}")
-        for name in ("rank", "iterations", "num_samples"):
+        for name in ("rank", "iterations", "group_size", "num_samples"):
             if getattr(self, name) < 1:
                 raise SlabError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 2 <= self.value_bits <= 8:
+            raise SlabError(f"value_bits must lie between 2 and 8, got {self.value_bits}")
         if self.seq_len < 2:
             raise SlabError(f"seq_len must be at least 2 tokens, got {self.seq_len}")
         if not self.targets:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -79,5 +78,5 @@ class SlabLinear(nn.Module):
             return tensor.to(fn(tensor).device) if any(tensor is b for b in packed) else fn(tensor)
 
         packed = list(self._buffers.values())
-        super()._apply(move_only, recurse)
+        super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
         return self

@@ -1,6 +1,8 @@
-"""The mathematics: tensors in, a `Decomposition` out. Nothing here knows of transformers, files or devices.
+"""The mathematics: tensors in, an approximation out. Nothing here knows of transformers, files or devices.
 
-A method is a function ``(weight, stats, config) -> Decomposition``; `METHODS` names them all.
+A method is a function ``(weight, stats, config) -> result``; `METHODS` names them all. A result has `shape`, `dense`
+and `bits` (the paper's accounting). `Decomposition` can be packed and saved. `PrunedWeight` and `QuantizedWeight` come
+from baselines that are only compared; they also know their `true_bits`.
 """
 
 from __future__ import annotations
@@ -11,15 +13,46 @@ from torch import Tensor
 
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
+from slablm.methods.ablation import sparse, sparse_lowrank, sparse_scalar_binary
 from slablm.methods.decomposition import Decomposition, LayerStats
 from slablm.methods.pruning import magnitude, wanda
+from slablm.methods.quantizers import gptq, rtn
+from slablm.methods.results import PrunedWeight, QuantizedWeight
 from slablm.methods.slab import slab
+from slablm.methods.sparsegpt import sparsegpt
 
-Method = Callable[[Tensor, LayerStats, CompressionConfig], Decomposition]
+Result = Decomposition | PrunedWeight | QuantizedWeight
+Method = Callable[[Tensor, LayerStats, CompressionConfig], Result]
 
-METHODS: dict[str, Method] = {"slab": slab, "wanda": wanda, "magnitude": magnitude}
+METHODS: dict[str, Method] = {
+    "slab": slab,
+    "wanda": wanda,
+    "magnitude": magnitude,
+    "sparsegpt": sparsegpt,
+    "rtn": rtn,
+    "gptq": gptq,
+    "sparse": sparse,
+    "sparse+lowrank": sparse_lowrank,
+    "sparse+scalar-binary": sparse_scalar_binary,
+}
 
-__all__ = ["METHODS", "Decomposition", "LayerStats", "Method", "get_method"]
+# Methods that need `LayerStats.gram`, which costs n² memory and a matrix product per batch to collect.
+NEEDS_GRAM = frozenset({"sparsegpt", "gptq"})
+# Baselines for comparison only: their results have no packed form.
+YARDSTICKS = frozenset({"sparsegpt", "rtn", "gptq"})
+
+__all__ = [
+    "METHODS",
+    "NEEDS_GRAM",
+    "YARDSTICKS",
+    "Decomposition",
+    "LayerStats",
+    "Method",
+    "PrunedWeight",
+    "QuantizedWeight",
+    "Result",
+    "get_method",
+]
 
 
 def get_method(name: str) -> Method:

@@ -34,7 +34,7 @@ def overhead(shape: tuple[int, int], rank: int, signs: bool) -> float:
 
 
 def kept_per_row(shape: tuple[int, int], config: CompressionConfig, rank: int, signs: bool, name: str = "") -> int:
-    """k = ⌊p n⌋, limited to what an N:M pattern leaves.
+    """K = ⌊p n⌋, limited to what an N:M pattern leaves.
 
     Args:
         shape: (m, n) of the weight.

@@ -111,7 +111,9 @@ def low_rank(left: Tensor, right: Tensor) -> Tensor:
         right: vᵀ, [r, n].
     """
     left, right = left.float(), right.float()
-    total = left.new_zeros(left.shape[0], right.shape[1])
-    for i in range(left.shape[1]):
+    if left.shape[1] == 0:
+        return left.new_zeros(left.shape[0], right.shape[1])
+    total = torch.outer(left[:, 0], right[0])
+    for i in range(1, left.shape[1]):
         total += torch.outer(left[:, i], right[i])
     return total

@@ -36,7 +36,7 @@ def wanda(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Decom
         stats: `input_norms`, [n].
         config: `ratio` and `pattern`.
     """
-    return _prune(weight, weight.float().abs() * stats.input_norms, config)
+    return _prune(weight, weight.float().abs() * stats.input_norms.to(weight.device), config)
 
 
 def _prune(weight: Tensor, scores: Tensor, config: CompressionConfig) -> Decomposition:

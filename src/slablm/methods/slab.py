@@ -14,10 +14,12 @@ ahead of the rest; a few power iterations, started from the round before, follow
 block power iteration on a slightly wider subspace.
 
 Between rounds everything lives in four [m, n] buffers that are updated in place. W_S never appears: step 2 is
-R = W − mask ⊙ Y.
+R = W − mask ⊙ Y. The loop is `alternate`; step 3 is a function it is given, so that the arms of the ablation share it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -31,6 +33,8 @@ from slablm.methods.select import top_k_mask
 POWER_STEPS = 3
 # A block power iteration converges with the gap behind its last column: a few spare columns buy that gap.
 OVERSAMPLING = 6
+
+Fit = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def slab(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Decomposition:
@@ -47,34 +51,58 @@ def slab(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Decomp
     m, n = weight.shape
     rank = min(config.rank, m, n)
     k = kept_per_row((m, n), config, rank=rank, signs=True)
-    # + 0.0 turns −0.0 into +0.0, so that copysign below means sign(0) = +1.
+    basis = start_basis(weight.float(), rank)
+
+    def fit(residual: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal basis
+        left, right, basis = leading_factors(torch.abs(residual, out=scratch), basis, rank)
+        return left, right, _signed(low_rank(left, right), residual)
+
+    return alternate(weight, stats, config, k, fit)
+
+
+def alternate(weight: Tensor, stats: LayerStats, config: CompressionConfig, k: int, fit: Fit) -> Decomposition:
+    """The loop: choose W_S, fit the rest, and again.
+
+    Args:
+        weight: W, [m, n]; computed in float32 whatever its dtype.
+        stats: `input_norms` d, [n].
+        config: `pattern` and `iterations`.
+        k: entries to keep per row.
+        fit: step 3. Given R = W − W_S and a buffer to write to, both [m, n], it returns left [m, r], right [r, n] and
+            their background W_L ⊙ W_B (or W_L alone), a new [m, n].
+
+    Returns:
+        The decomposition, with the signs of R. A fit whose background does not use them has to drop them.
+    """
+    # + 0.0 turns −0.0 into +0.0, so that copysign in a fit means sign(0) = +1.
     weight = weight.float() + 0.0
     norms, pattern = stats.input_norms.to(weight), config.n_of_m
     background = torch.zeros_like(weight)  # W_L ⊙ W_B
-    residual = torch.empty_like(weight)  # first Y, then the scores, then R
-    magnitude = torch.empty_like(weight)  # |R|, then W_L
-    basis = _start_basis(weight, rank)
+    residual = torch.empty_like(weight)  # first Y, then R
+    scratch = torch.empty_like(weight)  # first the scores, then the fit's
     for _ in range(config.iterations):
         torch.sub(weight, background, out=residual)
-        torch.abs(residual, out=magnitude).mul_(norms)
-        mask = top_k_mask(magnitude, k, pattern)
+        torch.abs(residual, out=scratch).mul_(norms)
+        mask = top_k_mask(scratch, k, pattern)
         torch.addcmul(weight, mask.to(weight.dtype), residual, value=-1, out=residual)
-        torch.abs(residual, out=magnitude)
-        left, right, basis = _leading_factors(magnitude, basis, rank)
-        sparse, background = background, _signed(low_rank(left, right), residual)
-    # `sparse` is W_L ⊙ W_B before the last round: W_S = W − that, and the folded value adds the new one.
-    values = (weight - sparse + background)[mask].view(m, k)
+        previous = background
+        left, right, background = fit(residual, scratch)
+    # W_S is W − the background before the last round; the folded value adds the new one.
+    values = (weight - previous + background)[mask].view(len(weight), k)
     return Decomposition(mask=mask, values=values, left=left, right=right, signs=residual < 0)
 
 
 def _signed(low_rank_matrix: Tensor, residual: Tensor) -> Tensor:
     """W_L ⊙ sign(R), in place; W_L may be negative when its rank is above 1."""
-    return low_rank_matrix.mul_(torch.copysign(torch.ones((), device=residual.device), residual))
+    one = torch.ones((), device=residual.device)
+    signed: Tensor = low_rank_matrix.mul_(torch.copysign(one, residual))
+    return signed
 
 
-def _start_basis(weight: Tensor, rank: int) -> Tensor:
+def start_basis(weight: Tensor, rank: int) -> Tensor:
     """Where the first power iteration starts, [n, r] or wider: column norms, and a fixed random block beside them."""
-    norms = torch.linalg.vector_norm(weight, dim=0, keepdim=True).T
+    norms: Tensor = torch.linalg.vector_norm(weight, dim=0, keepdim=True).T
     if rank == 1:
         return norms
     width = min(rank + OVERSAMPLING, *weight.shape) - 1
@@ -83,11 +111,11 @@ def _start_basis(weight: Tensor, rank: int) -> Tensor:
     return torch.cat([norms, noise.to(norms)], dim=1)
 
 
-def _leading_factors(magnitude: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def leading_factors(magnitude: Tensor, basis: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Best rank-r approximation of |R| by warm-started power iteration.
 
     Args:
-        magnitude: |R|, [m, n].
+        magnitude: |R|, [m, n]; for r > 1 it may have negative entries.
         basis: right subspace of the round before, [n, q] with q ≥ r.
         rank: r.
 
@@ -106,7 +134,7 @@ def _leading_factors(magnitude: Tensor, basis: Tensor, rank: int) -> tuple[Tenso
 
 
 def _leading_pair(magnitude: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`_leading_factors` for r = 1: u σ vᵀ with u, v ≥ 0."""
+    """`leading_factors` for r = 1: u σ vᵀ with u, v ≥ 0."""
     tiny = torch.finfo(magnitude.dtype).tiny
     for _ in range(POWER_STEPS):
         left = magnitude @ right

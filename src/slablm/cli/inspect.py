@@ -1,0 +1,55 @@
+"""``slablm inspect``: check a compressed checkpoint and show its sizes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from slablm.cli.console import Json, print_json
+
+if TYPE_CHECKING:
+    from slablm.inspection import Inspection
+
+
+def inspect(out: Annotated[Path, typer.Argument(help="A slablm checkpoint folder.")], json: Json = False) -> None:
+    """Check the integrity of OUT and show what every layer costs."""
+    from slablm.inspection import inspect_folder
+
+    inspection = inspect_folder(out)
+    if json:
+        print_json(inspection.to_dict())
+    else:
+        _print_table(inspection)
+
+
+def _print_table(inspection: Inspection) -> None:
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    from slablm.memory import human_bytes
+
+    table = Table(title="Compressed layers", box=SIMPLE)
+    table.add_column("layer", no_wrap=True)
+    for column in ("shape", "kept", "bits", "ratio", "error"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in inspection.layers:
+        table.add_row(
+            layer.name,
+            f"{layer.shape[0]}×{layer.shape[1]}",
+            f"{layer.kept_fraction:.4f}",
+            f"{layer.bits_per_weight:.3f}",
+            f"{layer.compression_ratio:.4f}",
+            f"{layer.output_error:.4f}",
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    console.print("bits: true bits per weight; ratio: the paper's compression ratio; error: relative output error")
+    console.print(
+        f"total: {len(inspection.layers)} layers, {inspection.weights / 1e6:.1f} M weights, "
+        f"kept {inspection.kept_fraction:.4f}, {inspection.bits_per_weight:.3f} true bits per weight, "
+        f"compression ratio {inspection.compression_ratio:.4f} (paper), {human_bytes(inspection.file_bytes)} on disk"
+    )
+    console.print("integrity: every tensor matches its digest")

@@ -1,0 +1,145 @@
+"""What a slablm folder holds: integrity, exact sizes and the error of every layer, read without loading the model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from slablm import integrity
+from slablm.checkpoint import CONFIG, weight_files
+from slablm.errors import SlabError
+from slablm.layerwise import LayerReport
+from slablm.methods.budget import PAPER_VALUE_BITS, paper_ratio
+
+VALUE_BYTES = 2  # float16 and bfloat16
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """Contents of a checkpoint.
+
+    Attributes:
+        layers: one report per compressed layer (`seconds` is 0: time is not stored).
+        header_bytes: bytes of all safetensors headers, digests included.
+        file_bytes: bytes of all safetensors files.
+        settings: the compression settings.
+    """
+
+    layers: tuple[LayerReport, ...]
+    header_bytes: int
+    file_bytes: int
+    settings: dict[str, Any]
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the compressed layers."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per target weight: packed tensors and headers on disk."""
+        return (sum(layer.true_bits for layer in self.layers) + 8 * self.header_bytes) / self.weights
+
+    @property
+    def compression_ratio(self) -> float:
+        """The paper's compression ratio over all compressed layers."""
+        return 1 - sum(layer.paper_bits for layer in self.layers) / (PAPER_VALUE_BITS * self.weights)
+
+    @property
+    def kept_fraction(self) -> float:
+        """Share of the target weights that are kept as values."""
+        return sum(layer.kept_fraction * layer.weights for layer in self.layers) / self.weights
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        return {
+            "bits_per_weight": self.bits_per_weight,
+            "compression_ratio": self.compression_ratio,
+            "kept_fraction": self.kept_fraction,
+            "weights": self.weights,
+            "file_bytes": self.file_bytes,
+            "compression": self.settings,
+            "tensors": [
+                {
+                    "name": layer.name,
+                    "shape": list(layer.shape),
+                    "kept_fraction": layer.kept_fraction,
+                    "bits_per_weight": layer.bits_per_weight,
+                    "compression_ratio": layer.compression_ratio,
+                    "output_error": layer.output_error,
+                }
+                for layer in self.layers
+            ],
+        }
+
+
+def inspect_folder(folder: Path) -> Inspection:
+    """Check a checkpoint and measure it.
+
+    Args:
+        folder: a slablm checkpoint.
+
+    Raises:
+        SlabError: it is none, its format is unknown, or a file is damaged.
+    """
+    from slablm.hf import SlabQuantizationConfig
+
+    config = read_quantization_config(folder)
+    quantization = SlabQuantizationConfig(**config)
+    files = weight_files(folder)
+    sizes: dict[str, tuple[int, int]] = {}  # tensor → (bytes, last dimension)
+    for file in files:
+        integrity.verify_file(file)
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                tensor = tensors.get_tensor(name)
+                sizes[name] = tensor.nbytes, tensor.shape[-1]
+    layers = []
+    for name, spec in sorted(quantization.modules.items(), key=lambda item: _by_depth(item[0])):
+        plane = "states" if spec.signs else "positions"
+        parts = [f"{name}.{part}" for part in ("values", "left", "right", plane)]
+        missing = [part for part in parts if part not in sizes]
+        if missing:
+            raise SlabError(f"{folder}: tensor {missing[0]!r} is missing: download or compress it again")
+        n = sizes[f"{name}.right"][1]
+        m = sizes[f"{name}.values"][0] // (VALUE_BYTES * spec.kept)
+        true_bits = 8 * sum(sizes[part][0] for part in parts)
+        ratio = paper_ratio((m, n), spec.kept, spec.rank, spec.signs)
+        paper_bits = round((1 - ratio) * PAPER_VALUE_BITS * m * n)
+        layers.append(LayerReport(name, (m, n), spec.kept / n, paper_bits, true_bits, spec.output_error, seconds=0.0))
+    return Inspection(
+        tuple(layers),
+        header_bytes=sum(map(integrity.header_bytes, files)),
+        file_bytes=sum(file.stat().st_size for file in files),
+        settings=quantization.compression.to_dict(),
+    )
+
+
+def _by_depth(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts block 2 before block 10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def read_quantization_config(folder: Path) -> dict[str, Any]:
+    """``quantization_config`` of a slablm folder.
+
+    Raises:
+        SlabError: the folder or file is missing or broken, or it is not a slablm checkpoint.
+    """
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
+        if config["quant_method"] != "slab":
+            raise KeyError
+    except FileNotFoundError:
+        raise SlabError(f"{path} does not exist: {folder} is no model folder") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise SlabError(f"{path} is damaged: {error}") from error
+    except (KeyError, TypeError):
+        raise SlabError(f"{folder} is not a slablm checkpoint (no quant_method 'slab' in {CONFIG})") from None
+    assert isinstance(config, dict)
+    return config

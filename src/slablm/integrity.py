@@ -1,0 +1,91 @@
+"""Digests of tensors in a safetensors file: corruption is found before a wrong model is used.
+
+The header of every file carries ``__metadata__["slablm"]``, a JSON object with the format version and one BLAKE2b-64
+digest per tensor over its type, shape and bytes. transformers writes the same metadata into each shard, so the digests
+cover all shards together and a file is checked for the tensors it holds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from slablm.errors import SlabError
+from slablm.packing import FORMAT_VERSION
+
+METADATA_KEY = "slablm"
+
+
+def digest(tensor: Tensor) -> str:
+    """BLAKE2b-64 over type, shape and bytes, 16 hexadecimal digits."""
+    tensor = tensor.detach().cpu().contiguous()
+    hasher = hashlib.blake2b(digest_size=8)
+    hasher.update(f"{tensor.dtype}{list(tensor.shape)}".encode())
+    if tensor.numel():
+        hasher.update(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    return hasher.hexdigest()
+
+
+def metadata(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Header metadata for the tensors of a state dict."""
+    digests = {name: digest(tensor) for name, tensor in state.items()}
+    return {METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, "digests": digests}, sort_keys=True)}
+
+
+def verify_file(path: Path) -> None:
+    """Compare every tensor of a file with its digest.
+
+    Raises:
+        SlabError: the file is truncated, has no digests, or a tensor is missing, unknown or different.
+    """
+    way_out = "download or compress it again"
+    try:
+        with safe_open(path, framework="pt") as file:
+            expected = _digests(file.metadata(), path)
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name not in expected:
+                    raise SlabError(f"{path}: tensor {name!r} has no digest, the file is damaged: {way_out}")
+                if digest(file.get_tensor(name)) != expected[name]:
+                    raise SlabError(f"{path}: tensor {name!r} is corrupted: {way_out}")
+    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        raise SlabError(f"{path} cannot be read ({error}): it is truncated or damaged, {way_out}") from error
+
+
+def sort_metadata(path: Path) -> None:
+    """Put the header's metadata keys in order, in place.
+
+    safetensors writes them in the order of a hash map with a random seed; the same model would give different files.
+    """
+    with path.open("r+b") as file:
+        length: int = struct.unpack("<Q", file.read(8))[0]
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) > length:
+            raise AssertionError("a reordered safetensors header must not grow")
+        file.seek(8)
+        file.write(text.ljust(length))
+
+
+def header_bytes(path: Path) -> int:
+    """Bytes of a safetensors file before its first tensor."""
+    with path.open("rb") as file:
+        length: int = struct.unpack("<Q", file.read(8))[0]
+    return 8 + length
+
+
+def _digests(header: dict[str, str] | None, path: Path) -> dict[str, str]:
+    try:
+        record: dict[str, Any] = json.loads((header or {})[METADATA_KEY])
+        digests: dict[str, str] = record["digests"]
+    except (KeyError, ValueError, TypeError):
+        raise SlabError(f"{path} carries no slablm digests: it is damaged or was not written by slablm") from None
+    return digests

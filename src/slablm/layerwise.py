@@ -1,0 +1,233 @@
+"""The one loop over the decoder: capture → decompose → swap → propagate.
+
+Blocks are compressed in order. The statistics of a block come from the inputs that the *already compressed* blocks in
+front of it produce, so that every layer is fitted to what it will really see:
+
+    for each block:  run it dense on all windows, collecting statistics
+                     decompose its linear layers
+                     run it compressed on all windows; the outputs are the next block's inputs
+
+Memory: the model, the hidden states of all windows (windows × seq_len × hidden_size values), and the activations and
+statistics of one block. Attention and MLP activations exist for one window at a time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from slablm.calibration.capture import BlockCall, capture_block_calls, collect_stats
+from slablm.config import CompressionConfig
+from slablm.errors import SlabError
+from slablm.methods import NEEDS_GRAM, Decomposition, LayerStats, PrunedWeight, get_method
+from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.modules import SlabLinear
+from slablm.packing import PackedWeight, pack
+from slablm.targets import Targets, find_blocks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer.
+
+    Attributes:
+        name: full name of the module.
+        shape: (m, n).
+        kept_fraction: share of the entries that are kept as values of their own.
+        paper_bits: size in the paper's accounting (positions not counted).
+        true_bits: size with everything a reader needs.
+        output_error: ‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F on sampled calibration inputs.
+        seconds: time of the decomposition.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kept_fraction: float
+    paper_bits: int
+    true_bits: int
+    output_error: float
+    seconds: float
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, m · n."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def compression_ratio(self) -> float:
+        """The paper's compression ratio of this layer against 16-bit values."""
+        return 1 - self.paper_bits / (PAPER_VALUE_BITS * self.weights)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight."""
+        return self.true_bits / self.weights
+
+
+Progress = Callable[[int, int, LayerReport], None]
+
+
+@torch.no_grad()
+def compress_blocks(
+    model: PreTrainedModel,
+    targets: Targets,
+    windows: Tensor,
+    config: CompressionConfig,
+    on_layer: Progress | None = None,
+) -> list[LayerReport]:
+    """Compress the target layers of a model in place.
+
+    A layer becomes a `SlabLinear`; with one of the methods in `YARDSTICKS` it stays linear and its weight becomes Ŵ.
+
+    Args:
+        model: the dense model, in eval mode.
+        targets: the layers, from `select_targets`.
+        windows: calibration token ids, [windows, seq_len].
+        config: method and settings.
+        on_layer: called after each layer with (layers done, layers in all, report).
+
+    Returns:
+        One report per layer, in the order of the model.
+
+    Raises:
+        SlabError: NaN or Inf in activations, an impossible ratio or pattern.
+    """
+    _, blocks = find_blocks(model)
+    hidden, calls = capture_block_calls(model, blocks, windows, model.device)
+    total = sum(len(names) for names in targets.names)
+    reports: list[LayerReport] = []
+
+    def note(report: LayerReport) -> None:
+        reports.append(report)
+        if on_layer is not None:
+            on_layer(len(reports), total, report)
+
+    for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+        layers = {name: _linear(model, name) for name in targets.names[index]}
+        packed = _compress_block(block, layers, call, hidden, config, note)
+        for i, states in enumerate(hidden):
+            hidden[i] = call(block, states)
+            check_finite(hidden[i], f"the output of block {index}")
+        for name, weight in packed.items():
+            replace_module(model, name, SlabLinear(weight, layers[name].bias))
+    return reports
+
+
+def _compress_block(
+    block: nn.Module,
+    layers: dict[str, nn.Linear],
+    call: BlockCall,
+    hidden: list[Tensor],
+    config: CompressionConfig,
+    note: Callable[[LayerReport], None],
+) -> dict[str, PackedWeight]:
+    """Compress the target layers of one block.
+
+    Every layer's weight becomes Ŵ, for the propagation (dense is faster while it lasts). Returned are the packed
+    weights, of the methods that have them.
+    """
+    if not layers:
+        return {}
+    stats = collect_stats(
+        block,
+        layers,
+        lambda i: call(block, hidden[i]),
+        len(hidden),
+        with_gram=config.method in NEEDS_GRAM,
+        seed=config.seed,
+    )
+    packed = {}
+    for name, layer in layers.items():
+        # Statistics of a layer are dropped with it: a Gram matrix is larger than the weight.
+        report, approximation, weight = compress_layer(name, layer.weight, stats.pop(name), config)
+        layer.weight.data = approximation.to(layer.weight.dtype)
+        if weight is not None:
+            packed[name] = weight
+        note(report)
+    return packed
+
+
+def compress_layer(
+    name: str, weight: Tensor, stats: LayerStats, config: CompressionConfig
+) -> tuple[LayerReport, Tensor, PackedWeight | None]:
+    """Run the method on one weight and round the result as it is stored.
+
+    Args:
+        name: full name of the layer, for errors and the report.
+        weight: W, [m, n].
+        stats: statistics of its inputs.
+        config: method and settings.
+
+    Returns:
+        The report, Ŵ [m, n] float32, and its packed form if the method has one.
+
+    Raises:
+        SlabError: see `compress_blocks`.
+    """
+    start = time.perf_counter()
+    try:
+        result = get_method(config.method)(weight, stats, config)
+    except SlabError as error:
+        raise SlabError(f"{name}: {error}") from error
+    seconds = time.perf_counter() - start
+    dtype = value_dtype(config, weight.dtype)
+    packed: PackedWeight | None = None
+    kept = 1.0
+    if isinstance(result, Decomposition):
+        packed = pack(result, dtype, name)
+        approximation, true_bits, kept = packed.dense(), 8 * packed.nbytes, result.kept / weight.shape[1]
+    else:
+        approximation, true_bits = result.dense(), result.true_bits()
+        if isinstance(result, PrunedWeight):
+            approximation, kept = approximation.to(dtype).float(), result.values.numel() / weight.numel()
+    report = LayerReport(
+        name=name,
+        shape=result.shape,
+        kept_fraction=kept,
+        paper_bits=result.bits(),
+        true_bits=true_bits,
+        output_error=stats.output_error(weight, approximation),
+        seconds=seconds,
+    )
+    return report, approximation, packed
+
+
+def value_dtype(config: CompressionConfig, model_dtype: torch.dtype) -> torch.dtype:
+    """Type of stored values: as configured, else bfloat16 for a bfloat16 model and float16 for all others."""
+    if config.value_dtype is not None:
+        dtype = getattr(torch, config.value_dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    return torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float16
+
+
+def check_finite(tensor: Tensor, what: str) -> None:
+    """Refuse NaN and Inf.
+
+    Raises:
+        SlabError: naming `what`.
+    """
+    if not torch.isfinite(tensor).all():
+        raise SlabError(
+            f"NaN or Inf in {what}: the checkpoint is damaged, or its dtype overflows (try --dtype float32)"
+        )
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the module called `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module

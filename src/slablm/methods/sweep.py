@@ -1,0 +1,151 @@
+"""One sweep over the columns with error feedback: what SparseGPT and GPTQ have in common.
+
+Changing a weight changes the layer's output. Optimal Brain Surgeon says how the weights that are still free make up
+for it. For one row w with H = XᵀX, let F be the columns not fixed yet and j the first of them. Fixing w_j at q costs
+(w_j − q)² / [H_F⁻¹]_jj, and the best answer of the others is
+
+    w_F  ←  w_F − (w_j − q) / [H_F⁻¹]_jj · [H_F⁻¹]_j,:
+
+Going from left to right in every row makes F, and so H_F⁻¹, the same for all rows. All of these inverses are contained
+in one upper triangular matrix U with H⁻¹ = UᵀU (Frantar & Alistarh 2023, arXiv 2301.00774; Frantar et al. 2022, arXiv
+2210.17323):
+
+    [H_F⁻¹]_jj = U_jj²,      [H_F⁻¹]_j,: = U_jj · U_j,F
+
+so with e = (w_j − q) / U_jj the update is w_F ← w_F − e · U_j,F. It is applied at once to the rest of a block of
+columns, and to all columns behind the block by one matrix product when the block is done. This delay changes nothing
+in exact arithmetic.
+
+The papers get U from Cholesky, inverse, Cholesky. We take H = R Rᵀ with R upper triangular (Cholesky in reversed
+column order), so that U = R⁻¹: the same matrix with half the work and no second factorisation that could fail.
+
+What a column becomes is the caller's affair. A *plan* is called at the start of every block and returns a function
+that gives the new value of each column. Both see the block as it is at that moment, all errors so far fed into it, so
+a mask can be settled per block, a scale per group, a code per column.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slablm.errors import SlabError
+from slablm.methods.decomposition import LayerStats
+
+BLOCK_SIZE = 128
+DAMPING = 0.01
+# A Gram matrix that is not positive definite at the damping asked for gets ten and then a hundred times as much.
+DAMPING_STEPS = (1, 10, 100)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The columns the sweep is working on.
+
+    Attributes:
+        weight: current weights, [m, b]. A live view: columns right of the one being replaced receive its error.
+        diagonal: U_jj of these columns, [b]. (weight / diagonal)² is what setting an entry to zero costs.
+        start: index of the first of these columns in the whole weight.
+    """
+
+    weight: Tensor
+    diagonal: Tensor
+    start: int
+
+
+Plan = Callable[[Block], Callable[[int], Tensor]]
+
+
+def column_sweep(
+    weight: Tensor, gram: Tensor, plan: Plan, block_size: int = BLOCK_SIZE, damping: float = DAMPING
+) -> Tensor:
+    """Replace column after column and let the columns to the right make up for the error.
+
+    Columns of dead inputs (zero on the diagonal of the Gram matrix) do not influence the output and start as zero.
+
+    Args:
+        weight: W, [m, n]; computed in float32 whatever its dtype.
+        gram: XᵀX up to a factor, [n, n].
+        plan: called with every block in order; returns the function that maps j, counted within the block, to the new
+            column [m]. That function is called once for each j in ascending order.
+        block_size: columns per block.
+        damping: λ as a share of the mean diagonal: H = XᵀX + λ · mean(diag) · I.
+
+    Returns:
+        The new weight, [m, n] float32.
+
+    Raises:
+        SlabError: the Gram matrix is not finite, or not positive definite even with the damping raised.
+    """
+    gram = gram.to(weight.device, torch.float32)
+    factor = inverse_factor(gram, damping)
+    m, n = weight.shape
+    # Transposed, a column is contiguous. clone: the caller's weight must survive, also where .T is a plain view.
+    columns = weight.float().T.clone(memory_format=torch.contiguous_format)
+    columns[gram.diagonal() == 0] = 0
+    errors = columns.new_empty(block_size, m)
+    for start in range(0, n, block_size):
+        stop = min(start + block_size, n)
+        current, inner = columns[start:stop], factor[start:stop, start:stop]
+        replace = plan(Block(current.T, inner.diagonal(), start))
+        for j in range(stop - start):
+            column = replace(j)
+            torch.sub(current[j], column, out=errors[j]).div_(inner[j, j])
+            current[j] = column
+            current[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+    return columns.T.contiguous()
+
+
+def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """U, upper triangular with UᵀU = H⁻¹ and H = XᵀX + λ · mean(diag) · I.
+
+    Dead inputs get the mean of the live diagonal, so that U does not depend on the scale of the Gram matrix in any
+    other way than by a factor. (The papers' 1 does the same for their scale.)
+
+    Args:
+        gram: XᵀX up to a factor, [n, n] float32.
+        damping: λ; raised by `DAMPING_STEPS` as long as the factorisation fails.
+
+    Raises:
+        SlabError: the Gram matrix is not finite, or not positive definite even with the damping raised.
+    """
+    diagonal = gram.diagonal()
+    # A float32 sum of squares that overflowed shows up here first.
+    if not torch.isfinite(gram).all():
+        raise SlabError("the Gram matrix of the calibration inputs holds infinity or NaN: load the model in float32")
+    dead = diagonal == 0
+    mean = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
+    for step in DAMPING_STEPS:
+        reversed_gram = gram.flip(0, 1)
+        reversed_gram.diagonal().add_(dead.flip(0) * mean + step * damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(reversed_gram)
+        if not failed:
+            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            return factor
+    raise SlabError(
+        f"the Gram matrix of the calibration inputs is not positive definite, even with {step * damping:g} of its "
+        "mean diagonal added: use more calibration windows, or a method that needs no Gram matrix"
+    )
+
+
+def required_gram(stats: LayerStats, method: str) -> Tensor:
+    """`stats.gram`.
+
+    Args:
+        stats: statistics of the layer.
+        method: how the error calls the method.
+
+    Raises:
+        SlabError: it was not collected.
+    """
+    if stats.gram is None:
+        raise SlabError(
+            f"method {method!r} needs the Gram matrix of the calibration inputs: collect LayerStats.gram for every "
+            "method in NEEDS_GRAM"
+        )
+    return stats.gram

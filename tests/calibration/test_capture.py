@@ -1,0 +1,70 @@
+import pytest
+import torch
+from torch import nn
+
+from slablm import SlabError
+from slablm.calibration.capture import StatsCollector, capture_block_calls
+from slablm.targets import find_blocks
+
+
+def test_statistics_are_those_of_all_inputs():
+    collector = StatsCollector(6, with_gram=True, device=torch.device("cpu"))
+    batches = [torch.randn(1, 5, 6), torch.randn(1, 7, 6)]
+    for batch in batches:
+        collector.add(batch, torch.tensor([0, 12, 3]))
+    inputs = torch.cat([batch[0] for batch in batches])
+    stats = collector.stats("layer")
+    assert stats.tokens == 12
+    assert torch.allclose(stats.input_norms, inputs.norm(dim=0))
+    assert torch.allclose(stats.gram, inputs.T @ inputs, atol=1e-5)
+    assert torch.equal(stats.sample[1], batches[0][0, 12 % 5])
+
+
+def test_the_first_token_counts():
+    collector = StatsCollector(4, with_gram=False, device=torch.device("cpu"))
+    inputs = torch.ones(1, 9, 4)
+    inputs[0, 0] = 1000.0
+    collector.add(inputs, torch.tensor([0]))
+    assert (collector.stats("layer").input_norms > 1000).all()
+
+
+def test_a_layer_without_inputs_is_named():
+    with pytest.raises(SlabError, match="layer lonely got no calibration inputs"):
+        StatsCollector(4, with_gram=False, device=torch.device("cpu")).stats("lonely")
+
+
+@torch.no_grad()
+def test_block_calls_replay_the_model(tiny_model):
+    windows = torch.randint(3, 200, (2, 16))
+    _, blocks = find_blocks(tiny_model)
+    hidden, calls = capture_block_calls(tiny_model, blocks, windows, torch.device("cpu"))
+    assert [tuple(states.shape) for states in hidden] == [(1, 16, 64)] * 2
+    for window, first in zip(windows, hidden, strict=True):
+        states = first
+        for block, call in zip(blocks, calls, strict=True):
+            states = call(block, states)
+        logits = tiny_model.lm_head(tiny_model.model.norm(states))
+        assert torch.allclose(logits, tiny_model(window[None]).logits, atol=1e-5)
+
+
+def test_blocks_with_text_dependent_arguments_are_refused():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(50, 8)
+            self.blocks = nn.ModuleList([Block()])
+
+        def forward(self, input_ids, use_cache=False):
+            hidden = self.embedding(input_ids)
+            for block in self.blocks:
+                hidden = block(hidden, extra=self.embedding(input_ids))
+            return hidden
+
+    class Block(nn.Module):
+        def forward(self, hidden, extra):
+            return hidden + extra
+
+    model = Odd()
+    with pytest.raises(SlabError, match="Odd hands its blocks arguments that depend on the text"):
+        capture_block_calls(model, model.blocks, torch.arange(12).view(2, 6), torch.device("cpu"))
+    assert "forward" not in vars(model.blocks[0])

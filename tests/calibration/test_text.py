@@ -1,0 +1,47 @@
+import pytest
+import torch
+
+from slablm import SlabError
+from slablm.calibration.text import _take, load_text, sample_windows, windows_from_text
+
+
+def test_windows_are_consecutive_from_the_start(tokenizer):
+    text = "abcdefghij" * 10
+    windows = windows_from_text(text, tokenizer, 8, 3, "text")
+    ids = tokenizer(text)["input_ids"]
+    assert windows.flatten().tolist() == ids[:24]
+    assert windows.shape == (3, 8)
+    assert windows_from_text(text, tokenizer, 8, None, "text").shape == (len(ids) // 8, 8)
+
+
+def test_too_little_text_says_how_much_there_is(tokenizer):
+    with pytest.raises(SlabError, match="text is too short: 11 tokens make 1 windows of 8, 2 are needed"):
+        windows_from_text("abcdefghij", tokenizer, 8, 2, "text")
+
+
+def test_builtin_text_is_split():
+    calibration, evaluation = (load_text("builtin", split=split) for split in ("calibration", "evaluation"))
+    assert len(calibration) > 300_000
+    assert len(evaluation) > 50_000
+    assert evaluation[:2000] not in calibration
+
+
+def test_unreadable_files(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00\x81")
+    for path, message in ((tmp_path / "binary", "cannot be read as UTF-8"), (tmp_path, "cannot be read")):
+        with pytest.raises(SlabError, match=message):
+            load_text(str(path), split="calibration")
+
+
+def test_streams_stop_when_there_is_enough():
+    stream = ({"text": "x" * 100} for _ in iter(int, 1))  # never ends
+    assert len(_take(stream, 50)) == 4 * 100 + 3 * 2
+    assert _take([{"text": "a"}, {"text": "b"}], None) == "a\n\nb"
+
+
+def test_self_generated_text_is_reproducible(tiny_model, tokenizer):
+    first = sample_windows(tiny_model, tokenizer, 12, 3, seed=1)
+    assert first.shape == (3, 12)
+    assert (first[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(first, sample_windows(tiny_model, tokenizer, 12, 3, seed=1))
+    assert not torch.equal(first, sample_windows(tiny_model, tokenizer, 12, 3, seed=2))

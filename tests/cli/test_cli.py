@@ -1,0 +1,225 @@
+"""The command line as a user meets it: output, exit status, one clear line on bad input."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+
+from slablm.cli import main
+
+
+def slablm(*arguments):
+    """Run the command's entry point in this process (a process of its own costs seconds of imports)."""
+    stdout, stderr = io.StringIO(), io.StringIO()
+    arguments = ["slablm", *map(str, arguments)]
+    with (
+        mock.patch.object(sys, "argv", arguments),
+        contextlib.redirect_stdout(stdout),
+        contextlib.redirect_stderr(stderr),
+        pytest.raises(SystemExit) as stop,
+    ):
+        main()
+    return subprocess.CompletedProcess(arguments, stop.value.code, stdout.getvalue(), stderr.getvalue())
+
+
+def refused(done, match):
+    assert done.returncode == 1
+    assert done.stdout == ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("slablm: error: ")
+    assert re.search(match, last), last
+    assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def quick(text_file):
+    return ["--calibration", text_file, "--num-samples", 4, "--seq-len", 32, "--iterations", 4]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_folder, quick, tmp_path_factory):
+    """One compression through the command line: (finished process, output folder)."""
+    out = tmp_path_factory.mktemp("cli") / "out"
+    return slablm("compress", tiny_folder, out, *quick, "--json"), out
+
+
+def test_compress_prints_one_json_object(made):
+    done, out = made
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["out"] == str(out)
+    assert result["layers"] == 14
+    assert 0.5 <= result["compression_ratio"] < 0.6
+    assert result["bits_per_weight"] > 8
+    assert result["bytes_on_disk"] == (out / "model.safetensors").stat().st_size
+    assert result["config"]["num_samples"] == 4
+    assert "hidden states" in done.stderr
+
+
+def test_two_runs_give_identical_files(made, tiny_folder, quick, tmp_path):
+    slablm("compress", tiny_folder, tmp_path / "out", *quick)
+    first, second = sorted(made[1].iterdir()), sorted((tmp_path / "out").iterdir())
+    assert [path.name for path in first] == [path.name for path in second]
+    for a, b in zip(first, second, strict=True):
+        assert a.read_bytes() == b.read_bytes(), a.name
+
+
+def test_compress_without_json_prints_both_sizes(tiny_folder, quick, tmp_path):
+    done = slablm("compress", tiny_folder, tmp_path / "out", *quick, "--method", "wanda", "--ignore", "k_proj")
+    assert "true bits per weight" in done.stdout
+    assert "compression ratio (paper)" in done.stdout
+    assert "left dense: model.layers.0.self_attn.k_proj (ignored by 'k_proj')" in done.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "method **wanda** at ratio 0.5" in card
+    assert "`model.layers.0.self_attn.k_proj` (ignored by 'k_proj')" in card
+    assert str(tmp_path) not in card
+    assert "import slablm" in card
+
+
+def test_eval(made, tiny_folder, text_file):
+    for model in (tiny_folder, made[1]):
+        done = slablm("eval", model, "--text", text_file, "--seq-len", 64, "--max-windows", 3, "--json")
+        result = json.loads(done.stdout)
+        assert set(result) == {"perplexity", "stderr", "windows", "tokens"}
+        assert (result["windows"], result["tokens"]) == (3, 3 * 63)
+        assert 100 < result["perplexity"] < 1000  # a random model over 258 tokens
+    done = slablm("eval", made[1], "--text", text_file, "--seq-len", 64, "--max-windows", 1)
+    assert done.stdout.startswith("perplexity ")
+
+
+def test_generate(made):
+    done = slablm("generate", made[1], "Hello", "--max-new-tokens", 4)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Hello")
+    refused(slablm("generate", made[1], ""), "the prompt is empty")
+    refused(slablm("generate", made[1], "Hi", "--chat"), "no chat template")
+
+
+def test_inspect(made):
+    _, out = made
+    result = json.loads(slablm("inspect", out, "--json").stdout)
+    tensor = next(t for t in result["tensors"] if t["name"] == "model.layers.0.self_attn.q_proj")
+    assert {"name", "shape", "kept_fraction", "bits_per_weight", "compression_ratio", "output_error"} == set(tensor)
+    assert len(result["tensors"]) == 14
+    assert tensor["shape"] == [64, 64]
+    assert 0 < tensor["output_error"] < 1
+    done = slablm("inspect", out)
+    assert "model.layers.1.mlp.down_proj" in done.stdout
+    assert "true bits per weight" in done.stdout
+
+
+def test_sizes_are_measured_on_the_file(made):
+    _, out = made
+    result = json.loads(slablm("inspect", out, "--json").stdout)
+    from safetensors.torch import load_file
+
+    packed = sum(t.nbytes for name, t in load_file(out / "model.safetensors").items() if "proj." in name)
+    header = (out / "model.safetensors").stat().st_size - sum(
+        t.nbytes for t in load_file(out / "model.safetensors").values()
+    )
+    assert result["bits_per_weight"] == pytest.approx(8 * (packed + header) / result["weights"])
+
+
+BAD_COMPRESSIONS = {
+    "ratio too high": (["--ratio", 0.93], r"q_proj: ratio 0\.93 keeps no entry .* use at most ratio 0\.\d+"),
+    "ratio out of range": (["--ratio", 1.5], "ratio must lie strictly between 0 and 1"),
+    "pattern": (["--pattern", "5:7"], r"pattern 5:7 does not divide the 64 inputs"),
+    "pattern text": (["--pattern", "half"], "pattern 'half' is not understood"),
+    "method": (["--method", "magic"], "unknown method 'magic'"),
+    "yardstick": (["--method", "gptq"], "no packed format"),
+    "targets": (["--targets", "nothing"], "pattern 'nothing' matches no linear layer"),
+    "missing text": (["--calibration", "nowhere.txt"], r"text file nowhere\.txt does not exist"),
+    "too many windows": (["--num-samples", 100000], "too short: .* 100000 are needed"),
+    "long windows": (["--seq-len", 4096], r"longer than the model's 128 positions: use --seq-len 128"),
+    "device": (["--device", "warp"], "device 'warp' cannot be used"),
+    "dtype": (["--dtype", "int3"], "dtype must be one of"),
+    "no hub": (["--calibration", "c4"], "text source 'c4' needs the Hugging Face hub"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_COMPRESSIONS)
+def test_bad_settings(case, tiny_folder, quick, tmp_path):
+    options, message = BAD_COMPRESSIONS[case]
+    refused(slablm("compress", tiny_folder, tmp_path / "out", *quick, *options), message)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_empty_text(tiny_folder, quick, tmp_path):
+    (tmp_path / "empty.txt").write_text(" \n")
+    options = [*quick, "--calibration", tmp_path / "empty.txt"]
+    refused(slablm("compress", tiny_folder, tmp_path / "out", *options), "empty.txt is empty")
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_weights(tiny_folder, quick, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    state = load_file(tmp_path / "model" / "model.safetensors")
+    state["model.layers.0.mlp.gate_proj.weight"][3, 3] = float("inf")
+    save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    refused(
+        slablm("compress", tmp_path / "model", tmp_path / "out", *quick),
+        r"NaN or Inf in model\.layers\.0\.mlp\.gate_proj\.weight",
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_model_is_kept(made, tiny_folder, quick):
+    _, out = made
+    before = (out / "model.safetensors").read_bytes()
+    refused(slablm("compress", tiny_folder, out, *quick), "already holds a model: .* --overwrite")
+    assert (out / "model.safetensors").read_bytes() == before
+
+
+def test_a_compressed_model_is_not_compressed_again(made, quick, tmp_path):
+    refused(slablm("compress", made[1], tmp_path / "out", *quick), "already compressed by slablm")
+
+
+def test_a_damaged_checkpoint(made, tmp_path):
+    shutil.copytree(made[1], tmp_path / "copy")
+    path = tmp_path / "copy" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1000] ^= 1
+    path.write_bytes(data)
+    refused(slablm("inspect", tmp_path / "copy"), "is corrupted")
+    refused(slablm("generate", tmp_path / "copy", "Hi"), "is corrupted")
+    path.write_bytes(data[:-10])
+    refused(slablm("inspect", tmp_path / "copy"), "truncated or damaged")
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("./nowhere", "model folder './nowhere' does not exist"),
+        ("nowhere.gguf", "GGUF file 'nowhere.gguf' does not exist"),
+        ("nobody/nothing", "model 'nobody/nothing' cannot be loaded"),
+    ],
+)
+def test_models_that_are_not_there(model, message):
+    refused(slablm("eval", model, "--text", "builtin"), message)
+
+
+def test_inspect_of_something_else(tiny_folder, tmp_path):
+    refused(slablm("inspect", tmp_path), "is no model folder")
+    refused(slablm("inspect", tiny_folder), "is not a slablm checkpoint")
+    (tmp_path / "config.json").write_text("{")
+    refused(slablm("inspect", tmp_path), "is damaged")
+
+
+def test_help_and_version_as_a_process():
+    def run(*arguments):
+        command = [sys.executable, "-m", "slablm", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert "compress" in run("--help").stdout
+    assert re.fullmatch(r"slablm \d+\.\d+\.\d+\n", run("--version").stdout)
+    done = run("inspect", "/nowhere")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "slablm: error: /nowhere/config.json does not exist: /nowhere is no model folder\n"

