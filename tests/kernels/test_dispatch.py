@@ -2,12 +2,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weights import error_bound, random_packed, specs
 
 from slablm import kernels
 from slablm.errors import SlabError
 from slablm.kernels import dispatch, native, reference, to_native
 from slablm.packing import PackedSpec
+from tests.kernels.weights import error_bound, random_packed, specs
 
 LIBRARY = native.load()
 BACKENDS = (*(() if isinstance(LIBRARY, str) else LIBRARY.supported), "reference")
@@ -109,7 +109,7 @@ def test_explain_names_the_fastest_set():
 def test_opcheck(value_bits, tokens):
     weight = to_native(random_packed(PackedSpec(20, 130, 50, 1, True, torch.float16), 0), value_bits)
     tensors = (weight.values, weight.scales, weight.planes, weight.left, weight.right)
-    arguments = (inputs_of(tokens, 130), *tensors, weight.in_features, weight.kept)
+    arguments = (inputs_of(tokens, 130), *tensors, weight.in_features)
     torch.library.opcheck(torch.ops.slablm.linear.default, arguments)
 
 

@@ -2,10 +2,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from weights import error_bound, random_packed, specs
 
 from slablm.kernels import native, reference, to_native
 from slablm.packing import PackedSpec
+from tests.kernels.weights import error_bound, random_packed, specs
 
 LIBRARY = native.load()
 SETS = () if isinstance(LIBRARY, str) else LIBRARY.supported

@@ -94,7 +94,7 @@ def linear(inputs: Tensor, weight: NativeWeight) -> Tensor:
         weight: in runtime layout, on the CPU.
     """
     if torch.compiler.is_compiling():
-        return _operator(
+        outputs: Tensor = _operator(
             inputs,
             weight.values,
             weight.scales,
@@ -102,8 +102,8 @@ def linear(inputs: Tensor, weight: NativeWeight) -> Tensor:
             weight.left,
             weight.right,
             weight.in_features,
-            weight.kept,
         )
+        return outputs
     return _run(inputs, weight)
 
 
@@ -120,11 +120,12 @@ def _run(inputs: Tensor, weight: NativeWeight) -> Tensor:
 def _decode(name: str, library: native.Library, weight: NativeWeight, rows: Tensor) -> Tensor:
     if rows.shape[0] <= native.MAX_TOKENS:
         return native.matvec(library, name, weight, rows)
-    return torch.cat([native.matvec(library, name, weight, part) for part in rows.split(native.MAX_TOKENS)])
+    parts = torch.split(rows, native.MAX_TOKENS)
+    return torch.cat([native.matvec(library, name, weight, part) for part in parts])
 
 
 def _prefill(name: str, library: native.Library, weight: NativeWeight, rows: Tensor) -> Tensor:
-    """[t, n] → [t, m], a tile of rows of Ŵ at a time; float16 is multiplied in float32, as torch has no fast product."""
+    """[t, n] → [t, m], a tile of rows of Ŵ at a time. float16 is multiplied in float32."""
     dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
     m, n = weight.out_features, weight.in_features
     inputs, outputs = rows.to(dtype), torch.empty(rows.shape[0], m, dtype=dtype)
@@ -146,10 +147,9 @@ def _operator(
     left: Tensor,
     right: Tensor,
     in_features: int,
-    kept: int,
 ) -> Tensor:
     """`linear` with the weight's tensors spelled out, for the compiler."""
-    return _run(inputs, NativeWeight(in_features, kept, values, scales, planes, left, right))
+    return _run(inputs, NativeWeight(in_features, values, scales, planes, left, right))
 
 
 @_operator.register_fake
@@ -161,6 +161,5 @@ def _(
     left: Tensor,
     right: Tensor,
     in_features: int,
-    kept: int,
 ) -> Tensor:
     return inputs.new_empty(*inputs.shape[:-1], planes.shape[0])

@@ -38,7 +38,6 @@ class NativeWeight:
 
     Attributes:
         in_features: n.
-        kept: entries k kept in each row.
         values: m·k values and the padding, one-dimensional, float16, bfloat16 or int8.
         scales: [m] float32 for int8 values, else None.
         planes: [m, ⌈n / 64⌉, 1 or 2] int64: positions, and signs if there are any.
@@ -47,7 +46,6 @@ class NativeWeight:
     """
 
     in_features: int
-    kept: int
     values: Tensor
     scales: Tensor | None
     planes: Tensor
@@ -68,10 +66,19 @@ class NativeWeight:
         for tensor, dtype, shape in expected:
             if tensor is None:
                 continue
-            if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous() or tensor.device.type != "cpu":
-                raise SlabError(f"not a runtime weight: {dtype} {list(shape)} expected, got {tensor.dtype} {list(tensor.shape)}")
+            if (
+                tensor.dtype != dtype
+                or tensor.shape != shape
+                or not tensor.is_contiguous()
+                or tensor.device.type != "cpu"
+            ):
+                raise SlabError(
+                    f"not a runtime weight: {dtype} {list(shape)} expected, got {tensor.dtype} {list(tensor.shape)}"
+                )
         quantized = self.values.dtype == torch.int8
-        if self.values.dtype not in (torch.int8, torch.float16, torch.bfloat16) or quantized != (self.scales is not None):
+        if self.values.dtype not in (torch.int8, torch.float16, torch.bfloat16) or quantized != (
+            self.scales is not None
+        ):
             raise SlabError(f"not a runtime weight: values of type {self.values.dtype}")
         if self.planes.shape[2] not in (1, 2):
             raise SlabError(f"not a runtime weight: {self.planes.shape[2]} planes")
@@ -80,6 +87,11 @@ class NativeWeight:
     def out_features(self) -> int:
         """Rows m."""
         return self.planes.shape[0]
+
+    @property
+    def kept(self) -> int:
+        """Entries k kept in each row."""
+        return (self.values.numel() - PADDING_BYTES // self.values.element_size()) // self.out_features
 
     @property
     def rank(self) -> int:
@@ -123,7 +135,6 @@ def to_native(packed: PackedWeight, value_bits: int = 16, name: str = "weight") 
     n = packed.in_features
     return NativeWeight(
         in_features=n,
-        kept=packed.values.shape[1],
         values=functional.pad(values.reshape(-1), (0, PADDING_BYTES // values.element_size())),
         scales=scales,
         planes=planes,

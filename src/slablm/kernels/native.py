@@ -72,9 +72,7 @@ def load() -> Library | str:
     return Library(functions, found[0], supported)
 
 
-def matvec(
-    library: Library, instruction_set: str, weight: NativeWeight, inputs: Tensor
-) -> Tensor:
+def matvec(library: Library, instruction_set: str, weight: NativeWeight, inputs: Tensor) -> Tensor:
     """Ŵ applied to a few tokens, straight from the planes.
 
     Args:
@@ -102,9 +100,7 @@ def matvec(
     return outputs
 
 
-def unpack(
-    library: Library, instruction_set: str, weight: NativeWeight, begin: int, end: int, output: Tensor
-) -> None:
+def unpack(library: Library, instruction_set: str, weight: NativeWeight, begin: int, end: int, output: Tensor) -> None:
     """Rows begin … end of Ŵ into `output`, a contiguous float32 or bfloat16 tensor of at least (end − begin)·n."""
     status = library.functions.slablm_unpack(
         INSTRUCTION_SETS[instruction_set],

@@ -1,6 +1,6 @@
 """The truth in plain torch: what every kernel is compared with, and what runs where no kernel can.
 
-    y = Ŵ x,    Ŵ = s_i q (or the stored value) where kept, ±Σ_q u_q v_q elsewhere
+y = Ŵ x,    Ŵ = s_i q (or the stored value) where kept, ±Σ_q u_q v_q elsewhere
 """
 
 from __future__ import annotations
