@@ -32,7 +32,7 @@ VALUE_BITS = (8, 16)
 _WEIGHTS_AT_ONCE = 1 << 22
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class NativeWeight:
     """A weight [m, n] in runtime layout; made by `to_native`, which checks what the kernels rely on.
 
@@ -66,20 +66,17 @@ class NativeWeight:
         for tensor, dtype, shape in expected:
             if tensor is None:
                 continue
-            if (
-                tensor.dtype != dtype
-                or tensor.shape != shape
-                or not tensor.is_contiguous()
-                or tensor.device.type != "cpu"
-            ):
+            layout = (tensor.dtype, tensor.shape, tensor.is_contiguous(), tensor.device.type)
+            if layout != (dtype, shape, True, "cpu"):
                 raise SlabError(
                     f"not a runtime weight: {dtype} {list(shape)} expected, got {tensor.dtype} {list(tensor.shape)}"
                 )
-        quantized = self.values.dtype == torch.int8
-        if self.values.dtype not in (torch.int8, torch.float16, torch.bfloat16) or quantized != (
-            self.scales is not None
+        if self.values.dtype not in (torch.float16, torch.bfloat16) and (
+            self.values.dtype != torch.int8 or self.scales is None
         ):
             raise SlabError(f"not a runtime weight: values of type {self.values.dtype}")
+        if self.values.dtype != torch.int8 and self.scales is not None:
+            raise SlabError("not a runtime weight: scales beside 16-bit values")
         if self.planes.shape[2] not in (1, 2):
             raise SlabError(f"not a runtime weight: {self.planes.shape[2]} planes")
 

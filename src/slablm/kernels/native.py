@@ -11,6 +11,7 @@ import platform
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -114,11 +115,15 @@ def unpack(library: Library, instruction_set: str, weight: NativeWeight, begin: 
     _check(status)
 
 
+# Made once per weight; not an attribute of it, because addresses must not be copied along.
+_structs: WeakKeyDictionary[NativeWeight, _Weight] = WeakKeyDictionary()
+
+
 def _address(weight: NativeWeight) -> int:
-    """Address of the weight's `SlabWeight`, made once and kept in the weight's own `__dict__`."""
-    struct = weight.__dict__.get("_struct")
+    """Address of the weight's `SlabWeight`."""
+    struct = _structs.get(weight)
     if struct is None:
-        struct = _Weight(
+        struct = _structs[weight] = _Weight(
             rows=weight.out_features,
             columns=weight.in_features,
             kept=weight.kept,
@@ -131,7 +136,6 @@ def _address(weight: NativeWeight) -> int:
             left=weight.left.data_ptr(),
             right=weight.right.data_ptr(),
         )
-        weight.__dict__["_struct"] = struct
     return ctypes.addressof(struct)
 
 
