@@ -16,6 +16,7 @@ WEIGHT = to_native(random_packed(PackedSpec(20, 130, 50, 1, True, torch.float16)
 
 @pytest.fixture
 def no_library(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(native, "load", lambda: "slablm was installed without its compiled kernels")
     dispatch._backend.cache_clear()
     yield
@@ -100,7 +101,8 @@ def test_forcing_an_unknown_set_is_refused(monkeypatch):
 
 
 @pytest.mark.skipif(isinstance(LIBRARY, str), reason="no compiled kernels")
-def test_explain_names_the_fastest_set():
+def test_explain_names_the_fastest_set(monkeypatch):
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     assert kernels.explain() == f"{LIBRARY.supported[0]}: the fastest instruction set of this CPU"
 
 
