@@ -2,17 +2,19 @@
 
     y = Ŵ x + bias,      Ŵ = values where kept, ±Σᵢ uᵢ vᵢᵀ elsewhere
 
-The forward here is the reference: unpack Ŵ, multiply, let Ŵ go. At most one dense weight exists at a time, and only
-while its layer runs.
+As loaded or compressed, the forward is the reference: unpack Ŵ, multiply, let Ŵ go. At most one dense weight exists at
+a time, and only while its layer runs. After `SlabLinear.use_native` the CPU kernels read the packed weight directly.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slablm import kernels
 from slablm.packing import PackedSpec, PackedWeight
 
 
@@ -30,6 +32,7 @@ class SlabLinear(nn.Module):
     values: Tensor
     left: Tensor
     right: Tensor
+    native: kernels.NativeWeight | None = None
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -53,23 +56,64 @@ class SlabLinear(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight; shares the buffers' memory."""
+        """The packed weight; shares the buffers' memory, or is made from the runtime layout.
+
+        Raises:
+            SlabError: the values were quantized to 8 bits.
+        """
+        if self.native is not None:
+            return kernels.to_packed(self.native)
         plane = getattr(self, self.plane_name)
         return PackedWeight(self.in_features, self.values, self.left, self.right, plane, self.signs)
 
+    def use_native(self, value_bits: int = 16, name: str = "weight") -> None:
+        """Turn the buffers into the runtime layout of the CPU kernels; their memory is given back.
+
+        Args:
+            value_bits: 16 keeps the stored values, 8 quantizes them (such a layer can no longer be saved).
+            name: how errors call this layer.
+
+        Raises:
+            SlabError: a corrupted plane, or an unknown `value_bits`.
+        """
+        self.native = kernels.to_native(self.packed, value_bits, name)
+        for buffer in self._buffers:
+            self._buffers[buffer] = None
+
+    def use_packed(self) -> None:
+        """Undo `use_native`."""
+        packed, self.native = self.packed, None
+        self.values, self.left, self.right = packed.values, packed.left, packed.right
+        setattr(self, self.plane_name, packed.plane)
+
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., n] → [..., m], in the inputs' dtype."""
-        weight = self.packed.dense().to(inputs.dtype)
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        return functional.linear(inputs, weight, bias)
+        if self.native is not None:
+            outputs = kernels.linear(inputs, self.native)
+            return outputs if bias is None else outputs + bias
+        return functional.linear(inputs, self.packed.dense().to(inputs.dtype), bias)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        spec = self.packed.spec
+        source = self.native or self.packed.spec
+        native = "" if self.native is None else f", native={str(self.native.values.dtype).removeprefix('torch.')}"
         return (
-            f"in_features={spec.in_features}, out_features={spec.out_features}, kept={spec.kept}, rank={spec.rank}, "
-            f"signs={spec.signs}, bias={self.bias is not None}"
+            f"in_features={source.in_features}, out_features={source.out_features}, kept={source.kept}, "
+            f"rank={source.rank}, signs={source.signs}, bias={self.bias is not None}{native}"
         )
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        """What is saved is the packed weight, whatever the layout in memory."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.native is not None:
+            packed = self.packed
+            for buffer, tensor in zip(
+                ("values", "left", "right", self.plane_name),
+                (packed.values, packed.left, packed.right, packed.plane),
+                strict=True,
+            ):
+                destination[prefix + buffer] = tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlabLinear:
         """Move the packed buffers, never cast them: float16 → bfloat16 would change the stored weight."""
@@ -77,6 +121,8 @@ class SlabLinear(nn.Module):
         def move_only(tensor: Tensor) -> Tensor:
             return tensor.to(fn(tensor).device) if any(tensor is b for b in packed) else fn(tensor)
 
+        if self.native is not None and fn(torch.empty(0)).device.type != "cpu":
+            self.use_packed()
         packed = list(self._buffers.values())
         super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
         return self

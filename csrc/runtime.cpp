@@ -1,0 +1,176 @@
+// The C interface: which instruction sets this CPU has, scratch memory, and the division of rows over threads.
+//
+// Threads come from the OpenMP runtime that torch has already loaded, found by name at run time (GOMP_parallel, which
+// GNU and LLVM runtimes both export). Linking against OpenMP would load a second runtime beside a renamed copy inside
+// torch, and two pools of spinning threads would fight for the cores. Without one, threads are started per call.
+#include <algorithm>
+#include <atomic>
+#include <exception>
+#include <thread>
+#include <vector>
+
+#include "slablm.h"
+
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#endif
+
+namespace {
+
+// Below this many weights per thread, waking a thread costs more than it saves.
+constexpr int64_t kWeightsPerThread = 100'000;
+// Rows are handed out in pieces, so that a thread whose core is busy elsewhere holds up the others only a little.
+constexpr int64_t kPiecesPerThread = 8;
+constexpr int64_t kRowsPerPiece = 8;
+
+const Kernels* kernels_of(int32_t set) {
+    switch (set) {
+        case kPortable: return &kPortableKernels;
+#if defined(SLABLM_AVX2)
+        case kAvx2: return &kAvx2Kernels;
+#endif
+#if defined(SLABLM_AVX512)
+        case kAvx512: return &kAvx512Kernels;
+#endif
+#if defined(SLABLM_NEON)
+        case kNeon: return &kNeonKernels;
+#endif
+        default: return nullptr;
+    }
+}
+
+bool cpu_has(int32_t set) {
+    switch (set) {
+#if defined(__x86_64__)
+        case kAvx2:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("popcnt") &&
+                   __builtin_cpu_supports("f16c");
+        case kAvx512:
+            return cpu_has(kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                   __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+#endif
+        default: return true;  // compiled in means present: NEON belongs to every 64-bit ARM
+    }
+}
+
+// --- Threads -------------------------------------------------------------------------------------------------------
+
+using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
+
+GompParallel find_gomp_parallel() {
+#if defined(_WIN32)
+    return nullptr;
+#else
+    return reinterpret_cast<GompParallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#endif
+}
+
+// Rows [begin, end) in pieces; each thread takes the next one until none is left.
+template <class Work>
+struct RowQueue {
+    const Work& work;
+    int64_t end, piece;
+    std::atomic<int64_t> next;
+
+    static void drain(void* pointer) {
+        auto& queue = *static_cast<RowQueue*>(pointer);
+        for (int64_t row; (row = queue.next.fetch_add(queue.piece, std::memory_order_relaxed)) < queue.end;) {
+            queue.work(row, std::min(row + queue.piece, queue.end));
+        }
+    }
+};
+
+template <class Work>
+void for_rows(int64_t begin, int64_t end, int64_t columns, int32_t threads, const Work& work) {
+    static const GompParallel gomp_parallel = find_gomp_parallel();
+    const int64_t rows = end - begin;
+    const int64_t useful = std::max<int64_t>(1, rows * columns / kWeightsPerThread);
+    const int64_t count = std::min<int64_t>(std::max(threads, 1), useful);
+    if (count == 1) return work(begin, end);
+    const int64_t share = (rows + count * kPiecesPerThread - 1) / (count * kPiecesPerThread);
+    const int64_t piece = (share + kRowsPerPiece - 1) / kRowsPerPiece * kRowsPerPiece;
+    RowQueue<Work> queue{work, end, piece, {begin}};
+    if (gomp_parallel != nullptr) return gomp_parallel(RowQueue<Work>::drain, &queue, static_cast<unsigned>(count), 0);
+    std::vector<std::thread> helpers;
+    for (int64_t i = 1; i < count; ++i) helpers.emplace_back(RowQueue<Work>::drain, &queue);
+    RowQueue<Work>::drain(&queue);
+    for (auto& helper : helpers) helper.join();
+}
+
+// --- Scratch memory ------------------------------------------------------------------------------------------------
+
+// Activations of one call, in memory that belongs to the calling thread and is kept for the next call.
+Activations make_activations(const SlabWeight& weight, int64_t tokens, bool quick) {
+    static thread_local std::vector<unsigned char> memory;
+    const int64_t words = (weight.columns + kWordBits - 1) / kWordBits, padded = words * kWordBits;
+    const int64_t ranks = quick ? weight.rank : 0, scales = quick ? words : 0;
+    const int64_t floats = tokens * (padded + scales + ranks * scales);
+    const int64_t bytes = quick ? tokens * padded * (1 + ranks) * 2 : 0;
+    const size_t needed = static_cast<size_t>(4 * floats + bytes);
+    if (memory.size() < needed) memory.resize(needed);
+    Activations act{};
+    act.tokens = tokens;
+    act.x = reinterpret_cast<float*>(memory.data());
+    act.x_scales = act.x + tokens * padded;
+    act.z_scales = act.x_scales + tokens * scales;
+    act.x16 = reinterpret_cast<int16_t*>(memory.data() + 4 * floats);
+    act.z16 = act.x16 + (quick ? tokens * padded : 0);
+    return act;
+}
+
+int64_t next_power_of_two(int64_t count) {
+    int64_t power = 1;
+    while (power < count) power *= 2;
+    return power;
+}
+
+bool valid(const SlabWeight* weight) {
+    return weight != nullptr && weight->rows >= 0 && weight->columns > 0 && weight->kept >= 0 &&
+           weight->kept <= weight->columns && weight->rank >= 0 && weight->plane_count >= 1 && weight->plane_count <= 2 &&
+           weight->value_type >= kFloat16 && weight->value_type <= kInt8 &&
+           (weight->value_type == kInt8) == (weight->scales != nullptr);
+}
+
+}  // namespace
+
+int32_t slablm_abi_version() { return kAbiVersion; }
+
+int32_t slablm_supports(int32_t set) { return kernels_of(set) != nullptr && cpu_has(set); }
+
+int32_t slablm_matvec(int32_t set, const SlabWeight* weight, const void* inputs, int32_t input_type, int64_t tokens,
+                      void* outputs, int32_t output_type, int32_t threads) {
+    const Kernels* kernels = kernels_of(set);
+    if (kernels == nullptr || !valid(weight) || tokens < 0 || tokens > kMaxTokens) return -1;
+    if (tokens == 0) return 0;
+    const int64_t padded_tokens = next_power_of_two(tokens);
+    const bool quick = weight->value_type == kInt8 && weight->rank <= kMaxQuickRank &&
+                       padded_tokens <= kernels->quick_tokens;
+    try {
+        Activations act = make_activations(*weight, padded_tokens, quick);
+        kernels->prepare(*weight, inputs, input_type, tokens, quick, act);
+        const Output output{outputs, tokens, output_type};
+        const auto run = quick ? kernels->quick : kernels->exact;
+        for_rows(0, weight->rows, weight->columns, threads,
+                 [&](int64_t begin, int64_t end) { run(*weight, act, output, begin, end); });
+    } catch (const std::exception&) {
+        return -1;
+    }
+    return 0;
+}
+
+int32_t slablm_unpack(int32_t set, const SlabWeight* weight, int64_t begin, int64_t end, void* output,
+                      int32_t output_type, int32_t threads) {
+    const Kernels* kernels = kernels_of(set);
+    if (kernels == nullptr || !valid(weight) || begin < 0 || begin > end || end > weight->rows) return -1;
+    const int64_t row_bytes = weight->columns * (output_type == kFloat32 ? 4 : 2);
+    try {
+        for_rows(begin, end, weight->columns, threads, [&](int64_t first, int64_t last) {
+            kernels->unpack(*weight, first, last, static_cast<unsigned char*>(output) + (first - begin) * row_bytes,
+                            output_type);
+        });
+    } catch (const std::exception&) {
+        return -1;
+    }
+    return 0;
+}

@@ -1,0 +1,80 @@
+// The C interface of the kernels: what Python calls through ctypes, and what one instruction set offers the runtime.
+#pragma once
+
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define SLABLM_API extern "C" __declspec(dllexport)
+#else
+#define SLABLM_API extern "C" __attribute__((visibility("default")))
+#endif
+
+// Changes whenever a struct or a signature below does; Python refuses a library with another number.
+constexpr int32_t kAbiVersion = 1;
+
+constexpr int64_t kWordBits = 64;      // columns per plane word, and per activation scale
+constexpr int64_t kMaxTokens = 8;      // tokens of one decode call
+constexpr int64_t kMaxQuickRank = 8;   // largest rank with fixed-point activations
+constexpr int64_t kPadding = 64;       // bytes that may be read after the last value
+
+enum ScalarType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
+enum InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3, kInstructionSets = 4 };
+
+// A weight in runtime layout. Row i, column j:
+//   bit j % 64 of planes[(i * words + j / 64) * plane_count] is set where the entry is kept;
+//   the same bit of the next word (plane_count = 2) is set where the entry is -(sum of u v), never at a kept one;
+//   kept entries of row i are values[i * kept ...] in column order, times scales[i] if the values are int8.
+struct SlabWeight {
+    int64_t rows, columns, kept, rank;
+    int32_t value_type;   // kFloat16, kBFloat16 or kInt8
+    int32_t plane_count;  // 1: positions, 2: positions and signs, interleaved word by word
+    const void* values;   // kPadding readable bytes follow the last one
+    const float* scales;  // [rows] for int8 values, else null
+    const uint64_t* planes;  // [rows, words, plane_count]
+    const float* left;    // u, [rows, rank]
+    const float* right;   // v, [rank, 64 * words], filled up with 0
+};
+
+SLABLM_API int32_t slablm_abi_version();
+
+// Whether this library has the instruction set and this CPU can run it.
+SLABLM_API int32_t slablm_supports(int32_t set);
+
+// outputs[t, i] = sum over j of weight[i, j] * inputs[t, j], tokens 0 ... kMaxTokens, both row-major without gaps.
+// Returns 0, or -1 if the arguments are out of range or memory is short.
+SLABLM_API int32_t slablm_matvec(int32_t set, const SlabWeight* weight, const void* inputs, int32_t input_type,
+                                 int64_t tokens, void* outputs, int32_t output_type, int32_t threads);
+
+// rows [begin, end) of the weight as a dense [end - begin, columns] matrix of kFloat32 or kBFloat16.
+SLABLM_API int32_t slablm_unpack(int32_t set, const SlabWeight* weight, int64_t begin, int64_t end, void* output,
+                                 int32_t output_type, int32_t threads);
+
+// Activations of one call as the kernels read them: columns filled up with 0 to 64 * words.
+struct Activations {
+    int64_t tokens;         // a power of two; missing tokens are 0
+    float* x;               // [tokens, padded]
+    int16_t* x16;           // quick: x in fixed point, [tokens, padded], columns in the instruction set's order
+    float* x_scales;        // quick: [tokens, words]
+    int16_t* z16;           // quick: v_q * x likewise, [rank, tokens, padded]
+    float* z_scales;        // quick: [rank, tokens, words]
+};
+
+struct Output {
+    void* data;      // [tokens, rows]
+    int64_t tokens;  // tokens to store, at most those of the activations
+    int32_t type;
+};
+
+// What one translation unit, compiled for one instruction set, provides.
+struct Kernels {
+    int64_t quick_tokens;  // with int8 values and up to so many tokens, `quick` is the faster path
+    void (*prepare)(const SlabWeight& weight, const void* inputs, int32_t input_type, int64_t tokens, bool quick,
+                    Activations& activations);
+    void (*exact)(const SlabWeight& weight, const Activations& activations, const Output& output, int64_t begin,
+                  int64_t end);
+    void (*quick)(const SlabWeight& weight, const Activations& activations, const Output& output, int64_t begin,
+                  int64_t end);
+    void (*unpack)(const SlabWeight& weight, int64_t begin, int64_t end, void* output, int32_t output_type);
+};
+
+extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kNeonKernels;
