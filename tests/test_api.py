@@ -73,7 +73,7 @@ def test_bfloat16_models_store_bfloat16(tiny_folder, tokenizer, quick, tmp_path)
     model.save_pretrained(tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert reloaded.dtype == torch.bfloat16
-    assert reloaded.model.layers[0].mlp.up_proj.values.dtype == torch.bfloat16
+    assert reloaded.model.layers[0].mlp.up_proj.packed.values.dtype == torch.bfloat16
     tokens = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(reloaded(tokens).logits, model(tokens).logits)

@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM
 
-from slablm import SlabError, SlabLinear
+from slablm import SlabError, SlabLinear, kernels
 from slablm.hf import SlabQuantizationConfig
 
 
@@ -36,6 +37,31 @@ def test_import_order_does_not_matter(compressed_folder, imports):
 def test_importing_slablm_is_cheap():
     done = run_python("import sys, slablm, slablm.cli\nprint('torch' in sys.modules, 'transformers' in sys.modules)")
     assert done.stdout.strip() == "False False", done.stderr
+
+
+def test_loaded_layers_run_on_the_compiled_kernels(compressed_folder, monkeypatch):
+    tokens = torch.arange(20)[None]
+    monkeypatch.setenv("SLABLM_KERNEL", "reference")
+    reference = AutoModelForCausalLM.from_pretrained(compressed_folder)
+    assert reference.model.layers[0].mlp.up_proj.native is None
+    monkeypatch.delenv("SLABLM_KERNEL")
+    if kernels.backend().library is None:
+        pytest.skip(kernels.explain())
+    native = AutoModelForCausalLM.from_pretrained(compressed_folder)
+    assert native.model.layers[0].mlp.up_proj.native is not None
+    with torch.no_grad():
+        for part in (tokens, tokens[:, :1]):  # many tokens and one: different kernels
+            assert torch.allclose(native(part).logits, reference(part).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_offloaded_layers_keep_their_packed_buffers(compressed_folder, tmp_path):
+    places = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(compressed_folder, device_map=places, offload_folder=tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(compressed_folder)
+    tokens = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.allclose(offloaded(tokens).logits, plain(tokens).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_loaded_layers_are_packed(compressed_folder):

@@ -22,7 +22,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from slablm import integrity
+from slablm import integrity, kernels
 from slablm.config import VALUE_DTYPES, CompressionConfig
 from slablm.errors import SlabError
 from slablm.layerwise import LayerReport, replace_module
@@ -148,6 +148,7 @@ class SlabHfQuantizer(HfQuantizer):
             layer = model.get_submodule(name)
             assert isinstance(layer, SlabLinear)
             layer.packed.validate(name)
+        use_cpu_kernels(model)
         _use_own_save(model)
         return model
 
@@ -215,7 +216,30 @@ def attach(model: PreTrainedModel, config: CompressionConfig, reports: list[Laye
         is_quantized=True,
         quantization_method=QUANT_METHOD,
     )
+    use_cpu_kernels(model)
     _use_own_save(model)
+
+
+def use_cpu_kernels(model: nn.Module, value_bits: int = 16) -> None:
+    """Let the compressed layers that live on the CPU run on the compiled kernels, where there are any.
+
+    Layers that accelerate moves in and out (device maps with offloading) keep their packed buffers: only those can be
+    moved.
+
+    Args:
+        model: a compressed model.
+        value_bits: 16 runs the stored values; 8 quantizes them in memory, which is faster and smaller, costs a
+            little quality, and gives a model that can no longer be saved.
+
+    Raises:
+        SlabError: a corrupted plane, or an unknown `value_bits`.
+    """
+    if kernels.backend().library is None:
+        return
+    for name, layer in model.named_modules():
+        fixed = isinstance(layer, SlabLinear) and layer.native is None and not hasattr(layer, "_hf_hook")
+        if fixed and layer.values.device.type == "cpu":
+            layer.use_native(value_bits, name)
 
 
 def _use_own_save(model: PreTrainedModel) -> None:

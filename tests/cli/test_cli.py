@@ -213,6 +213,16 @@ def test_inspect_of_something_else(tiny_folder, tmp_path):
     refused(slablm("inspect", tmp_path), "is damaged")
 
 
+def test_doctor_says_what_runs_and_why(monkeypatch):
+    facts = json.loads(slablm("doctor", "--json").stdout)
+    assert facts["cpu_kernels"] in {"avx512", "avx2", "neon", "portable", "reference"}
+    assert facts["cpu_kernels_reason"]
+    monkeypatch.setenv("SLABLM_KERNEL", "reference")
+    assert "forced by SLABLM_KERNEL" in slablm("doctor").stdout
+    monkeypatch.setenv("SLABLM_KERNEL", "abacus")
+    refused(slablm("doctor"), "SLABLM_KERNEL=abacus cannot be used")
+
+
 def test_help_and_version_as_a_process():
     def run(*arguments):
         command = [sys.executable, "-m", "slablm", *arguments]

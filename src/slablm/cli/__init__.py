@@ -8,6 +8,7 @@ import typer
 
 from slablm.cli.compare import compare
 from slablm.cli.compress import compress
+from slablm.cli.doctor import doctor
 from slablm.cli.eval import evaluate
 from slablm.cli.generate import generate
 from slablm.cli.inspect import inspect
@@ -25,6 +26,7 @@ app.command("compress")(compress)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("doctor")(doctor)
 
 
 @app.callback(invoke_without_command=True)

@@ -1,0 +1,33 @@
+"""``slablm doctor``: what this installation can do, and why."""
+
+from __future__ import annotations
+
+import typer
+
+from slablm.cli.console import Json, print_json
+
+
+def doctor(json: Json = False) -> None:
+    """Show versions, threads, and which kernels run compressed layers on this CPU and why."""
+    import platform
+
+    import torch
+    import transformers
+
+    from slablm import __version__, kernels
+
+    facts = {
+        "slablm": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "cpu_kernels": kernels.backend().name,
+        "cpu_kernels_reason": kernels.backend().reason,
+    }
+    if json:
+        print_json(facts)
+        return
+    for label, value in facts.items():
+        typer.echo(f"{label.replace('_', ' '):<20}{'none' if value is None else value}")
