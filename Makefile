@@ -7,7 +7,7 @@ READY  := $(VENV)/.ready
 .PHONY: demo test check format clean
 
 demo: $(READY)
-	$(BIN)/python examples/demo.py
+	TQDM_DISABLE=1 $(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
