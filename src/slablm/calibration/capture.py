@@ -60,12 +60,14 @@ def capture_block_calls(
     Raises:
         SlabError: a block's arguments depend on the text, so one window's cannot serve the others.
     """
-    lengths = _tuple_lengths(model, blocks, windows[:1, :2].to(device))
+    # Without the head: its logits would cost more than all the rest here.
+    decoder: nn.Module = getattr(model, "base_model", model)
+    lengths = _tuple_lengths(decoder, blocks, windows[:1, :2].to(device))
     hidden: list[Tensor] = []
     first: list[BlockCall] = []
     for window in windows:
         with _noting_blocks(blocks, lengths) as calls:
-            model(input_ids=window[None].to(device), use_cache=False)
+            decoder(input_ids=window[None].to(device), use_cache=False)
         hidden.append(calls[0][0])
         current = [call for _, call in calls]
         if not first:
@@ -75,8 +77,8 @@ def capture_block_calls(
     return hidden, first
 
 
-def _tuple_lengths(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> list[int | None]:
-    """For each block, how many elements the tuple it returns has (None: it returns a tensor); runs the model once."""
+def _tuple_lengths(decoder: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> list[int | None]:
+    """For each block, how many elements the tuple it returns has (None: it returns a tensor); runs all once."""
     lengths: list[int | None] = []
 
     def note(module: nn.Module, args: Any, output: Any) -> None:
@@ -84,7 +86,7 @@ def _tuple_lengths(model: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> l
 
     handles = [block.register_forward_hook(note) for block in blocks]
     try:
-        model(input_ids=tokens, use_cache=False)
+        decoder(input_ids=tokens, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import typer
@@ -41,6 +42,8 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def main() -> None:
     """Entry point: problems the user can solve become one line on stderr and exit status 1."""
+    # Reading a GGUF file has a progress bar that only this silences; tqdm looks at it when torch imports it.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         app()
     except SlabError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -25,8 +24,6 @@ log = Console(stderr=True, highlight=False)
 
 def quiet_libraries() -> None:
     """Silence the progress bars and notices of transformers; ours say what a user needs."""
-    # Reading a GGUF file has a bar of its own that only tqdm's variable silences.
-    os.environ.setdefault("TQDM_DISABLE", "1")
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
