@@ -129,14 +129,14 @@ def test_the_verdict_is_against_the_best_of_the_others():
     assert (verdict.reference.cell.method, verdict.rival.cell.method) == ("slab", "sparsegpt")
     assert verdict.clear
     lower = 100 * (1 - verdict.reference.perplexity.value / verdict.rival.perplexity.value)
-    assert f"slab in 1 of 1 settings, {lower:.1f} % to {lower:.1f} % below" in table.headline(small())
+    assert f"slab in 1 of 1 setting, {lower:.1f} % below" in table.headline(small())
 
 
 def test_losing_is_said_as_plainly():
     records = [record("slab", 3.9, 8.6), record("wanda", 3.2, 9.0), *small()[:1]]
     (verdict,) = table.verdicts(records)
     assert verdict.loss.mean > 0
-    assert table.headline(records) == "Lowest perplexity among the pruners: wanda in 1 of 1 settings."
+    assert table.headline(records) == "Lowest perplexity among the pruners: wanda in 1 of 1 setting."
 
 
 def test_a_difference_within_its_interval_is_called_so():

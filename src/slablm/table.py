@@ -118,10 +118,12 @@ def headline(records: Sequence[Record]) -> str:
         )
     winners = [min((v.reference, v.rival), key=lambda record: record.perplexity.value).cell.method for v in pruned]
     counts = Counter(winners).most_common()
-    text = ", ".join(f"{method} in {count} of {len(pruned)}" for method, count in counts) + " settings"
+    total = f"{len(pruned)} setting{'s' if len(pruned) > 1 else ''}"
+    text = ", ".join(f"{method} in {count}" for method, count in counts) + f" of {total}"
     if all(verdict.loss.mean < 0 for verdict in pruned):
         lower = sorted(-100 * verdict.loss.relative()[0] for verdict in pruned)
-        text += f", {lower[0]:.1f} % to {lower[-1]:.1f} % below the best of the others"
+        span = f"{lower[0]:.1f} %" + (f" to {lower[-1]:.1f} %" if len(lower) > 1 else "")
+        text += f", {span} below the best of the others"
     doubtful = sum(not verdict.clear for verdict in pruned)
     doubt = f" In {doubtful} of {len(pruned)} the 95 % interval of the difference includes zero." if doubtful else ""
     return f"Lowest perplexity among the pruners: {text}.{doubt}"
