@@ -237,8 +237,13 @@ def use_cpu_kernels(model: nn.Module, value_bits: int = 16) -> None:
     if kernels.backend().library is None:
         return
     for name, layer in model.named_modules():
-        fixed = isinstance(layer, SlabLinear) and layer.native is None and not hasattr(layer, "_hf_hook")
-        if fixed and layer.values.device.type == "cpu":
+        if not isinstance(layer, SlabLinear) or hasattr(layer, "_hf_hook"):
+            continue
+        if layer.native is None:
+            wanted = layer.values.device.type == "cpu"
+        else:  # a loaded model has its runtime layout already; 8-bit values are made from it
+            wanted = layer.native.scales is None and value_bits != 16
+        if wanted:
             layer.use_native(value_bits, name)
 
 

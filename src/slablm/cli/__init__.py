@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from slablm.cli.bench import bench
 from slablm.cli.compare import compare
 from slablm.cli.compress import compress
 from slablm.cli.doctor import doctor
@@ -22,6 +23,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("bench")(bench)
 app.command("compare")(compare)
 app.command("compress")(compress)
 app.command("eval")(evaluate)

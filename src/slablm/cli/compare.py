@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
-from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, log, print_json, progress
+from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, log, print_json, print_table, progress
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 
@@ -256,7 +256,7 @@ def _print_perplexities(lines: Sequence[Row]) -> None:
         )
         for line in lines
     ]
-    _print_table(
+    print_table(
         "Perplexity",
         ("setting", "method", "ratio\n(paper)", "true bits\nper weight", "perplexity\n± std. error", "× dense",
          "against\nreference [95 %]"),
@@ -274,25 +274,7 @@ def _print_accuracies(lines: Sequence[Row], tasks: Sequence[str]) -> None:
         each = (show_accuracy(results[task]["acc"], results[task]["stderr"]) for task in tasks)
         setting = record.cell.setting if record.cell.config else ""
         body.append((setting, record.cell.method, show_average(record), difference, *each))
-    _print_table("Accuracy in %", ("setting", "method", "average", "against\nreference [95 %]", *tasks), body)
-
-
-def _print_table(title: str, columns: Sequence[str], body: Sequence[tuple[str, ...]]) -> None:
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, box=SIMPLE)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
-    for before, line in zip([None, *body], body, strict=False):
-        if before is not None and before[0] != line[0]:
-            table.add_section()
-        table.add_row(*line)
-    console = Console(highlight=False, markup=False)
-    # A file or a narrow terminal gets whole lines as well: a cut number is worse than a wrapped line.
-    console.width = max(console.width, Console(width=1000).measure(table).maximum)
-    console.print(table)
+    print_table("Accuracy in %", ("setting", "method", "average", "against\nreference [95 %]", *tasks), body)
 
 
 def _split(text: str) -> list[str]:

@@ -1,10 +1,10 @@
-"""What the verbs share: options, a console on stderr, a progress bar, JSON on stdout."""
+"""What the verbs share: options, a console on stderr, a progress bar, tables and JSON on stdout."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
@@ -49,3 +49,21 @@ def print_json(data: dict[str, Any]) -> None:
     """One JSON object on stdout; NaN becomes null, as JSON has none."""
     clean = {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in data.items()}
     typer.echo(json.dumps(clean))
+
+
+def print_table(title: str, columns: Sequence[str], body: Sequence[tuple[str, ...]]) -> None:
+    """A table on stdout, its lines grouped by the first column; the first two columns are text, the others numbers."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(title=title, box=SIMPLE)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
+    for before, line in zip([None, *body], body, strict=False):
+        if before is not None and before[0] != line[0]:
+            table.add_section()
+        table.add_row(*line)
+    console = Console(highlight=False, markup=False)
+    # A file or a narrow terminal gets whole lines as well: a cut number is worse than a wrapped line.
+    console.width = max(console.width, Console(width=1000).measure(table).maximum)
+    console.print(table)

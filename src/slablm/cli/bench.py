@@ -1,0 +1,202 @@
+"""``slablm bench``: speed and memory of a model, beside the dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slablm.cli.console import Dtype, Json, Revision, TrustRemoteCode, log, print_json, print_table, progress
+from slablm.errors import SlabError
+
+if TYPE_CHECKING:
+    from slablm.evaluation.contender import Contender, Footprint
+    from slablm.evaluation.speed import Samples, Speed, Workload
+
+MODEL = "model"
+REFERENCE = "dense float32"
+QUANTITIES = {
+    "prefill": "prefill\ntokens/s",
+    "first_token": "first token\ns",
+    "decode": "decode\ntokens/s",
+    "document": "document\ns",
+}
+
+
+def bench(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder (dense or compressed), .gguf file or 'smollm2'.")],
+    against: Annotated[str | None, typer.Option(help="The dense model, to run beside it in fp32 and bf16.")] = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 512,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Measured runs of each contender.")] = 5,
+    document: Annotated[
+        bool, typer.Option("--document", help="Also read a 512-token document and write a 128-token summary.")
+    ] = False,
+    threads: Annotated[str, typer.Option(help="Thread counts, separated by commas; 'all' is torch's own.")] = "1,all",
+    value_bits: Annotated[int, typer.Option(help="8: also run the compressed model with 8-bit values.")] = 16,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Measure prefill, decode, time to first token and memory of MODEL on the CPU."""
+    from slablm import kernels
+    from slablm.cli.console import quiet_libraries
+    from slablm.evaluation.contender import why_no_energy
+    from slablm.evaluation.speed import Workload, measure_speed, weight_bytes
+
+    workload = Workload(prompt_tokens, new_tokens, document)
+    counts = _thread_counts(threads)
+    if rounds < 1:
+        raise SlabError(f"--rounds must be 1 or more, got {rounds}")
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    contenders = _contenders(model, against, dtype, value_bits, options)
+    quiet_libraries()
+    footprints = _footprints(contenders, workload)
+    log.print("Loading all contenders")
+    models = {contender.name: contender.load() for contender in contenders}
+    with progress("Measuring speed, in turns") as (bar, task):
+        speeds = measure_speed(
+            models, workload, rounds, counts, on_run=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    weights = {name: weight_bytes(loaded) for name, loaded in models.items()}
+    conditions = {
+        **asdict(workload),
+        "rounds": rounds,
+        "dtype": str(models[MODEL].dtype).removeprefix("torch."),
+        "cpu_kernels": kernels.backend().name,
+    }
+    if json:
+        print_json(conditions | _json(speeds, weights, footprints, why_no_energy()))
+        return
+    _print_speeds(speeds)
+    _print_memory(weights, footprints, why_no_energy())
+    typer.echo(
+        f"{prompt_tokens} prompt tokens, {new_tokens} new tokens, {rounds} rounds; "
+        f"{MODEL} in {conditions['dtype']}, CPU kernels {conditions['cpu_kernels']}"
+    )
+    typer.echo(f"energy {why_no_energy()}")
+
+
+def _contenders(
+    model: str, against: str | None, dtype: str, value_bits: int, options: dict[str, Any]
+) -> list[Contender]:
+    from slablm import loading
+    from slablm.evaluation.contender import Contender
+
+    if value_bits not in (8, 16):
+        raise SlabError(f"--value-bits must be 8 or 16, got {value_bits}")
+    if against is not None and loading.is_compressed(against):
+        raise SlabError(f"{against} is compressed by slablm: --against takes the dense model")
+    contenders = [Contender(MODEL, model, dtype, options=options)]
+    if value_bits == 8:
+        contenders.append(Contender(f"{MODEL}, 8-bit values", model, dtype, 8, options))
+    if against is not None:
+        # A revision names a state of MODEL's repository, not of another one.
+        others = options | {"revision": None}
+        contenders += [Contender(f"dense {kind}", against, kind, options=others) for kind in ("float32", "bfloat16")]
+    return contenders
+
+
+def _thread_counts(text: str) -> list[int]:
+    import torch
+
+    counts = []
+    for part in (part.strip() for part in text.split(",")):
+        if part != "all" and not (part.isdecimal() and int(part) > 0):
+            raise SlabError(f"--threads takes counts of 1 or more or 'all', separated by commas, got {text!r}")
+        counts.append(torch.get_num_threads() if part == "all" else int(part))
+    return list(dict.fromkeys(counts))
+
+
+def _footprints(contenders: Sequence[Contender], workload: Workload) -> dict[str, Footprint]:
+    """Before anything is loaded here, so that the two do not compete for memory."""
+    footprints = {}
+    with progress("Measuring memory, one process each") as (bar, task):
+        bar.update(task, total=len(contenders))
+        for contender in contenders:
+            footprints[contender.name] = contender.footprint(workload.prompt_tokens)
+            bar.advance(task)
+    return footprints
+
+
+def _json(
+    speeds: Sequence[Speed], weights: dict[str, int], footprints: dict[str, Footprint], energy: str
+) -> dict[str, Any]:
+    """What was measured, ready for JSON."""
+    return {
+        "speed": [
+            {
+                "contender": speed.contender,
+                "threads": speed.threads,
+                **{
+                    name: _summary(samples, getattr(_reference(speed, speeds), name, None))
+                    for name, samples in _measured(speed)
+                },
+            }
+            for speed in speeds
+        ],
+        "memory": [
+            {"contender": name, "weight_bytes": weights[name], **_footprint_bytes(found)}
+            for name, found in footprints.items()
+        ],
+        "energy_joules": None,
+        "energy_note": energy,
+    }
+
+
+def _footprint_bytes(found: Footprint) -> dict[str, int | None]:
+    return {"before_bytes": found.before, "resident_bytes": found.resident, "peak_bytes": found.peak}
+
+
+def _measured(speed: Speed) -> list[tuple[str, Samples]]:
+    return [(name, getattr(speed, name)) for name in QUANTITIES if getattr(speed, name) is not None]
+
+
+def _reference(speed: Speed, speeds: Sequence[Speed]) -> Speed | None:
+    """The dense model in fp32 with as many threads."""
+    return next((s for s in speeds if s.contender == REFERENCE and s.threads == speed.threads), None)
+
+
+def _summary(samples: Samples, reference: Samples | None) -> dict[str, float | None]:
+    return {
+        "median": samples.median,
+        "interquartile_range": samples.spread,
+        "ratio_to_dense_float32": None if reference is None else samples.ratio_to(reference),
+    }
+
+
+def _print_speeds(speeds: Sequence[Speed]) -> None:
+    columns = [title for name, title in QUANTITIES.items() if getattr(speeds[0], name) is not None]
+    body = []
+    for speed in speeds:
+        reference = _reference(speed, speeds)
+        cells = [_cell(samples, getattr(reference, name, None)) for name, samples in _measured(speed)]
+        body.append((str(speed.threads), speed.contender, *cells))
+    title = "Speed: median ± interquartile range"
+    if _reference(speeds[0], speeds):
+        title += f" (× {REFERENCE})"
+    print_table(title, ("threads", "contender", *columns), body)
+
+
+def _cell(samples: Samples, reference: Samples | None) -> str:
+    cell = f"{samples.median:.3g}" if samples.median < 100 else f"{samples.median:.0f}"
+    if samples.spread is not None:
+        cell += f" ± {samples.spread:.2g}" if samples.spread < 100 else f" ± {samples.spread:.0f}"
+    return cell if reference is None else f"{cell} ({samples.ratio_to(reference):.2f}×)"
+
+
+def _print_memory(weights: dict[str, int], footprints: dict[str, Footprint], energy: str) -> None:
+    from slablm.memory import human_bytes
+
+    base = weights.get(REFERENCE)
+    body = []
+    for name, found in footprints.items():
+        weight = human_bytes(weights[name]) + ("" if base is None else f" ({weights[name] / base:.2f}×)")
+        others = (found.resident, found.peak, found.before)
+        sizes = ("unknown" if count is None else human_bytes(count) for count in others)
+        body.append(("", name, weight, *sizes, energy.partition(":")[0]))
+    columns = ("", "contender", "weights", "resident", "peak", "before loading", "energy")
+    print_table("Memory and energy", columns, body)
