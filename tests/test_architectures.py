@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from slablm import CompressionConfig, SlabError, SlabLinear
@@ -61,6 +62,12 @@ def test_compress_save_reload(family, tmp_path):
     model.save_pretrained(tmp_path / "out")
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert torch.equal(reloaded(windows).logits, logits)
+    # A tied embedding is stored once, and in 16 bits like the values.
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    matrices = [tensor for tensor in stored.values() if tensor.ndim == 2 and 200 in tensor.shape]
+    assert len(matrices) == (1 if tied else 2)
+    assert {tensor.dtype for tensor in matrices} == {torch.float16}
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "opt"])

@@ -155,7 +155,15 @@ class SlabHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
         """The tensors to save and the header's metadata, digests included."""
         dtype = getattr(torch, self.quantization_config.value_dtype)
-        state = {name: _narrowed(tensor, dtype) for name, tensor in model.state_dict().items()}
+        state = model.state_dict()
+        # Tied tensors must stay one tensor, or transformers would write each of them.
+        narrowed: dict[int, Tensor] = {}
+        for name, tensor in state.items():
+            if tensor.dtype == torch.float32 and tensor.ndim >= 2:
+                address = tensor.data_ptr()
+                if address not in narrowed:
+                    narrowed[address] = _narrowed(tensor, dtype)
+                state[name] = narrowed[address]
         return state, integrity.metadata(state)
 
     def is_serializable(self) -> bool:
@@ -175,8 +183,6 @@ class SlabHfQuantizer(HfQuantizer):
 
 def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A float32 matrix in the value type where that loses nothing (see `slablm.api.compress_model`)."""
-    if tensor.dtype != torch.float32 or tensor.ndim < 2:
-        return tensor
     narrow = tensor.to(dtype)
     return narrow if torch.equal(narrow.float(), tensor) else tensor
 
