@@ -4,6 +4,8 @@ import shutil
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from slablm import SlabError, integrity
@@ -45,6 +47,16 @@ def test_a_flipped_bit_in_the_header_is_found(copy):
     refused(copy, "has no digest|cannot be read")
 
 
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.values", "model.norm.weight"])
+def test_a_missing_tensor_is_found(copy, name):
+    path = copy / "model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {key: file.get_tensor(key) for key in file.keys() if key != name}  # noqa: SIM118
+    save_file(tensors, path, metadata=metadata)
+    refused(copy, f"tensor '{name}' is missing")
+
+
 def test_a_truncated_file_is_found(copy):
     path = copy / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
@@ -52,8 +64,6 @@ def test_a_truncated_file_is_found(copy):
 
 
 def test_a_file_of_another_origin_is_refused(copy):
-    from safetensors.torch import load_file, save_file
-
     save_file(load_file(copy / "model.safetensors"), copy / "model.safetensors", metadata={"format": "pt"})
     refused(copy, "carries no slablm digests")
 

@@ -129,8 +129,7 @@ class SlabHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """Check the files, then put empty `SlabLinear` layers where the checkpoint has packed ones."""
-        for file in checkpoint_files or []:
-            integrity.verify_file(Path(file))
+        integrity.verify_files([Path(file) for file in checkpoint_files or []])
         for name in self.quantization_config.modules:
             try:
                 linear = model.get_submodule(name)

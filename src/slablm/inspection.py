@@ -92,8 +92,8 @@ def inspect_folder(folder: Path) -> Inspection:
     quantization = SlabQuantizationConfig(**config)
     files = weight_files(folder)
     sizes: dict[str, tuple[int, int]] = {}  # tensor → (bytes, last dimension)
+    integrity.verify_files(files)
     for file in files:
-        integrity.verify_file(file)
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 tensor = tensors.get_tensor(name)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from slablm.errors import SlabError
 from slablm.packing import FORMAT_VERSION
 
 METADATA_KEY = "slablm"
+WAY_OUT = "download or compress it again"
 
 
 def digest(tensor: Tensor) -> str:
@@ -40,23 +41,41 @@ def metadata(state: Mapping[str, Tensor]) -> dict[str, str]:
     return {METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, "digests": digests}, sort_keys=True)}
 
 
-def verify_file(path: Path) -> None:
-    """Compare every tensor of a file with its digest.
+def verify_files(paths: Sequence[Path]) -> None:
+    """Compare every tensor of a checkpoint with its digest.
+
+    Args:
+        paths: all safetensors files of the checkpoint.
 
     Raises:
-        SlabError: the file is truncated, has no digests, or a tensor is missing, unknown or different.
+        SlabError: a file is truncated or has no digests, or a tensor is missing, unknown or different.
     """
-    way_out = "download or compress it again"
+    expected: dict[str, str] = {}
+    present: set[str] = set()
+    for path in paths:
+        digests, names = _verify_file(path)
+        expected |= digests
+        present |= names
+    stored = {expected[name] for name in present}
+    for name, value in expected.items():
+        # One of several tied tensors is stored; the others have the same digest.
+        if value not in stored:
+            raise SlabError(f"{paths[0].parent}: tensor {name!r} is missing: {WAY_OUT}")
+
+
+def _verify_file(path: Path) -> tuple[dict[str, str], set[str]]:
+    """Check one file; returns the digests of the whole checkpoint and the names of this file's tensors."""
     try:
         with safe_open(path, framework="pt") as file:
-            expected = _digests(file.metadata(), path)
-            for name in file.keys():  # noqa: SIM118 (not a dict)
+            expected, names = _digests(file.metadata(), path), set(file.keys())
+            for name in sorted(names):
                 if name not in expected:
-                    raise SlabError(f"{path}: tensor {name!r} has no digest, the file is damaged: {way_out}")
+                    raise SlabError(f"{path}: tensor {name!r} has no digest, the file is damaged: {WAY_OUT}")
                 if digest(file.get_tensor(name)) != expected[name]:
-                    raise SlabError(f"{path}: tensor {name!r} is corrupted: {way_out}")
+                    raise SlabError(f"{path}: tensor {name!r} is corrupted: {WAY_OUT}")
+            return expected, names
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise SlabError(f"{path} cannot be read ({error}): it is truncated or damaged, {way_out}") from error
+        raise SlabError(f"{path} cannot be read ({error}): it is truncated or damaged, {WAY_OUT}") from error
 
 
 def sort_metadata(path: Path) -> None:
