@@ -36,9 +36,17 @@ def digest(tensor: Tensor) -> str:
 
 
 def metadata(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Header metadata for the tensors of a state dict."""
-    digests = {name: digest(tensor) for name, tensor in state.items()}
-    return {METADATA_KEY: json.dumps({"format_version": FORMAT_VERSION, "digests": digests}, sort_keys=True)}
+    """Header metadata for the tensors of a state dict; of tied tensors (one memory) only one will be stored."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in state.items():
+        if tensor.numel():
+            groups.setdefault(tensor.data_ptr(), []).append(name)
+    record = {
+        "format_version": FORMAT_VERSION,
+        "digests": {name: digest(tensor) for name, tensor in state.items()},
+        "tied": sorted(sorted(names) for names in groups.values() if len(names) > 1),
+    }
+    return {METADATA_KEY: json.dumps(record, sort_keys=True)}
 
 
 def verify_files(paths: Sequence[Path]) -> None:
@@ -50,30 +58,31 @@ def verify_files(paths: Sequence[Path]) -> None:
     Raises:
         SlabError: a file is truncated or has no digests, or a tensor is missing, unknown or different.
     """
-    expected: dict[str, str] = {}
+    expected: set[str] = set()
     present: set[str] = set()
     for path in paths:
-        digests, names = _verify_file(path)
-        expected |= digests
+        record, names = _verify_file(path)
+        expected |= record["digests"].keys()
         present |= names
-    stored = {expected[name] for name in present}
-    for name, value in expected.items():
-        # One of several tied tensors is stored; the others have the same digest.
-        if value not in stored:
-            raise SlabError(f"{paths[0].parent}: tensor {name!r} is missing: {WAY_OUT}")
+        for tied in record["tied"]:
+            if not names.isdisjoint(tied):
+                present.update(tied)
+    if missing := sorted(expected - present):
+        raise SlabError(f"{paths[0].parent}: tensor {missing[0]!r} is missing: {WAY_OUT}")
 
 
-def _verify_file(path: Path) -> tuple[dict[str, str], set[str]]:
-    """Check one file; returns the digests of the whole checkpoint and the names of this file's tensors."""
+def _verify_file(path: Path) -> tuple[dict[str, Any], set[str]]:
+    """Check one file; returns the record about the whole checkpoint and the names of this file's tensors."""
     try:
         with safe_open(path, framework="pt") as file:
-            expected, names = _digests(file.metadata(), path), set(file.keys())
+            record, names = _record(file.metadata(), path), set(file.keys())
+            expected = record["digests"]
             for name in sorted(names):
                 if name not in expected:
                     raise SlabError(f"{path}: tensor {name!r} has no digest, the file is damaged: {WAY_OUT}")
                 if digest(file.get_tensor(name)) != expected[name]:
                     raise SlabError(f"{path}: tensor {name!r} is corrupted: {WAY_OUT}")
-            return expected, names
+            return record, names
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise SlabError(f"{path} cannot be read ({error}): it is truncated or damaged, {WAY_OUT}") from error
 
@@ -101,10 +110,11 @@ def header_bytes(path: Path) -> int:
     return 8 + length
 
 
-def _digests(header: dict[str, str] | None, path: Path) -> dict[str, str]:
+def _record(header: dict[str, str] | None, path: Path) -> dict[str, Any]:
     try:
         record: dict[str, Any] = json.loads((header or {})[METADATA_KEY])
-        digests: dict[str, str] = record["digests"]
+        if not isinstance(record["digests"], dict) or not isinstance(record["tied"], list):
+            raise TypeError
     except (KeyError, ValueError, TypeError):
         raise SlabError(f"{path} carries no slablm digests: it is damaged or was not written by slablm") from None
-    return digests
+    return record
