@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from slablm.layerwise import LayerReport, size_summary
 from slablm.memory import human_bytes
-from slablm.methods.budget import PAPER_VALUE_BITS
 
 if TYPE_CHECKING:
     from slablm.config import CompressionConfig
-    from slablm.layerwise import LayerReport
 
 TEMPLATE = """\
 ---
@@ -84,22 +83,6 @@ def model_card(
         error=sum(report.output_error for report in reports) / len(reports),
         left_dense=left_dense,
     )
-
-
-def size_summary(reports: list[LayerReport]) -> dict[str, Any]:
-    """Total sizes of the compressed layers, both numbers: `bits_per_weight` and `compression_ratio`.
-
-    Args:
-        reports: one per compressed layer.
-    """
-    weights = sum(report.weights for report in reports)
-    true_bits = sum(report.true_bits for report in reports)
-    return {
-        "weights": weights,
-        "packed_bytes": true_bits // 8,
-        "bits_per_weight": true_bits / weights,
-        "compression_ratio": 1 - sum(report.paper_bits for report in reports) / (PAPER_VALUE_BITS * weights),
-    }
 
 
 def _shown_settings(config: CompressionConfig) -> dict[str, Any]:

@@ -217,8 +217,8 @@ def measure_cells(
 
 def _measure(cell: Cell, key: str, conditions: Conditions, dense: Record | None, on_step: Step) -> Record:
     """Load, compress, evaluate."""
-    from slablm.card import size_summary
     from slablm.evaluation import perplexity
+    from slablm.layerwise import size_summary
     from slablm.memory import peak_resident_bytes
 
     clock = _Clock()

@@ -143,11 +143,12 @@ class SlabHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check the planes and make `save_pretrained` write the complete format again."""
+        use_cpu_kernels(model)  # checks the planes of the layers it takes
         for name in self.quantization_config.modules:
             layer = model.get_submodule(name)
             assert isinstance(layer, SlabLinear)
-            layer.packed.validate(name)
-        use_cpu_kernels(model)
+            if layer.native is None:
+                layer.packed.validate(name)
         _use_own_save(model)
         return model
 

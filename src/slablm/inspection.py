@@ -12,7 +12,7 @@ from safetensors import safe_open
 from slablm import integrity
 from slablm.checkpoint import CONFIG, weight_files
 from slablm.errors import SlabError
-from slablm.layerwise import LayerReport
+from slablm.layerwise import LayerReport, size_summary
 from slablm.methods.budget import PAPER_VALUE_BITS, paper_ratio
 
 VALUE_BYTES = 2  # float16 and bfloat16
@@ -47,7 +47,7 @@ class Inspection:
     @property
     def compression_ratio(self) -> float:
         """The paper's compression ratio over all compressed layers."""
-        return 1 - sum(layer.paper_bits for layer in self.layers) / (PAPER_VALUE_BITS * self.weights)
+        return float(size_summary(self.layers)["compression_ratio"])
 
     @property
     def kept_fraction(self) -> float:

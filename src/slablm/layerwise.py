@@ -14,9 +14,9 @@ statistics of one block. Attention and MLP activations exist for one window at a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -73,6 +73,22 @@ class LayerReport:
 
 
 Progress = Callable[[int, int, LayerReport], None]
+
+
+def size_summary(reports: Sequence[LayerReport]) -> dict[str, Any]:
+    """Total sizes of the compressed layers, both numbers: `bits_per_weight` and `compression_ratio`.
+
+    Args:
+        reports: one per compressed layer.
+    """
+    weights = sum(report.weights for report in reports)
+    true_bits = sum(report.true_bits for report in reports)
+    return {
+        "weights": weights,
+        "packed_bytes": true_bits // 8,
+        "bits_per_weight": true_bits / weights,
+        "compression_ratio": 1 - sum(report.paper_bits for report in reports) / (PAPER_VALUE_BITS * weights),
+    }
 
 
 @torch.no_grad()
