@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from slablm.calibration.capture import BlockCall, capture_block_calls, collect_stats
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
+from slablm.float32 import fast_float32
 from slablm.methods import NEEDS_GRAM, Decomposition, LayerStats, PrunedWeight, get_method
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.modules import SlabLinear
@@ -92,6 +93,7 @@ def size_summary(reports: Sequence[LayerReport]) -> dict[str, Any]:
 
 
 @torch.no_grad()
+@fast_float32()
 def compress_blocks(
     model: PreTrainedModel,
     targets: Targets,

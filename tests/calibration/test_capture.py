@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from slablm import SlabError
-from slablm.calibration.capture import StatsCollector, capture_block_calls
+from slablm.calibration.capture import StatsCollector, capture_block_calls, collect_stats
 from slablm.targets import find_blocks
 
 
@@ -68,3 +68,70 @@ def test_blocks_with_text_dependent_arguments_are_refused():
     with pytest.raises(SlabError, match="Odd hands its blocks arguments that depend on the text"):
         capture_block_calls(model, model.blocks, torch.arange(12).view(2, 6), torch.device("cpu"))
     assert "forward" not in vars(model.blocks[0])
+
+
+class Toy(nn.Module):
+    """q and k read one tensor, out another; what follows `out` may be left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 8)
+        self.finished = 0
+        self.apart = False
+
+    def forward(self, hidden):
+        states = self.q(hidden) + self.k(hidden.clone() if self.apart else hidden).repeat(1, 1, 2)
+        outputs = self.out(states)
+        self.finished += 1
+        return outputs
+
+
+def toy_stats(toy, windows, layers=("q", "k", "out")):
+    chosen = {name: getattr(toy, name) for name in layers}
+    return collect_stats(toy, chosen, lambda i: toy(windows[i]), len(windows), with_gram=True, seed=0)
+
+
+@torch.no_grad()
+def test_layers_with_one_input_share_its_statistics():
+    toy, windows = Toy(), torch.randn(3, 1, 5, 8)
+    stats = toy_stats(toy, windows)
+    inputs = windows.reshape(-1, 8)
+    states = toy.q(inputs) + toy.k(inputs).repeat(1, 2)
+    assert stats["q"].gram is stats["k"].gram
+    for name, rows in (("q", inputs), ("k", inputs), ("out", states)):
+        assert stats[name].tokens == 15
+        assert torch.allclose(stats[name].gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
+        assert torch.allclose(stats[name].input_norms, rows.norm(dim=0))
+
+
+@torch.no_grad()
+def test_a_block_is_left_when_its_last_layer_is_reached():
+    toy, windows = Toy(), torch.randn(3, 1, 5, 8)
+    toy_stats(toy, windows)
+    assert toy.finished == 1  # the first window shows which layer is the last
+    assert not toy.q._forward_pre_hooks
+
+
+@torch.no_grad()
+def test_a_layer_that_runs_twice_per_window_is_seen_twice():
+    class Twice(Toy):
+        def forward(self, hidden):
+            return self.out(self.q(hidden)) + self.q(2 * hidden)
+
+    toy, windows = Twice(), torch.randn(2, 1, 5, 8)
+    stats = toy_stats(toy, windows, ("q", "out"))
+    inputs = windows.reshape(-1, 8)
+    assert torch.allclose(stats["q"].gram, 5 * inputs.T @ inputs, rtol=1e-4, atol=1e-4)
+    assert stats["q"].tokens == 20
+
+
+@torch.no_grad()
+def test_inputs_shared_in_some_windows_only_are_refused():
+    toy, windows = Toy(), torch.randn(2, 1, 5, 8)
+
+    def run(index):
+        toy.apart = index == 1
+        return toy(windows[index])
+
+    with pytest.raises(SlabError, match="layer k shares its inputs with others in some windows only"):
+        collect_stats(toy, {"q": toy.q, "k": toy.k}, run, 2, with_gram=False, seed=0)

@@ -15,8 +15,9 @@ and keeps a few randomly chosen rows of X for measuring the output error.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -169,6 +170,73 @@ class StatsCollector:
         return LayerStats(self._squares.sqrt().float(), self._tokens, torch.cat(self._rows), self._gram)
 
 
+class _AllSeen(Exception):  # noqa: N818 - no error: what is left of the block is of no interest
+    """Every target layer of the block has got its inputs."""
+
+
+class _BlockWatch:
+    """Hands the inputs of a block's linear layers to collectors.
+
+    Two things are not done twice. Layers that read the very same tensor (q, k and v; gate and up) share one collector.
+    And a block is left as soon as its last target layer is reached: that layer's product, a quarter of a Llama block,
+    is not needed. Both are learned from the first window.
+
+    Args:
+        layers: target layers by full name.
+        with_gram: whether XᵀX is wanted.
+    """
+
+    def __init__(self, layers: dict[str, nn.Linear], with_gram: bool) -> None:
+        self._layers, self._with_gram = layers, with_gram
+        self._collectors: dict[str, StatsCollector] = {}
+        self._sampled = torch.empty(0, dtype=torch.long)
+        self._inputs: dict[str, Tensor] = {}
+        self._calls = 0
+        self._windows = 0
+        self._may_leave = False
+
+    def window(self, run: Callable[[], Tensor], sampled: Tensor) -> None:
+        """Run one window; `sampled` as in `StatsCollector.add`."""
+        self._sampled, self._calls = sampled, 0
+        with suppress(_AllSeen):
+            run()
+        if not self._windows:
+            # A layer that runs several times per window has to be seen every time.
+            self._may_leave = self._calls == len(self._inputs) == len(self._layers)
+        self._inputs.clear()
+        self._windows += 1
+
+    def see(self, name: str, inputs: Tensor) -> None:
+        """Note the inputs of one call of one layer.
+
+        Raises:
+            SlabError: layers that shared their inputs in the first window do so no more.
+        """
+        twin = next((other for other, tensor in self._inputs.items() if tensor is inputs and other != name), None)
+        if name not in self._collectors:
+            in_features = self._layers[name].in_features
+            new = StatsCollector(in_features, self._with_gram, inputs.device)
+            self._collectors[name] = new if twin is None or self._windows else self._collectors[twin]
+        collector = self._collectors[name]
+        if twin is None or self._collectors[twin] is not collector:
+            if any(self._collectors[other] is collector for other in self._inputs if other != name):
+                raise SlabError(f"layer {name} shares its inputs with others in some windows only: use --ignore {name}")
+            collector.add(inputs, self._sampled)
+        self._inputs[name] = inputs
+        self._calls += 1
+        if self._may_leave and len(self._inputs) == len(self._layers):
+            raise _AllSeen
+
+    def stats(self) -> dict[str, LayerStats]:
+        """The statistics of every layer.
+
+        Raises:
+            SlabError: see `StatsCollector.stats`.
+        """
+        unseen = StatsCollector(0, with_gram=False, device=torch.device("cpu"))
+        return {name: self._collectors.get(name, unseen).stats(name) for name in self._layers}
+
+
 def collect_stats(
     block: nn.Module,
     layers: dict[str, nn.Linear],
@@ -188,25 +256,25 @@ def collect_stats(
         with_gram: whether XᵀX is wanted.
         seed: seed of the choice of sampled rows.
 
+    Returns:
+        Statistics by name. Layers that share their inputs share the tensors.
+
     Raises:
-        SlabError: see `StatsCollector.stats`.
+        SlabError: see `StatsCollector.stats` and `_BlockWatch.see`.
     """
-    collectors = {
-        name: StatsCollector(layer.in_features, with_gram, layer.weight.device) for name, layer in layers.items()
-    }
+    watch = _BlockWatch(layers, with_gram)
     generator = torch.Generator().manual_seed(seed)
     per_window = -(-SAMPLED_TOKENS // num_windows)
-    sampled = torch.empty(0, dtype=torch.long)
 
     def hook_for(name: str) -> Callable[..., None]:
-        return lambda module, args, output: collectors[name].add(args[0], sampled)
+        return lambda module, args: watch.see(name, args[0])
 
-    handles = [layer.register_forward_hook(hook_for(name)) for name, layer in layers.items()]
+    handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
     try:
         for index in range(num_windows):
             sampled = torch.randint(1 << 30, (per_window,), generator=generator)
-            run(index)
+            watch.window(partial(run, index), sampled)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: collector.stats(name) for name, collector in collectors.items()}
+    return watch.stats()

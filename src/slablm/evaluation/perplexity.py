@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slablm.errors import SlabError
+from slablm.float32 import fast_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +68,7 @@ class Perplexity:
 
 
 @torch.no_grad()
+@fast_float32()
 def perplexity(
     model: PreTrainedModel, windows: Tensor, on_window: Callable[[int, int], None] | None = None
 ) -> Perplexity:
