@@ -363,6 +363,58 @@ void quick(const SlabWeight& weight, const Activations& act, const Output& outpu
     quick_tokens<Isa, Background::kGeneral>(weight, act, output, row, end);
 }
 
+// --- A weight without planes ---------------------------------------------------------------------------------------
+
+template <class Isa, class Value, int T, int R>
+void dense_rows(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row) {
+    constexpr int64_t kLanes = Isa::kLanes;
+    const int64_t n = weight.columns, padded = padded_words(weight) * kWordBits;
+    const Value* values = static_cast<const Value*>(weight.values) + row * n;
+    typename Isa::Floats sum[R][T];
+    for (int r = 0; r < R; ++r) {
+        for (int t = 0; t < T; ++t) sum[r][t] = Isa::zero();
+    }
+    const auto add = [&](int64_t column, int r, const Value* from) {
+        const auto entries = Isa::expand(from, Isa::kLaneMask);
+        for (int t = 0; t < T; ++t) {
+            sum[r][t] = Isa::fma(entries, Isa::load(act.x + t * padded + column), sum[r][t]);
+        }
+    };
+    const int64_t whole = n / kLanes * kLanes;
+    for (int64_t column = 0; column < whole; column += kLanes) {
+        for (int r = 0; r < R; ++r) add(column, r, values + r * n + column);
+    }
+    for (int r = 0; whole < n && r < R; ++r) {
+        Value last[kLanes] = {};
+        memcpy(last, values + r * n + whole, sizeof(Value) * static_cast<size_t>(n - whole));
+        add(whole, r, last);
+    }
+    for (int r = 0; r < R; ++r) {
+        for (int t = 0; t < T; ++t) store(output, weight.rows, row + r, t, Isa::total(sum[r][t]));
+    }
+}
+
+template <class Isa, class Value, int T>
+void dense_range(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row, int64_t end) {
+    constexpr int R = T == 1 ? 4 : 1;
+    for (; row + R <= end; row += R) dense_rows<Isa, Value, T, R>(weight, act, output, row);
+    for (; row < end; ++row) dense_rows<Isa, Value, T, 1>(weight, act, output, row);
+}
+
+template <class Isa, class Value>
+void dense_tokens(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row, int64_t end) {
+    if (act.tokens == 1) return dense_range<Isa, Value, 1>(weight, act, output, row, end);
+    if (act.tokens == 2) return dense_range<Isa, Value, 2>(weight, act, output, row, end);
+    if (act.tokens == 4) return dense_range<Isa, Value, 4>(weight, act, output, row, end);
+    dense_range<Isa, Value, 8>(weight, act, output, row, end);
+}
+
+template <class Isa>
+void dense(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row, int64_t end) {
+    if (weight.value_type == kFloat16) return dense_tokens<Isa, Half>(weight, act, output, row, end);
+    dense_tokens<Isa, BFloat>(weight, act, output, row, end);
+}
+
 // --- Dense rows ----------------------------------------------------------------------------------------------------
 
 template <class Isa, class Value, Background B, class Out>
@@ -413,7 +465,7 @@ void unpack(const SlabWeight& weight, int64_t begin, int64_t end, void* output, 
 template <class Isa>
 constexpr Kernels kernels_of() {
     static_assert(Isa::kQuickTokens <= 4);
-    return {Isa::kQuickTokens, prepare<Isa>, exact<Isa>, quick<Isa>, unpack<Isa>};
+    return {Isa::kQuickTokens, prepare<Isa>, exact<Isa>, quick<Isa>, dense<Isa>, unpack<Isa>};
 }
 
 }  // namespace

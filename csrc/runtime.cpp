@@ -159,6 +159,30 @@ int32_t slablm_matvec(int32_t set, const SlabWeight* weight, const void* inputs,
     return 0;
 }
 
+int32_t slablm_dense_matvec(int32_t set, const void* weight, int32_t weight_type, int64_t rows, int64_t columns,
+                            const void* inputs, int32_t input_type, int64_t tokens, void* outputs, int32_t output_type,
+                            int32_t threads) {
+    const Kernels* kernels = kernels_of(set);
+    const bool fits = rows >= 0 && columns > 0 && (weight_type == kFloat16 || weight_type == kBFloat16);
+    if (kernels == nullptr || !fits || tokens < 0 || tokens > kMaxTokens) return -1;
+    if (tokens == 0) return 0;
+    SlabWeight described{};
+    described.rows = rows;
+    described.columns = described.kept = columns;
+    described.value_type = weight_type;
+    described.values = weight;
+    try {
+        Activations act = make_activations(described, next_power_of_two(tokens), false);
+        kernels->prepare(described, inputs, input_type, tokens, false, act);
+        const Output output{outputs, tokens, output_type};
+        for_rows(0, rows, columns, threads,
+                 [&](int64_t begin, int64_t end) { kernels->dense(described, act, output, begin, end); });
+    } catch (const std::exception&) {
+        return -1;
+    }
+    return 0;
+}
+
 int32_t slablm_unpack(int32_t set, const SlabWeight* weight, int64_t begin, int64_t end, void* output,
                       int32_t output_type, int32_t threads) {
     const Kernels* kernels = kernels_of(set);

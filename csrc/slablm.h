@@ -10,7 +10,7 @@
 #endif
 
 // Changes whenever a struct or a signature below does; Python refuses a library with another number.
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
 constexpr int64_t kWordBits = 64;      // columns per plane word, and per activation scale
 constexpr int64_t kMaxTokens = 8;      // tokens of one decode call
@@ -45,6 +45,11 @@ SLABLM_API int32_t slablm_supports(int32_t set);
 SLABLM_API int32_t slablm_matvec(int32_t set, const SlabWeight* weight, const void* inputs, int32_t input_type,
                                  int64_t tokens, void* outputs, int32_t output_type, int32_t threads);
 
+// The same for a dense weight of kFloat16 or kBFloat16, [rows, columns] row-major without gaps.
+SLABLM_API int32_t slablm_dense_matvec(int32_t set, const void* weight, int32_t weight_type, int64_t rows,
+                                       int64_t columns, const void* inputs, int32_t input_type, int64_t tokens,
+                                       void* outputs, int32_t output_type, int32_t threads);
+
 // rows [begin, end) of the weight as a dense [end - begin, columns] matrix of kFloat32 or kBFloat16.
 SLABLM_API int32_t slablm_unpack(int32_t set, const SlabWeight* weight, int64_t begin, int64_t end, void* output,
                                  int32_t output_type, int32_t threads);
@@ -73,6 +78,9 @@ struct Kernels {
     void (*exact)(const SlabWeight& weight, const Activations& activations, const Output& output, int64_t begin,
                   int64_t end);
     void (*quick)(const SlabWeight& weight, const Activations& activations, const Output& output, int64_t begin,
+                  int64_t end);
+    // `weight` has no planes: all entries are kept.
+    void (*dense)(const SlabWeight& weight, const Activations& activations, const Output& output, int64_t begin,
                   int64_t end);
     void (*unpack)(const SlabWeight& weight, int64_t begin, int64_t end, void* output, int32_t output_type);
 };

@@ -27,6 +27,7 @@ from slablm.config import VALUE_DTYPES, CompressionConfig
 from slablm.errors import SlabError
 from slablm.layerwise import LayerReport, replace_module
 from slablm.modules import SlabLinear
+from slablm.narrow import narrow_matrices
 from slablm.packing import FORMAT_VERSION, PackedSpec
 
 if TYPE_CHECKING:
@@ -143,12 +144,14 @@ class SlabHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check the planes and make `save_pretrained` write the complete format again."""
+        narrow_matrices(model, getattr(torch, self.quantization_config.value_dtype))
         use_cpu_kernels(model)  # checks the planes of the layers it takes
         for name in self.quantization_config.modules:
             layer = model.get_submodule(name)
             assert isinstance(layer, SlabLinear)
             if layer.native is None:
                 layer.packed.validate(name)
+        _own_memory(model)
         _use_own_save(model)
         return model
 
@@ -187,6 +190,18 @@ def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return narrow if torch.equal(narrow.float(), tensor) else tensor
 
 
+def _own_memory(model: nn.Module) -> None:
+    """Copy what is left in the mapped checkpoint file: a few small vectors would keep all of it in memory.
+
+    Without kernels the packed tensors themselves stay in the mapping, and nothing would be gained.
+    """
+    if kernels.backend().library is None:
+        return
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+
+
 def check_version(version: Any) -> None:
     """Refuse formats this slablm does not know.
 
@@ -222,6 +237,7 @@ def attach(model: PreTrainedModel, config: CompressionConfig, reports: list[Laye
         is_quantized=True,
         quantization_method=QUANT_METHOD,
     )
+    narrow_matrices(model, getattr(torch, quantization_config.value_dtype))
     use_cpu_kernels(model)
     _use_own_save(model)
 

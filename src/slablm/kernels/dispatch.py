@@ -20,8 +20,10 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from slablm.errors import SlabError
+from slablm.float32 import fast_float32
 from slablm.kernels import native, reference
 from slablm.kernels.layout import NativeWeight
 
@@ -107,6 +109,36 @@ def linear(inputs: Tensor, weight: NativeWeight) -> Tensor:
     return _run(inputs, weight)
 
 
+def dense_linear(inputs: Tensor, weight: Tensor) -> Tensor:
+    """A dense 16-bit weight applied to [..., n] → [..., m], in the inputs' dtype, accumulated in float32.
+
+    Args:
+        inputs: any float type.
+        weight: [m, n], float16 or bfloat16.
+    """
+    if inputs.dtype == weight.dtype:
+        return functional.linear(inputs, weight)
+    if torch.compiler.is_compiling():
+        outputs: Tensor = _dense_operator(inputs, weight)
+        return outputs
+    return _run_dense(inputs, weight)
+
+
+def _run_dense(inputs: Tensor, weight: Tensor) -> Tensor:
+    m, n = weight.shape
+    rows = inputs.reshape(-1, n)
+    chosen = backend() if weight.device.type == "cpu" else Backend(REFERENCE, "not on the CPU")
+    needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
+    native_dtype = inputs.dtype in _NATIVE_DTYPES and not needs_gradient
+    if chosen.library is not None and native_dtype and rows.shape[0] <= native.MAX_TOKENS:
+        outputs = native.dense_matvec(chosen.library, chosen.name, weight, rows.contiguous())
+        return outputs.view(*inputs.shape[:-1], m)
+    step = max(1, _TILE_BYTES // (n * rows.element_size()))
+    with fast_float32():
+        tiles = [functional.linear(rows, tile.to(rows.dtype)) for tile in torch.split(weight, step)]
+    return torch.cat(tiles, dim=1).view(*inputs.shape[:-1], m)
+
+
 def _run(inputs: Tensor, weight: NativeWeight) -> Tensor:
     chosen = backend()
     needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
@@ -131,10 +163,11 @@ def _prefill(name: str, library: native.Library, weight: NativeWeight, rows: Ten
     inputs, outputs = rows.to(dtype), torch.empty(rows.shape[0], m, dtype=dtype)
     step = min(m, max(1, _TILE_BYTES // (n * dtype.itemsize)))
     tile = torch.empty(step, n, dtype=dtype)
-    for begin in range(0, m, step):
-        end = min(begin + step, m)
-        native.unpack(library, name, weight, begin, end, tile)
-        torch.mm(inputs, tile[: end - begin].T, out=outputs[:, begin:end])
+    with fast_float32():
+        for begin in range(0, m, step):
+            end = min(begin + step, m)
+            native.unpack(library, name, weight, begin, end, tile)
+            torch.mm(inputs, tile[: end - begin].T, out=outputs[:, begin:end])
     return outputs.to(rows.dtype)
 
 
@@ -163,3 +196,14 @@ def _(
     in_features: int,
 ) -> Tensor:
     return inputs.new_empty(*inputs.shape[:-1], planes.shape[0])
+
+
+@torch.library.custom_op("slablm::dense_linear", mutates_args=())
+def _dense_operator(inputs: Tensor, weight: Tensor) -> Tensor:
+    """`dense_linear` for the compiler."""
+    return _run_dense(inputs, weight)
+
+
+@_dense_operator.register_fake
+def _(inputs: Tensor, weight: Tensor) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])

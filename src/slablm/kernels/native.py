@@ -20,7 +20,7 @@ from slablm import kernels
 from slablm.kernels.layout import NativeWeight
 
 MAX_TOKENS = 8
-ABI_VERSION = 1
+ABI_VERSION = 2
 # Fastest first; the number is the library's.
 INSTRUCTION_SETS = {"avx512": 2, "avx2": 1, "neon": 3, "portable": 0}
 
@@ -68,6 +68,7 @@ def load() -> Library | str:
         return f"{found[0]} belongs to another version of slablm: reinstall slablm"
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     functions.slablm_matvec.argtypes = (i32, pointer, pointer, i32, i64, pointer, i32, i32)
+    functions.slablm_dense_matvec.argtypes = (i32, pointer, i32, i64, i64, pointer, i32, i64, pointer, i32, i32)
     functions.slablm_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
     supported = tuple(name for name, number in INSTRUCTION_SETS.items() if functions.slablm_supports(number))
     return Library(functions, found[0], supported)
@@ -90,6 +91,36 @@ def matvec(library: Library, instruction_set: str, weight: NativeWeight, inputs:
     status = library.functions.slablm_matvec(
         INSTRUCTION_SETS[instruction_set],
         _address(weight),
+        inputs.data_ptr(),
+        scalar_type,
+        inputs.shape[0],
+        outputs.data_ptr(),
+        scalar_type,
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return outputs
+
+
+def dense_matvec(library: Library, instruction_set: str, weight: Tensor, inputs: Tensor) -> Tensor:
+    """A dense 16-bit weight applied to a few tokens.
+
+    Args:
+        library: from `load`.
+        instruction_set: one of `library.supported`.
+        weight: [m, n], contiguous, float16 or bfloat16.
+        inputs: as for `matvec`.
+
+    Returns:
+        [t, m] in the inputs' dtype, accumulated in float32.
+    """
+    outputs = torch.empty(inputs.shape[0], weight.shape[0], dtype=inputs.dtype)
+    scalar_type = _SCALAR_TYPES[inputs.dtype]
+    status = library.functions.slablm_dense_matvec(
+        INSTRUCTION_SETS[instruction_set],
+        weight.data_ptr(),
+        _SCALAR_TYPES[weight.dtype],
+        *weight.shape,
         inputs.data_ptr(),
         scalar_type,
         inputs.shape[0],
