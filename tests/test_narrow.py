@@ -31,6 +31,8 @@ def test_the_model_computes_the_same_with_half_the_memory():
     assert isinstance(model.embedding, NarrowEmbedding)
     assert isinstance(model.other, NarrowLinear)
     assert model.embedding.weight is model.head.weight
+    assert (model.embedding.num_embeddings, model.embedding.embedding_dim) == (20, 8)
+    assert (model.head.in_features, model.head.out_features) == (8, 20)
     assert model.state_dict().keys() == state.keys()
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == (torch.float16 if tensor.ndim == 2 else torch.float32)

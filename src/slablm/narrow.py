@@ -42,7 +42,18 @@ class _Narrow(nn.Module):
 
 
 class NarrowEmbedding(_Narrow):
-    """`torch.nn.Embedding` over a 16-bit matrix; its outputs have the computation's type."""
+    """`torch.nn.Embedding` over a 16-bit matrix; its outputs have the computation's type.
+
+    Args:
+        weight: [num_embeddings, embedding_dim], float16 or bfloat16.
+        padding_idx: as in `torch.nn.Embedding`.
+        dtype: type of the computation.
+    """
+
+    def __init__(self, weight: Tensor, padding_idx: int | None, dtype: torch.dtype) -> None:
+        super().__init__(weight, dtype)
+        self.num_embeddings, self.embedding_dim = weight.shape
+        self.padding_idx = padding_idx
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [...] → [..., hidden_size]."""
@@ -50,7 +61,7 @@ class NarrowEmbedding(_Narrow):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        return f"{self.weight.shape[0]}, {self.weight.shape[1]}, stored={self.weight.dtype}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, stored={self.weight.dtype}"
 
 
 class NarrowLinear(_Narrow):
@@ -128,4 +139,5 @@ def _is_plain(module: nn.Module) -> bool:
 def _narrowed(module: nn.Module, weight: Tensor) -> nn.Module:
     if isinstance(module, nn.Linear):
         return NarrowLinear(weight, module.bias, torch.float32)
-    return NarrowEmbedding(weight, torch.float32)
+    assert isinstance(module, nn.Embedding)
+    return NarrowEmbedding(weight, module.padding_idx, torch.float32)

@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 
 MODEL = "model"
 REFERENCE = "dense float32"
+ENERGY_NOTE = "of the document case, or else of the prompt and the new tokens: all that ran on the CPU packages (RAPL)"
 QUANTITIES = {
     "prefill": "prefill\ntokens/s",
     "first_token": "first token\ns",
     "decode": "decode\ntokens/s",
     "document": "document\ns",
+    "energy": "energy\nJ",
 }
 
 
@@ -44,7 +46,7 @@ def bench(
     """Measure prefill, decode, time to first token and memory of MODEL on the CPU."""
     from slablm import kernels
     from slablm.cli.console import quiet_libraries
-    from slablm.evaluation.contender import why_no_energy
+    from slablm.evaluation.energy import RaplMeter, find_meter
     from slablm.evaluation.speed import Workload, measure_speed, weight_bytes
 
     workload = Workload(prompt_tokens, new_tokens, document)
@@ -53,13 +55,20 @@ def bench(
         raise SlabError(f"--rounds must be 1 or more, got {rounds}")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
     contenders = _contenders(model, against, dtype, value_bits, options)
+    meter = find_meter()
+    energy = meter if isinstance(meter, str) else ENERGY_NOTE
     quiet_libraries()
     footprints = _footprints(contenders, workload)
     log.print("Loading all contenders")
     models = {contender.name: contender.load() for contender in contenders}
     with progress("Measuring speed, in turns") as (bar, task):
         speeds = measure_speed(
-            models, workload, rounds, counts, on_run=lambda done, total: bar.update(task, completed=done, total=total)
+            models,
+            workload,
+            rounds,
+            counts,
+            meter=meter if isinstance(meter, RaplMeter) else None,
+            on_run=lambda done, total: bar.update(task, completed=done, total=total),
         )
     weights = {name: weight_bytes(loaded) for name, loaded in models.items()}
     conditions = {
@@ -69,15 +78,15 @@ def bench(
         "cpu_kernels": kernels.backend().name,
     }
     if json:
-        print_json(conditions | _json(speeds, weights, footprints, why_no_energy()))
+        print_json(conditions | _json(speeds, weights, footprints, energy))
         return
     _print_speeds(speeds)
-    _print_memory(weights, footprints, why_no_energy())
+    _print_memory(weights, footprints)
     typer.echo(
         f"{prompt_tokens} prompt tokens, {new_tokens} new tokens, {rounds} rounds; "
         f"{MODEL} in {conditions['dtype']}, CPU kernels {conditions['cpu_kernels']}"
     )
-    typer.echo(f"energy {why_no_energy()}")
+    typer.echo(f"energy {energy}")
 
 
 def _contenders(
@@ -142,7 +151,6 @@ def _json(
             {"contender": name, "weight_bytes": weights[name], **_footprint_bytes(found)}
             for name, found in footprints.items()
         ],
-        "energy_joules": None,
         "energy_note": energy,
     }
 
@@ -169,11 +177,13 @@ def _summary(samples: Samples, reference: Samples | None) -> dict[str, float | N
 
 
 def _print_speeds(speeds: Sequence[Speed]) -> None:
-    columns = [title for name, title in QUANTITIES.items() if getattr(speeds[0], name) is not None]
+    names = [name for name, _ in _measured(speeds[0])] + ([] if speeds[0].energy else ["energy"])
+    columns = [QUANTITIES[name] for name in names]
     body = []
     for speed in speeds:
         reference = _reference(speed, speeds)
         cells = [_cell(samples, getattr(reference, name, None)) for name, samples in _measured(speed)]
+        cells += [] if speed.energy else ["not measurable here"]
         body.append((str(speed.threads), speed.contender, *cells))
     title = "Speed: median ± interquartile range"
     if _reference(speeds[0], speeds):
@@ -188,7 +198,7 @@ def _cell(samples: Samples, reference: Samples | None) -> str:
     return cell if reference is None else f"{cell} ({samples.ratio_to(reference):.2f}×)"
 
 
-def _print_memory(weights: dict[str, int], footprints: dict[str, Footprint], energy: str) -> None:
+def _print_memory(weights: dict[str, int], footprints: dict[str, Footprint]) -> None:
     from slablm.memory import human_bytes
 
     base = weights.get(REFERENCE)
@@ -197,6 +207,6 @@ def _print_memory(weights: dict[str, int], footprints: dict[str, Footprint], ene
         weight = human_bytes(weights[name]) + ("" if base is None else f" ({weights[name] / base:.2f}×)")
         others = (found.resident, found.peak, found.before)
         sizes = ("unknown" if count is None else human_bytes(count) for count in others)
-        body.append(("", name, weight, *sizes, energy.partition(":")[0]))
-    columns = ("", "contender", "weights", "resident", "peak", "before loading", "energy")
-    print_table("Memory and energy", columns, body)
+        body.append(("", name, weight, *sizes))
+    columns = ("", "contender", "weights", "resident", "peak", "before loading")
+    print_table("Memory", columns, body)

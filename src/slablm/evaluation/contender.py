@@ -3,9 +3,6 @@
 The peak of a process never goes down, and freed memory is not always given back. So memory is measured in a fresh
 process that loads one contender, reads the prompt, writes a few tokens and tells its resident set and its peak. This
 file is also that process: ``python -m slablm.evaluation.contender``.
-
-Energy is measured or not told. The only honest source on a CPU is a counter such as RAPL's; an estimate from a table
-of CPU models is not a measurement.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slablm.errors import SlabError
@@ -26,7 +22,6 @@ if TYPE_CHECKING:
 
 # Tokens that the process writes: enough for the cache and the buffers of decoding to exist.
 FOOTPRINT_NEW_TOKENS = 4
-POWERCAP = Path("/sys/class/powercap")
 
 
 @dataclass(frozen=True)
@@ -94,20 +89,6 @@ class Contender:
         if "error" in answer:
             raise SlabError(answer["error"])
         return Footprint(**answer)
-
-
-def why_no_energy(powercap: Path = POWERCAP) -> str:
-    """What stands in place of a figure for energy: two or three words, a colon and the reason.
-
-    Args:
-        powercap: folder of the Linux kernel's counters.
-    """
-    counters = sorted(powercap.glob("intel-rapl:*/energy_uj"))
-    if not counters:
-        return "not measurable here: the machine shows no energy counter (RAPL)"
-    if not any(os.access(counter, os.R_OK) for counter in counters):
-        return f"not measurable here: the energy counter {counters[0]} may not be read by this user"
-    return "not measured: there is an energy counter, but this version does not read it"
 
 
 def _use_value_bits(model: PreTrainedModel, value_bits: int, source: str) -> None:

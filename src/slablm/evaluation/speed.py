@@ -7,7 +7,7 @@ Three quantities per run, for a prompt of p tokens and w new ones:
     decode       (w − 1) / time from the first token to the last, in that same call
 
 `generate` is greedy and cannot stop early. The document case is the total time of one more call: read 512 tokens,
-write 128.
+write 128. Where the machine has a counter (`slablm.evaluation.energy`), the energy of the last of these calls is told.
 
 A machine's speed drifts by more than what is to be compared. So the contenders take turns: in every round each runs
 once, and what is compared is the median over rounds of the ratio *within* a round, where the drift cancels.
@@ -33,6 +33,8 @@ from slablm.modules import SlabLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from slablm.evaluation.energy import RaplMeter
 
 DOCUMENT_TOKENS = 512
 SUMMARY_TOKENS = 128
@@ -123,6 +125,7 @@ class Speed:
         first_token: seconds.
         decode: tokens per second.
         document: seconds; None if it was not asked for.
+        energy: joules of the document case, or else of the prompt and the new tokens; None without a meter.
     """
 
     contender: str
@@ -131,6 +134,7 @@ class Speed:
     first_token: Samples
     decode: Samples
     document: Samples | None
+    energy: Samples | None
 
 
 @dataclass(frozen=True)
@@ -139,6 +143,7 @@ class _Run:
     first_token: float
     decode: float
     document: float | None
+    energy: float | None
 
 
 class _TokenTimes:
@@ -161,6 +166,7 @@ def measure_speed(
     threads: Sequence[int],
     *,
     clock: Clock = time.perf_counter,
+    meter: RaplMeter | None = None,
     on_run: Callable[[int, int], None] | None = None,
 ) -> list[Speed]:
     """Measure the contenders in turns: for each thread count, for each round, each contender once.
@@ -173,6 +179,7 @@ def measure_speed(
         rounds: how often, 1 or more.
         threads: thread counts, each 1 or more; the present one is restored afterwards.
         clock: seconds.
+        meter: the machine's energy counter.
         on_run: called after each run, the unmeasured ones included, with (runs done, runs in all).
 
     Returns:
@@ -193,7 +200,7 @@ def measure_speed(
         with _threads(count):
             for _ in range(rounds + 1):
                 for name, model in contenders.items():
-                    runs[name].append(_run(model, workload, clock))
+                    runs[name].append(_run(model, workload, clock, meter))
                     done += 1
                     if on_run is not None:
                         on_run(done, total)
@@ -248,22 +255,25 @@ def weight_bytes(model: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _run(model: PreTrainedModel, workload: Workload, clock: Clock) -> _Run:
+def _run(model: PreTrainedModel, workload: Workload, clock: Clock, meter: RaplMeter | None) -> _Run:
     tokens = prompt(model, workload.prompt_tokens)
     start = clock()
     _read(model, tokens)
     prefill = workload.prompt_tokens / (clock() - start)
     streamer = _TokenTimes(clock)
+    joules = meter.start() if meter else None
     start = clock()
     write(model, tokens, workload.new_tokens, streamer)
     _, first, *_, last = streamer.times
     document = None
     if workload.document:
         tokens = prompt(model, DOCUMENT_TOKENS)
+        joules = meter.start() if meter else None
         begin = clock()
         write(model, tokens, SUMMARY_TOKENS)
         document = clock() - begin
-    return _Run(prefill, first - start, (workload.new_tokens - 1) / (last - first), document)
+    energy = joules() if joules else None
+    return _Run(prefill, first - start, (workload.new_tokens - 1) / (last - first), document, energy)
 
 
 @torch.no_grad()
@@ -274,6 +284,7 @@ def _read(model: PreTrainedModel, tokens: Tensor) -> None:
 
 def _summary(name: str, threads: int, runs: Sequence[_Run]) -> Speed:
     documents = [run.document for run in runs if run.document is not None]
+    energies = [run.energy for run in runs if run.energy is not None]
     return Speed(
         contender=name,
         threads=threads,
@@ -281,6 +292,7 @@ def _summary(name: str, threads: int, runs: Sequence[_Run]) -> Speed:
         first_token=Samples(tuple(run.first_token for run in runs)),
         decode=Samples(tuple(run.decode for run in runs)),
         document=Samples(tuple(documents)) if documents else None,
+        energy=Samples(tuple(energies)) if energies else None,
     )
 
 
