@@ -18,9 +18,9 @@ WEIGHT = to_native(random_packed(PackedSpec(20, 130, 50, 1, True, torch.float16)
 def no_library(monkeypatch):
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(native, "load", lambda: "slablm was installed without its compiled kernels")
-    dispatch._backend.cache_clear()
+    dispatch._cpu_backend.cache_clear()
     yield
-    dispatch._backend.cache_clear()
+    dispatch._cpu_backend.cache_clear()
 
 
 @pytest.fixture(params=BACKENDS)
