@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from slablm import kernels
 from slablm.kernels import dispatch, reference, to_gpu
+from slablm.modules import SlabLinear
 from slablm.packing import PackedSpec, PackedWeight
 from tests.kernels.weights import random_packed, specs
 
@@ -20,6 +21,7 @@ from slablm.kernels import gpu
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WITHOUT_INTERPRETER = Path(__file__).with_name("compile_gpu.py")
+BENCHMARK = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
 
 
 def on_device(packed, value_bits=16):
@@ -127,6 +129,38 @@ def test_the_reference_can_be_forced(monkeypatch):
     assert torch.equal(kernels.linear(inputs, WEIGHT), reference.linear(inputs, WEIGHT))
 
 
+@pytest.fixture
+def layer(monkeypatch):
+    """A layer with bias on the device, in GPU layout; and what it stored before."""
+    monkeypatch.setattr(dispatch, "to_native", to_gpu)  # without a GPU the layer is on the CPU
+    layer = SlabLinear(random_packed(PackedSpec(20, 130, 50, 1, True, torch.float16), 0), torch.arange(20.0)).to(DEVICE)
+    stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.use_native()
+    assert isinstance(layer.native, kernels.GpuWeight)
+    return layer, stored
+
+
+def test_a_layer_runs_and_is_saved(layer):
+    layer, stored = layer
+    inputs = inputs_of(2, 3, 130)
+    expected = reference.linear(inputs, layer.native) + stored["bias"]
+    torch.testing.assert_close(layer(inputs), expected, rtol=1e-5, atol=1e-5)
+    assert list(layer.buffers()) == []
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in layer.state_dict().items())
+    layer.to(torch.bfloat16)
+    assert isinstance(layer.native, kernels.GpuWeight)
+    layer.use_packed()
+    assert all(torch.equal(tensor, stored[name].to(tensor)) for name, tensor in layer.state_dict().items())
+
+
+def test_an_eight_bit_layer(layer):
+    layer, _ = layer
+    layer.use_native(value_bits=8)
+    assert "native=int8" in repr(layer)
+    inputs = inputs_of(1, 130)
+    torch.testing.assert_close(layer(inputs) - layer.bias, reference.linear(inputs, layer.native), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("tokens", [1, 20])
 @pytest.mark.parametrize("value_bits", [8, 16])
 def test_opcheck(value_bits, tokens):
@@ -146,3 +180,10 @@ def test_compiles_for_gpus():
         command, capture_output=True, text=True, check=False, env=os.environ | {"TRITON_INTERPRET": "0"}
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a GPU")
+def test_the_benchmark_measures_nothing_without_a_gpu():
+    done = subprocess.run([sys.executable, str(BENCHMARK)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == ("benchmarks/gpu.py needs a CUDA machine, and torch sees no GPU here: nothing was measured\n")
