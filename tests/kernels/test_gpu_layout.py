@@ -45,7 +45,7 @@ def test_laid_out_in_parts(monkeypatch):
     packed = random_packed(SPEC, 0)
     whole = to_gpu(packed)
     monkeypatch.setattr(gpu_layout, "_WEIGHTS_AT_ONCE", 130 * 4)  # 6 rows in parts of 4
-    for name in ("positions", "negatives", "offsets"):
+    for name in ("planes", "offsets"):
         assert torch.equal(getattr(to_gpu(packed), name), getattr(whole, name))
 
 

@@ -50,8 +50,7 @@ def linear(inputs: Tensor, weight: GpuWeight) -> Tensor:
         inputs.reshape(-1, n).contiguous(),
         weight.values,
         weight.scales,
-        weight.positions,
-        weight.negatives,
+        weight.planes,
         weight.offsets,
         weight.left,
         weight.right,
@@ -63,14 +62,13 @@ def run(
     inputs: Tensor,
     values: Tensor,
     scales: Tensor | None,
-    positions: Tensor,
-    negatives: Tensor | None,
+    planes: Tensor,
     offsets: Tensor,
     left: Tensor,
     right: Tensor,
 ) -> Tensor:
     """`linear` for inputs [t, n], with the weight's tensors spelled out: the operator, which `torch.compile` traces."""
-    weight = GpuWeight(inputs.shape[1], values, scales, positions, negatives, offsets, left, right)
+    weight = GpuWeight(inputs.shape[1], values, scales, planes, offsets, left, right)
     tokens = inputs.shape[0]
     if tokens == 0:
         return inputs.new_empty(0, weight.out_features)
@@ -92,13 +90,12 @@ def _(
     inputs: Tensor,
     values: Tensor,
     scales: Tensor | None,
-    positions: Tensor,
-    negatives: Tensor | None,
+    planes: Tensor,
     offsets: Tensor,
     left: Tensor,
     right: Tensor,
 ) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], positions.shape[0])
+    return inputs.new_empty(inputs.shape[0], planes.shape[0])
 
 
 def unpack(weight: GpuWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:
@@ -110,7 +107,7 @@ def unpack(weight: GpuWeight, begin: int, end: int, dtype: torch.dtype) -> Tenso
         end: row after the last.
         dtype: float32, float16 or bfloat16.
     """
-    n, groups = weight.in_features, weight.positions.shape[1] * WORD_COLUMNS // 4
+    n, groups = weight.in_features, weight.planes.shape[1] * WORD_COLUMNS // 4
     output = torch.empty(end - begin, n, dtype=dtype, device=weight.device)
     grid = (_ceil_divide(end - begin, _UNPACK_ROWS), _ceil_divide(groups, _UNPACK_GROUPS))
     wrap_triton(triton_kernels.unpack)[grid](
@@ -170,13 +167,11 @@ def _matmul(inputs: Tensor, weight: GpuWeight) -> Tensor:
 
 
 def _tensors(weight: GpuWeight) -> tuple[Tensor, ...]:
-    """What every kernel takes; for a tensor that is not there another one, which is not read."""
-    absent = weight.offsets
+    """What every kernel takes."""
     return (
         weight.values,
-        absent if weight.scales is None else weight.scales,
-        weight.positions,
-        absent if weight.negatives is None else weight.negatives,
+        weight.left if weight.scales is None else weight.scales,  # a tensor that is not read
+        weight.planes.view(torch.int64) if weight.signs else weight.planes,
         weight.offsets,
         weight.left,
         weight.right,
@@ -185,7 +180,7 @@ def _tensors(weight: GpuWeight) -> tuple[Tensor, ...]:
 
 def _sizes(weight: GpuWeight) -> tuple[int, int, int]:
     """n, k and words per row."""
-    return weight.in_features, weight.kept, weight.positions.shape[1]
+    return weight.in_features, weight.kept, weight.planes.shape[1]
 
 
 def _flags(weight: GpuWeight) -> dict[str, int | bool]:

@@ -3,8 +3,8 @@
 As on the CPU, the ternary states become two planes of bits. Words have 32 columns, and to each word belongs the number
 of values that its row keeps before it, so that any program can start at any word: nobody scans a row.
 
-    positions[i, w]  bit b: entry (i, 32 w + b) is kept
-    negatives[i, w]  bit b: it is −Σ u v; never set where kept
+    planes[i, w, 0]  bit b: entry (i, 32 w + b) is kept
+    planes[i, w, 1]  bit b: it is −Σ u v; never set where kept
     offsets[i, w]    values of row i in front of word w, 16 bits without a sign
     values           rows one after the other in column order, then a few that kernels may read and ignore
 
@@ -43,8 +43,7 @@ class GpuWeight:
         in_features: n.
         values: m·k values and the padding, one-dimensional, float16, bfloat16 or int8.
         scales: [m] float32 for int8 values, else None.
-        positions: [m, ⌈n / 32⌉] int32.
-        negatives: the same, or None when there are no signs.
+        planes: [m, ⌈n / 32⌉, 1 or 2] int32: positions, and signs if there are any.
         offsets: [m, ⌈n / 32⌉] int16, to be read as unsigned.
         left: u, [m, r] float32.
         right: vᵀ, [r, 32 ⌈n / 32⌉] float32, filled up with 0.
@@ -53,8 +52,7 @@ class GpuWeight:
     in_features: int
     values: Tensor
     scales: Tensor | None
-    positions: Tensor
-    negatives: Tensor | None
+    planes: Tensor
     offsets: Tensor
     left: Tensor
     right: Tensor
@@ -67,7 +65,7 @@ class GpuWeight:
     @property
     def out_features(self) -> int:
         """Rows m."""
-        return self.positions.shape[0]
+        return self.planes.shape[0]
 
     @property
     def kept(self) -> int:
@@ -82,7 +80,7 @@ class GpuWeight:
     @property
     def signs(self) -> bool:
         """Whether there is a plane of signs."""
-        return self.negatives is not None
+        return self.planes.shape[2] == 2
 
     @property
     def rows(self) -> Tensor:
@@ -92,7 +90,7 @@ class GpuWeight:
     @property
     def tensors(self) -> list[Tensor]:
         """All tensors that are there."""
-        tensors = (self.values, self.scales, self.positions, self.negatives, self.offsets, self.left, self.right)
+        tensors = (self.values, self.scales, self.planes, self.offsets, self.left, self.right)
         return [tensor for tensor in tensors if tensor is not None]
 
     @property
@@ -120,15 +118,14 @@ def to_gpu(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> 
             "leave this layer packed"
         )
     packed.validate(name)
-    positions, negatives, offsets = _planes(packed)
+    planes, offsets = _planes(packed)
     values, scales = (packed.values, None) if value_bits == 16 else quantize_values(packed.values)
     n = packed.in_features
     return GpuWeight(
         in_features=n,
         values=functional.pad(values.reshape(-1), (0, PADDING_VALUES)),
         scales=scales,
-        positions=positions,
-        negatives=negatives,
+        planes=planes,
         offsets=offsets,
         left=packed.left.float().contiguous(),
         right=functional.pad(packed.right.float(), (0, -n % WORD_COLUMNS)).contiguous(),
@@ -162,32 +159,31 @@ def from_gpu(weight: GpuWeight, factor_dtype: torch.dtype | None = None) -> Pack
 def mask_of(weight: GpuWeight, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
     """Kept positions and, if there are signs, negative positions of rows begin … end, [end − begin, n] bool."""
     n = weight.in_features
-    kept = unpack_bits(weight.positions[begin:end].view(torch.uint8), n)
-    if weight.negatives is None:
-        return kept, None
-    return kept, unpack_bits(weight.negatives[begin:end].view(torch.uint8), n)
+    # clone: a view as bytes needs stride 1, which `contiguous` does not give to a single word.
+    planes = weight.planes[begin:end].permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+    bits = [unpack_bits(plane.view(torch.uint8), n) for plane in planes]
+    return bits[0], bits[1] if weight.signs else None
 
 
-def _planes(packed: PackedWeight) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Positions, negatives and offsets, unpacked a few rows at a time."""
+def _planes(packed: PackedWeight) -> tuple[Tensor, Tensor]:
+    """Planes and offsets, unpacked a few rows at a time."""
     m, n = packed.values.shape[0], packed.in_features
-    shape, device = (m, -(-n // WORD_COLUMNS)), packed.plane.device
-    positions = torch.empty(shape, dtype=torch.int32, device=device)
-    negatives = torch.empty_like(positions) if packed.signs else None
-    offsets = torch.empty(shape, dtype=torch.int16, device=device)
+    words, device = -(-n // WORD_COLUMNS), packed.plane.device
+    planes = torch.empty(m, words, 2 if packed.signs else 1, dtype=torch.int32, device=device)
+    offsets = torch.empty(m, words, dtype=torch.int16, device=device)
     step = max(1, _WEIGHTS_AT_ONCE // n)
     for begin in range(0, m, step):
         rows = slice(begin, begin + step)
-        if negatives is not None:
+        if packed.signs:
             factor = unpack_states(packed.plane[rows], n)
             kept = _whole_words(factor == 0)
-            negatives[rows] = _words(_whole_words(factor < 0))
+            planes[rows, :, 1] = _words(_whole_words(factor < 0))
         else:
             kept = _whole_words(unpack_bits(packed.plane[rows], n))
-        positions[rows] = _words(kept)
+        planes[rows, :, 0] = _words(kept)
         counts = kept.view(len(kept), -1, WORD_COLUMNS).sum(dim=2)
         offsets[rows] = (counts.cumsum(dim=1) - counts).to(torch.int16)  # wraps: the kernels read it unsigned
-    return positions, negatives, offsets
+    return planes, offsets
 
 
 def _whole_words(mask: Tensor) -> Tensor:

@@ -57,20 +57,19 @@ def _entry(value, background, is_kept, is_minus, SIGNS: tl.constexpr):
 
 
 @triton.jit
-def _outer(u, right, group, live):
+def _outer(u, across):
     """One term u vᵀ of the background: rows [R] and groups [G], four tensors [R, G], one per column of the group."""
-    v0 = tl.load(right + group * 4, mask=live, other=0.0)
-    v1 = tl.load(right + group * 4 + 1, mask=live, other=0.0)
-    v2 = tl.load(right + group * 4 + 2, mask=live, other=0.0)
-    v3 = tl.load(right + group * 4 + 3, mask=live, other=0.0)
+    v0 = tl.load(across)
+    v1 = tl.load(across + 1)
+    v2 = tl.load(across + 2)
+    v3 = tl.load(across + 3)
     return u[:, None] * v0[None, :], u[:, None] * v1[None, :], u[:, None] * v2[None, :], u[:, None] * v3[None, :]
 
 
 @triton.jit
 def _decode(
     values,
-    positions,
-    negatives,
+    planes,
     offsets,
     left,
     right,
@@ -85,29 +84,31 @@ def _decode(
 ):
     """Entries of Ŵ / s in rows [R] and groups [G]: four tensors [R, G] float32, one per column of the group.
 
-    Groups behind the last word come out as 0. `first_left` [R] is u_1 / s, loaded once by the caller.
+    `planes` is read as one number per word, positions below signs. `first_left` [R] is u_1 / s, loaded once by the
+    caller. Groups behind the last word repeat it: there is no mask in the loop, the caller has to drop them.
     """
-    word = group // 8
+    word = tl.minimum(group // 8, words - 1)
     at = rows[:, None] * words + word[None, :]
-    live = (word < words)[None, :]
     shift = (group % 8 * 4).to(tl.uint32)[None, :]
-    bits = tl.load(positions + at, mask=live, other=0).to(tl.uint32, bitcast=True)
-    offset = tl.load(offsets + at, mask=live, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    state = tl.load(planes + at)
+    bits = state.to(tl.uint32)
+    offset = tl.load(offsets + at).to(tl.uint16, bitcast=True).to(tl.uint32)
     offset += _popcount(bits & ((tl.full(shift.shape, 1, tl.uint32) << shift) - 1))
     kept = bits >> shift
     minus = kept
     if SIGNS:
-        minus = tl.load(negatives + at, mask=live, other=0).to(tl.uint32, bitcast=True) >> shift
+        minus = (state >> 32).to(tl.uint32) >> shift
+    across = right + word * 32 + group % 8 * 4
     v0, v1, v2, v3 = _values(values + rows.to(tl.int64)[:, None] * row_kept + offset, kept)
 
     # The first term is no sum with zero: the compiler would have to keep that addition.
     b0 = tl.zeros(kept.shape, tl.float32)
     b1, b2, b3 = b0, b0, b0
     if RANK > 0:
-        b0, b1, b2, b3 = _outer(first_left, right, group, word < words)
+        b0, b1, b2, b3 = _outer(first_left, across)
     for q in tl.static_range(1, RANK):
         u = tl.load(left + rows * RANK + q) * shrink
-        c0, c1, c2, c3 = _outer(u, right + q * words * 32, group, word < words)
+        c0, c1, c2, c3 = _outer(u, across + q * words * 32)
         b0, b1, b2, b3 = b0 + c0, b1 + c1, b2 + c2, b3 + c3
     w0 = _entry(v0, b0, (kept & 1) != 0, (minus & 1) != 0, SIGNS)
     w1 = _entry(v1, b1, (kept & 2) != 0, (minus & 2) != 0, SIGNS)
@@ -143,8 +144,7 @@ def matvec(
     outputs,
     values,
     scales,
-    positions,
-    negatives,
+    planes,
     offsets,
     left,
     right,
@@ -170,8 +170,7 @@ def matvec(
         group = start + tl.arange(0, GROUPS)
         w0, w1, w2, w3 = _decode(
             values,
-            positions,
-            negatives,
+            planes,
             offsets,
             left,
             right,
@@ -204,8 +203,7 @@ def matmul(
     outputs,
     values,
     scales,
-    positions,
-    negatives,
+    planes,
     offsets,
     left,
     right,
@@ -235,8 +233,7 @@ def matmul(
         group = start + tl.arange(0, GROUPS)
         w0, w1, w2, w3 = _decode(
             values,
-            positions,
-            negatives,
+            planes,
             offsets,
             left,
             right,
@@ -265,8 +262,7 @@ def unpack(
     outputs,
     values,
     scales,
-    positions,
-    negatives,
+    planes,
     offsets,
     left,
     right,
@@ -287,7 +283,7 @@ def unpack(
     group = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     scale, shrink, u = _scale_and_left(scales, left, inside, RANK, SCALED)
     w0, w1, w2, w3 = _decode(
-        values, positions, negatives, offsets, left, right, inside, group, u, shrink, row_kept, words, RANK, SIGNS
+        values, planes, offsets, left, right, inside, group, u, shrink, row_kept, words, RANK, SIGNS
     )
     weight = _tile(w0, w1, w2, w3, ROWS, 4 * GROUPS) * scale[:, None]
     column = tl.program_id(1) * 4 * GROUPS + tl.arange(0, 4 * GROUPS)
