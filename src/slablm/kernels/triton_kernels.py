@@ -49,21 +49,25 @@ def _values(first, kept):
 
 
 @triton.jit
-def _entry(value, background, is_kept, is_minus, SIGNS: tl.constexpr):
-    """One column of every group: its value where kept, ±background elsewhere."""
+def _term(u, across, minus, SIGNS: tl.constexpr):
+    """One term ±u v of the background in rows [R] and one column of the groups [G]; bit 0 of `minus` is its sign.
+
+    The sign goes to v, of which both kinds are at hand: one choice and one product per entry.
+    """
+    v = tl.load(across)[None, :]
     if SIGNS:
-        background = tl.where(is_minus, -background, background)
-    return tl.where(is_kept, value, background)
+        v = tl.where((minus & 1) != 0, -v, v)
+    return u[:, None] * v
 
 
 @triton.jit
-def _outer(u, across):
-    """One term u vᵀ of the background: rows [R] and groups [G], four tensors [R, G], one per column of the group."""
-    v0 = tl.load(across)
-    v1 = tl.load(across + 1)
-    v2 = tl.load(across + 2)
-    v3 = tl.load(across + 3)
-    return u[:, None] * v0[None, :], u[:, None] * v1[None, :], u[:, None] * v2[None, :], u[:, None] * v3[None, :]
+def _outer(u, across, minus, SIGNS: tl.constexpr):
+    """`_term` for the four columns of the groups: four tensors [R, G]."""
+    b0 = _term(u, across, minus, SIGNS)
+    b1 = _term(u, across + 1, minus >> 1, SIGNS)
+    b2 = _term(u, across + 2, minus >> 2, SIGNS)
+    b3 = _term(u, across + 3, minus >> 3, SIGNS)
+    return b0, b1, b2, b3
 
 
 @triton.jit
@@ -105,15 +109,15 @@ def _decode(
     b0 = tl.zeros(kept.shape, tl.float32)
     b1, b2, b3 = b0, b0, b0
     if RANK > 0:
-        b0, b1, b2, b3 = _outer(first_left, across)
+        b0, b1, b2, b3 = _outer(first_left, across, minus, SIGNS)
     for q in tl.static_range(1, RANK):
         u = tl.load(left + rows * RANK + q) * shrink
-        c0, c1, c2, c3 = _outer(u, across + q * words * 32)
+        c0, c1, c2, c3 = _outer(u, across + q * words * 32, minus, SIGNS)
         b0, b1, b2, b3 = b0 + c0, b1 + c1, b2 + c2, b3 + c3
-    w0 = _entry(v0, b0, (kept & 1) != 0, (minus & 1) != 0, SIGNS)
-    w1 = _entry(v1, b1, (kept & 2) != 0, (minus & 2) != 0, SIGNS)
-    w2 = _entry(v2, b2, (kept & 4) != 0, (minus & 4) != 0, SIGNS)
-    w3 = _entry(v3, b3, (kept & 8) != 0, (minus & 8) != 0, SIGNS)
+    w0 = tl.where((kept & 1) != 0, v0, b0)
+    w1 = tl.where((kept & 2) != 0, v1, b1)
+    w2 = tl.where((kept & 4) != 0, v2, b2)
+    w3 = tl.where((kept & 8) != 0, v3, b3)
     return w0, w1, w2, w3
 
 
