@@ -172,6 +172,12 @@ def test_opcheck(value_bits, tokens):
     torch.library.opcheck(torch.ops.slablm.gpu_linear.default, arguments, test_utils=tests)
 
 
+def test_compiles_without_graph_breaks():
+    inputs = inputs_of(2, 3, 130)
+    compiled = torch.compile(lambda x: kernels.linear(x, WEIGHT).relu(), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(inputs), kernels.linear(inputs, WEIGHT).relu())
+
+
 def test_compiles_for_gpus():
     """Without the interpreter, and without a GPU: every kernel becomes machine code, and the operator can be traced."""
     command = [sys.executable, str(WITHOUT_INTERPRETER)]
