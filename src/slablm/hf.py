@@ -145,7 +145,7 @@ class SlabHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check the planes and make `save_pretrained` write the complete format again."""
         narrow_matrices(model, getattr(torch, self.quantization_config.value_dtype))
-        use_cpu_kernels(model)  # checks the planes of the layers it takes
+        use_kernels(model)  # checks the planes of the layers it takes
         for name in self.quantization_config.modules:
             layer = model.get_submodule(name)
             assert isinstance(layer, SlabLinear)
@@ -238,12 +238,12 @@ def attach(model: PreTrainedModel, config: CompressionConfig, reports: list[Laye
         quantization_method=QUANT_METHOD,
     )
     narrow_matrices(model, getattr(torch, quantization_config.value_dtype))
-    use_cpu_kernels(model)
+    use_kernels(model)
     _use_own_save(model)
 
 
-def use_cpu_kernels(model: nn.Module, value_bits: int = 16) -> None:
-    """Let the compressed layers that live on the CPU run on the compiled kernels, where there are any.
+def use_kernels(model: nn.Module, value_bits: int = 16) -> None:
+    """Let the compressed layers run on the kernels of their device, where there are any.
 
     Layers that accelerate moves in and out (device maps with offloading) keep their packed buffers: only those can be
     moved.
@@ -256,13 +256,11 @@ def use_cpu_kernels(model: nn.Module, value_bits: int = 16) -> None:
     Raises:
         SlabError: a corrupted plane, or an unknown `value_bits`.
     """
-    if kernels.backend().library is None:
-        return
     for name, layer in model.named_modules():
         if not isinstance(layer, SlabLinear) or hasattr(layer, "_hf_hook"):
             continue
         if layer.native is None:
-            wanted = layer.values.device.type == "cpu"
+            wanted = kernels.backend(layer.values.device).name != kernels.REFERENCE
         else:  # a loaded model has its runtime layout already; 8-bit values are made from it
             wanted = layer.native.scales is None and value_bits != 16
         if wanted:

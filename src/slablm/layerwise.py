@@ -195,6 +195,8 @@ def compress_layer(
         result = get_method(config.method)(weight, stats, config)
     except SlabError as error:
         raise SlabError(f"{name}: {error}") from error
+    if weight.device.type == "cuda":  # until here the work is only launched
+        torch.cuda.synchronize(weight.device)
     seconds = time.perf_counter() - start
     dtype = value_dtype(config, weight.dtype)
     packed: PackedWeight | None = None

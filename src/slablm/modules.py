@@ -3,7 +3,7 @@
     y = Ŵ x + bias,      Ŵ = values where kept, ±Σᵢ uᵢ vᵢᵀ elsewhere
 
 As loaded or compressed, the forward is the reference: unpack Ŵ, multiply, let Ŵ go. At most one dense weight exists at
-a time, and only while its layer runs. After `SlabLinear.use_native` the CPU kernels read the packed weight directly.
+a time, and only while its layer runs. After `SlabLinear.use_native` the kernels of its device read the packed weight.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SlabLinear(nn.Module):
     values: Tensor
     left: Tensor
     right: Tensor
-    native: kernels.NativeWeight | None = None
+    native: kernels.NativeWeight | kernels.GpuWeight | None = None
 
     def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -62,12 +62,12 @@ class SlabLinear(nn.Module):
             SlabError: the values were quantized to 8 bits.
         """
         if self.native is not None:
-            return kernels.to_packed(self.native)
+            return kernels.from_runtime(self.native)
         plane = getattr(self, self.plane_name)
         return PackedWeight(self.in_features, self.values, self.left, self.right, plane, self.signs)
 
     def use_native(self, value_bits: int = 16, name: str = "weight") -> None:
-        """Turn the buffers into the runtime layout of the CPU kernels; their memory is given back.
+        """Turn the buffers into the runtime layout of their device's kernels; their memory is given back.
 
         Args:
             value_bits: 16 keeps the stored values, 8 quantizes them (such a layer can no longer be saved).
@@ -76,7 +76,7 @@ class SlabLinear(nn.Module):
         Raises:
             SlabError: a corrupted plane, or an unknown `value_bits`.
         """
-        self.native = kernels.to_native(self.packed, value_bits, name)
+        self.native = kernels.to_runtime(self.packed, value_bits, name)
         for buffer in self._buffers:
             self._buffers[buffer] = None
 
@@ -116,13 +116,20 @@ class SlabLinear(nn.Module):
                 destination[prefix + buffer] = tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlabLinear:
-        """Move the packed buffers, never cast them: float16 → bfloat16 would change the stored weight."""
+        """Move the packed weight, never cast it: float16 → bfloat16 would change the stored weight."""
 
         def move_only(tensor: Tensor) -> Tensor:
             return tensor.to(fn(tensor).device) if any(tensor is b for b in packed) else fn(tensor)
 
-        if self.native is not None and fn(torch.empty(0)).device.type != "cpu":
+        moved = self.native is not None and _changes_device(fn, self.native.values.device)
+        if moved:
             self.use_packed()
         packed = list(self._buffers.values())
         super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
+        if moved and kernels.backend(self.values.device).name != kernels.REFERENCE:
+            self.use_native()
         return self
+
+
+def _changes_device(fn: Callable[[Tensor], Tensor], device: torch.device) -> bool:
+    return fn(torch.empty(0, device=device)).device != device

@@ -28,6 +28,15 @@ def test_the_first_token_counts():
     assert (collector.stats("layer").input_norms > 1000).all()
 
 
+def test_statistics_accumulate_on_the_device():
+    """Tensors on the meta device have no values: whoever asked for one would fail."""
+    collector = StatsCollector(6, with_gram=True, device=torch.device("meta"))
+    collector.add(torch.empty(1, 5, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
+    collector.add(torch.empty(1, 7, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
+    assert collector._squares.device.type == collector._gram.device.type == "meta"
+    assert [rows.shape for rows in collector._rows] == [(3, 6), (3, 6)]
+
+
 def test_a_layer_without_inputs_is_named():
     with pytest.raises(SlabError, match="layer lonely got no calibration inputs"):
         StatsCollector(4, with_gram=False, device=torch.device("cpu")).stats("lonely")

@@ -217,6 +217,8 @@ def test_doctor_says_what_runs_and_why(monkeypatch):
     facts = json.loads(slablm("doctor", "--json").stdout)
     assert facts["cpu_kernels"] in {"avx512", "avx2", "neon", "portable", "reference"}
     assert facts["cpu_kernels_reason"]
+    assert facts["gpu_kernels"] in {"triton", "reference"}
+    assert facts["gpu_kernels_reason"]
     monkeypatch.setenv("SLABLM_KERNEL", "reference")
     assert "forced by SLABLM_KERNEL" in slablm("doctor").stdout
     monkeypatch.setenv("SLABLM_KERNEL", "abacus")

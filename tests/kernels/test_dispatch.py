@@ -18,9 +18,9 @@ WEIGHT = to_native(random_packed(PackedSpec(20, 130, 50, 1, True, torch.float16)
 def no_library(monkeypatch):
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(native, "load", lambda: "slablm was installed without its compiled kernels")
-    dispatch._backend.cache_clear()
+    dispatch._cpu_backend.cache_clear()
     yield
-    dispatch._backend.cache_clear()
+    dispatch._cpu_backend.cache_clear()
 
 
 @pytest.fixture(params=BACKENDS)
@@ -120,3 +120,33 @@ def test_compiles_without_graph_breaks(backend):
     inputs = inputs_of(2, 3, 130)
     compiled = torch.compile(lambda x: kernels.linear(x, WEIGHT).relu(), fullgraph=True, backend=backend)
     assert torch.equal(compiled(inputs), kernels.linear(inputs, WEIGHT).relu())
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Decisions about the GPU are made anew, and forgotten afterwards."""
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    dispatch._gpu_backend.cache_clear()
+    yield
+    dispatch._gpu_backend.cache_clear()
+
+
+def test_without_triton_gpus_get_the_reference(fresh, monkeypatch):
+    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    assert kernels.explain("cuda") == (
+        "reference: triton is missing (pip install 'slablm[triton]'): plain torch, no speed-up"
+    )
+
+
+def test_without_a_gpu_triton_does_not_run(fresh, monkeypatch):
+    pytest.importorskip("triton")
+    from slablm.kernels import gpu
+
+    monkeypatch.setattr(gpu, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kernels.backend("cuda").name == "reference"
+    assert kernels.explain("cuda").endswith("is there, but torch sees no GPU")
+
+
+def test_other_devices_get_the_reference():
+    assert kernels.explain("meta") == "reference: no kernels for meta"

@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slablm.config import Pattern
-from slablm.methods.select import group_mask, top_k_mask
+from slablm.methods.select import _gather_entries, _resolve_ties, group_mask, kept_entries, top_k_mask
 from tests import reference
 
 
@@ -13,7 +13,21 @@ def test_top_k_equals_a_stable_sort(m, n, seed, many_ties, data):
     if many_ties:
         scores = (scores * 3).floor()
     k = data.draw(st.integers(1, n))
-    assert torch.equal(top_k_mask(scores, k), reference.top_k(scores, k))
+    expected = reference.top_k(scores, k)
+    assert torch.equal(top_k_mask(scores, k), expected)
+    # What runs on a GPU.
+    threshold = torch.kthvalue(scores, n - k + 1, dim=1, keepdim=True).values
+    assert torch.equal(_resolve_ties(scores, threshold, k), expected)
+
+
+@given(st.integers(1, 12), st.integers(1, 40), st.integers(0, 1000), st.data())
+def test_kept_entries_are_in_column_order(m, n, seed, data):
+    matrix = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
+    k = data.draw(st.integers(1, n))
+    mask = reference.top_k(matrix, k)
+    expected = torch.stack([row[kept] for row, kept in zip(matrix, mask, strict=True)])
+    assert torch.equal(kept_entries(matrix, mask, k), expected)
+    assert torch.equal(_gather_entries(matrix, mask, k), expected)  # what runs on a GPU
 
 
 @given(st.sampled_from([(2, 4), (4, 8), (1, 4), (3, 5)]), st.integers(1, 6), st.integers(0, 1000), st.booleans())

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slablm import CompressionConfig, SlabError, decompose
+from slablm.methods import LayerStats, get_method
 from slablm.methods.budget import kept_per_row
 from tests import reference
 
@@ -126,3 +127,14 @@ def test_bad_matrices_are_refused(weight, norms, message):
 def test_pattern_that_does_not_divide_the_width():
     with pytest.raises(SlabError, match="pattern 2:4 does not divide the 18 inputs"):
         decompose(torch.randn(32, 18), pattern="2:4", ratio=0.3)
+
+
+@pytest.mark.parametrize("method", ["slab", "wanda", "sparse+scalar-binary"])
+@pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
+def test_no_value_is_read_off_the_device(method, pattern):
+    """Tensors on the meta device have no values: whoever asked for one would fail."""
+    weight, norms = torch.empty(64, 96, device="meta"), torch.empty(96, device="meta")
+    stats = LayerStats(norms, tokens=0, sample=torch.empty(0, 96))
+    result = get_method(method)(weight, stats, CompressionConfig(pattern=pattern, ratio=0.4))
+    assert result.dense().device.type == result.values.device.type == "meta"
+    assert result.values.shape == (64, result.kept)

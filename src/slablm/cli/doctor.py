@@ -8,7 +8,7 @@ from slablm.cli.console import Json, print_json
 
 
 def doctor(json: Json = False) -> None:
-    """Show versions, threads, and which kernels run compressed layers on this CPU and why."""
+    """Show versions, threads, and which kernels run compressed layers here and why."""
     import platform
 
     import torch
@@ -25,6 +25,8 @@ def doctor(json: Json = False) -> None:
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu_kernels": kernels.backend().name,
         "cpu_kernels_reason": kernels.backend().reason,
+        "gpu_kernels": kernels.backend("cuda").name,
+        "gpu_kernels_reason": kernels.backend("cuda").reason,
     }
     if json:
         print_json(facts)

@@ -99,7 +99,7 @@ def _use_value_bits(model: PreTrainedModel, value_bits: int, source: str) -> Non
         raise SlabError(f"{source} is not compressed: {value_bits}-bit values are a form of compressed models")
     if kernels.backend().library is None:
         raise SlabError(f"{value_bits}-bit values need the compiled kernels, and here is {kernels.explain()}")
-    hf.use_cpu_kernels(model, value_bits)
+    hf.use_kernels(model, value_bits)
 
 
 def _measure_footprint(contender: Contender, prompt_tokens: int) -> Footprint:

@@ -248,9 +248,7 @@ def weight_bytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     for layer in model.modules():
         if isinstance(layer, SlabLinear) and layer.native is not None:
-            weight = layer.native
-            tensors += [weight.values, weight.planes, weight.left, weight.right]
-            tensors += [] if weight.scales is None else [weight.scales]
+            tensors += layer.native.tensors
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

@@ -1,22 +1,26 @@
 """Which code runs, and why: the one place that decides.
 
-`linear` is what layers call. Three cases:
+`linear` is what layers call. Four cases:
 
-- a few tokens (decode): the compiled kernel reads the planes directly, `native.matvec`;
-- more tokens (prefill): rows are unpacked a tile at a time into a small buffer, which torch multiplies; there is never
-  a dense weight;
-- no library, another device or a gradient is needed: the reference in plain torch.
+- CPU, a few tokens (decode): the compiled kernel reads the planes directly, `native.matvec`;
+- CPU, more tokens (prefill): rows are unpacked a tile at a time into a small buffer, which torch multiplies; there is
+  never a dense weight;
+- GPU: the Triton kernels, which make the same distinction themselves (`slablm.kernels.gpu`);
+- no kernels for the device, or a gradient is needed: the reference in plain torch.
 
-The environment variable ``SLABLM_KERNEL`` forces an instruction set (``avx512``, ``avx2``, ``neon``, ``portable``) or
-the ``reference``. Under `torch.compile` the call is the operator ``torch.ops.slablm.linear``; in eager mode it is made
-directly, because at small layers the operator's bookkeeping would take as long as the kernel.
+The environment variable ``SLABLM_KERNEL`` forces an instruction set (``avx512``, ``avx2``, ``neon``, ``portable``) of
+the CPU, or the ``reference`` everywhere. Under `torch.compile` the call is the operator ``torch.ops.slablm.linear``
+(on a GPU ``gpu_linear``, in eager mode too); in eager mode it is made directly, because at small layers the operator's
+bookkeeping would take as long as the kernel.
 """
 
 from __future__ import annotations
 
 import os
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -25,27 +29,30 @@ from torch.nn import functional
 from slablm.errors import SlabError
 from slablm.float32 import fast_float32
 from slablm.kernels import native, reference
-from slablm.kernels.layout import NativeWeight
+from slablm.kernels.gpu_layout import GpuWeight, from_gpu, to_gpu
+from slablm.kernels.layout import NativeWeight, to_native, to_packed
+from slablm.packing import PackedWeight
 
 ENVIRONMENT_VARIABLE = "SLABLM_KERNEL"
 REFERENCE = "reference"
+TRITON = "triton"
 
 # Up to so many tokens the planes are read once per `native.MAX_TOKENS` tokens, beyond it tiles are unpacked.
 DECODE_TOKENS = 16
 # Bytes of one unpacked tile: large enough for an efficient matrix product, small enough to stay in the cache.
 _TILE_BYTES = 4 << 20
 
-_NATIVE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
 class Backend:
-    """What runs the packed layers on this machine.
+    """What runs the packed layers of a device.
 
     Attributes:
-        name: an instruction set of `native.INSTRUCTION_SETS`, or ``"reference"``.
+        name: an instruction set of `native.INSTRUCTION_SETS`, ``"triton"``, or ``"reference"``.
         reason: why, as one sentence.
-        library: the loaded kernels; None for the reference.
+        library: the loaded CPU kernels; None for the others.
     """
 
     name: str
@@ -53,23 +60,34 @@ class Backend:
     library: native.Library | None = None
 
 
-def backend() -> Backend:
-    """The backend of this process, by ``SLABLM_KERNEL`` or else the fastest that this CPU can run.
+def backend(device: torch.device | str = "cpu") -> Backend:
+    """The backend of this process, by ``SLABLM_KERNEL`` or else the fastest that the device can run.
+
+    Args:
+        device: where the weights are.
 
     Raises:
         SlabError: ``SLABLM_KERNEL`` names something that this machine cannot run.
     """
-    return _backend(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    forced = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    kind = torch.device(device).type
+    if kind == "cpu":
+        return _cpu_backend(forced)
+    return _gpu_backend(forced) if kind == "cuda" else Backend(REFERENCE, f"no kernels for {kind}")
 
 
-def explain() -> str:
-    """One line for people: the backend and the reason."""
-    chosen = backend()
+def explain(device: torch.device | str = "cpu") -> str:
+    """One line for people: the backend and the reason.
+
+    Args:
+        device: where the weights are.
+    """
+    chosen = backend(device)
     return f"{chosen.name}: {chosen.reason}"
 
 
 @cache
-def _backend(forced: str) -> Backend:
+def _cpu_backend(forced: str) -> Backend:
     library = native.load()
     if forced == REFERENCE:
         return Backend(REFERENCE, f"forced by {ENVIRONMENT_VARIABLE}")
@@ -85,16 +103,61 @@ def _backend(forced: str) -> Backend:
     return Backend(forced, f"forced by {ENVIRONMENT_VARIABLE}", library)
 
 
-def linear(inputs: Tensor, weight: NativeWeight) -> Tensor:
+@cache
+def _gpu_backend(forced: str) -> Backend:
+    if forced == REFERENCE:
+        return Backend(REFERENCE, f"forced by {ENVIRONMENT_VARIABLE}")
+    if find_spec("triton") is None:
+        return Backend(REFERENCE, "triton is missing (pip install 'slablm[triton]'): plain torch, no speed-up")
+    import triton
+
+    from slablm.kernels import gpu
+
+    if gpu.INTERPRETED:
+        return Backend(TRITON, f"triton {triton.__version__}, interpreted on the CPU: slow, for tests")
+    if not torch.cuda.is_available():
+        return Backend(REFERENCE, f"triton {triton.__version__} is there, but torch sees no GPU")
+    return Backend(TRITON, f"triton {triton.__version__} on {torch.cuda.get_device_name()}")
+
+
+def to_runtime(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> NativeWeight | GpuWeight:
+    """Lay a packed weight out for the kernels of its device.
+
+    Args:
+        packed: on the CPU or a GPU.
+        value_bits: 16 keeps the stored values, 8 quantizes them.
+        name: how errors call this weight.
+
+    Raises:
+        SlabError: a corrupted plane, or an unknown `value_bits`.
+    """
+    return (to_native if packed.values.device.type == "cpu" else to_gpu)(packed, value_bits, name)
+
+
+def from_runtime(weight: NativeWeight | GpuWeight) -> PackedWeight:
+    """Inverse of `to_runtime` for 16-bit values, bit for bit.
+
+    Args:
+        weight: its values must not be quantized.
+
+    Raises:
+        SlabError: the values were quantized to 8 bits.
+    """
+    return from_gpu(weight) if isinstance(weight, GpuWeight) else to_packed(weight)
+
+
+def linear(inputs: Tensor, weight: NativeWeight | GpuWeight) -> Tensor:
     """Ŵ applied to [..., n] → [..., m], in the inputs' dtype, accumulated in float32.
 
-    Exact up to rounding, with one exception: 8-bit values and a few tokens, where the inputs are rounded to 14 bits,
-    one scale per 64 columns, and the products are summed in integers (relative error about 1e-4).
+    Exact up to rounding, with one exception: on the CPU, 8-bit values and a few tokens, where the inputs are rounded to
+    14 bits, one scale per 64 columns, and the products are summed in integers (relative error about 1e-4).
 
     Args:
         inputs: any float type.
-        weight: in runtime layout, on the CPU.
+        weight: in runtime layout.
     """
+    if isinstance(weight, GpuWeight):
+        return _run_gpu(inputs, weight)
     if torch.compiler.is_compiling():
         outputs: Tensor = _operator(
             inputs,
@@ -128,9 +191,7 @@ def _run_dense(inputs: Tensor, weight: Tensor) -> Tensor:
     m, n = weight.shape
     rows = inputs.reshape(-1, n)
     chosen = backend() if weight.device.type == "cpu" else Backend(REFERENCE, "not on the CPU")
-    needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
-    native_dtype = inputs.dtype in _NATIVE_DTYPES and not needs_gradient
-    if chosen.library is not None and native_dtype and rows.shape[0] <= native.MAX_TOKENS:
+    if chosen.library is not None and _kernels_take(inputs) and rows.shape[0] <= native.MAX_TOKENS:
         outputs = native.dense_matvec(chosen.library, chosen.name, weight, rows.contiguous())
         return outputs.view(*inputs.shape[:-1], m)
     step = max(1, _TILE_BYTES // (n * rows.element_size()))
@@ -141,12 +202,33 @@ def _run_dense(inputs: Tensor, weight: Tensor) -> Tensor:
 
 def _run(inputs: Tensor, weight: NativeWeight) -> Tensor:
     chosen = backend()
-    needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
-    if chosen.library is None or needs_gradient or inputs.dtype not in _NATIVE_DTYPES:
+    if chosen.library is None or not _kernels_take(inputs):
         return reference.linear(inputs, weight)
     rows = inputs.reshape(-1, weight.in_features).contiguous()
     run = _decode if rows.shape[0] <= DECODE_TOKENS else _prefill
     return run(chosen.name, chosen.library, weight, rows).view(*inputs.shape[:-1], weight.out_features)
+
+
+def _run_gpu(inputs: Tensor, weight: GpuWeight) -> Tensor:
+    if _gpu_name() != TRITON or not _kernels_take(inputs):
+        return reference.linear(inputs, weight)
+    from slablm.kernels import gpu  # imports triton
+
+    # Triton launches on the current device; under torch.compile the compiler sees to that.
+    eager = weight.device.type == "cuda" and not torch.compiler.is_compiling()
+    with torch.cuda.device(weight.device) if eager else nullcontext():
+        return gpu.linear(inputs, weight)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _gpu_name() -> str:
+    return backend("cuda").name
+
+
+def _kernels_take(inputs: Tensor) -> bool:
+    """Whether type and autograd leave the inputs to a kernel."""
+    needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
+    return inputs.dtype in _KERNEL_DTYPES and not needs_gradient
 
 
 def _decode(name: str, library: native.Library, weight: NativeWeight, rows: Tensor) -> Tensor:

@@ -106,10 +106,15 @@ class NativeWeight:
         return self.values[: self.out_features * self.kept].view(self.out_features, self.kept)
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """All tensors that are there."""
+        tensors = (self.values, self.scales, self.planes, self.left, self.right)
+        return [tensor for tensor in tensors if tensor is not None]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.values, self.scales, self.planes, self.left, self.right)
-        return sum(t.nbytes for t in tensors if t is not None)
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def to_native(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> NativeWeight:

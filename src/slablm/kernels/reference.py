@@ -9,20 +9,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slablm.kernels.layout import NativeWeight, mask_of
+from slablm.kernels import gpu_layout, layout
+from slablm.kernels.gpu_layout import GpuWeight
+from slablm.kernels.layout import NativeWeight
 from slablm.methods.decomposition import low_rank
 
 
-def unpack(weight: NativeWeight, begin: int = 0, end: int | None = None) -> Tensor:
+def unpack(weight: NativeWeight | GpuWeight, begin: int = 0, end: int | None = None) -> Tensor:
     """Rows begin … end of Ŵ, [end − begin, n] float32.
 
     Args:
-        weight: in runtime layout.
+        weight: in one of the runtime layouts.
         begin: first row.
         end: row after the last, by default all rows.
     """
     end = weight.out_features if end is None else end
-    kept, minus = mask_of(weight, begin, end)
+    where = gpu_layout if isinstance(weight, GpuWeight) else layout
+    kept, minus = where.mask_of(weight, begin, end)
     dense = low_rank(weight.left[begin:end], weight.right[:, : weight.in_features])
     if minus is not None:
         dense = torch.where(minus, -dense, dense)
@@ -32,6 +35,6 @@ def unpack(weight: NativeWeight, begin: int = 0, end: int | None = None) -> Tens
     return dense.masked_scatter_(kept, values)
 
 
-def linear(inputs: Tensor, weight: NativeWeight) -> Tensor:
+def linear(inputs: Tensor, weight: NativeWeight | GpuWeight) -> Tensor:
     """Ŵ applied to [..., n] → [..., m], in the inputs' dtype; differentiable in the inputs."""
     return functional.linear(inputs, unpack(weight).to(inputs.dtype))

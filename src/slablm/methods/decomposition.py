@@ -49,7 +49,7 @@ class LayerStats:
         inputs = self.sample.to(weight.device)
         reference = torch.linalg.matrix_norm(inputs @ weight.float().T)
         difference = torch.linalg.matrix_norm(inputs @ (weight.float() - approximation.float()).T)
-        return (difference / reference).item() if reference > 0 else 0.0
+        return torch.where(reference > 0, difference / reference, 0.0).item()
 
 
 @dataclass(frozen=True)

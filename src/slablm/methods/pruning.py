@@ -14,7 +14,7 @@ from torch import Tensor
 from slablm.config import CompressionConfig
 from slablm.methods.budget import kept_per_row
 from slablm.methods.decomposition import Decomposition, LayerStats
-from slablm.methods.select import top_k_mask
+from slablm.methods.select import kept_entries, top_k_mask
 
 
 def magnitude(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Decomposition:
@@ -46,7 +46,7 @@ def _prune(weight: Tensor, scores: Tensor, config: CompressionConfig) -> Decompo
     weight = weight.float()
     return Decomposition(
         mask=mask,
-        values=weight[mask].view(m, k),
+        values=kept_entries(weight, mask, k),
         left=weight.new_empty(m, 0),
         right=weight.new_empty(0, n),
         signs=None,

@@ -15,6 +15,9 @@ block power iteration on a slightly wider subspace.
 
 Between rounds everything lives in four [m, n] buffers that are updated in place. W_S never appears: step 2 is
 R = W − mask ⊙ Y. The loop is `alternate`; step 3 is a function it is given, so that the arms of the ablation share it.
+
+On a GPU the host never waits for the device, so all rounds of a layer are launched in one go. (Rank 1; for r > 1
+torch's SVD reads its error code in every round.)
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from torch import Tensor
 from slablm.config import CompressionConfig
 from slablm.methods.budget import kept_per_row
 from slablm.methods.decomposition import Decomposition, LayerStats, low_rank
-from slablm.methods.select import top_k_mask
+from slablm.methods.select import kept_entries, top_k_mask
 
 # Warm-started, three steps per round agree with the SVD to about 1e-5 in the error (tests/methods/test_slab.py).
 POWER_STEPS = 3
@@ -89,7 +92,7 @@ def alternate(weight: Tensor, stats: LayerStats, config: CompressionConfig, k: i
         previous = background
         left, right, background = fit(residual, scratch)
     # W_S is W − the background before the last round; the folded value adds the new one.
-    values = (weight - previous + background)[mask].view(len(weight), k)
+    values = kept_entries(weight - previous + background, mask, k)
     return Decomposition(mask=mask, values=values, left=left, right=right, signs=residual < 0)
 
 

@@ -145,9 +145,9 @@ def pack(decomposition: Decomposition, value_dtype: torch.dtype, name: str = "we
         SlabError: a value does not fit into the type's range.
     """
     rounded = {key: getattr(decomposition, key).to(value_dtype) for key in ("values", "left", "right")}
-    for tensor in rounded.values():
-        if not torch.isfinite(tensor).all():
-            raise SlabError(f"{name}: a value does not fit into {value_dtype}: use --value-dtype bfloat16")
+    # One answer from the device, not three.
+    if not torch.stack([torch.isfinite(tensor).all() for tensor in rounded.values()]).all():
+        raise SlabError(f"{name}: a value does not fit into {value_dtype}: use --value-dtype bfloat16")
     signs = decomposition.signs
     plane = pack_bits(decomposition.mask) if signs is None else pack_states(decomposition.mask, signs)
     return PackedWeight(

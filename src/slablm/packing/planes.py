@@ -63,7 +63,7 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(packed: Tensor, n: int) -> Tensor:
     """Inverse of `pack_bits`, [m, ⌈n / 8⌉] uint8 → [m, n] bool."""
     shifts = torch.arange(BITS_PER_BYTE, dtype=torch.uint8, device=packed.device)
-    return ((packed[..., None] >> shifts) & 1).bool().view(packed.shape[0], -1)[:, :n]
+    return ((packed[..., None] >> shifts) & 1).bool().flatten(1)[:, :n]
 
 
 def _in_groups(tensor: Tensor, size: int, fill: int) -> Tensor:
