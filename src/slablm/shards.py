@@ -87,7 +87,7 @@ class Piece:
             return self.source
         # The device is named because transformers verifies files inside a meta device context.
         tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype], device="cpu")
-        view, filled = _bytes_of(tensor), 0
+        view, filled = byte_view(tensor), 0
         for chunk in self.chunks():
             view[filled : filled + len(chunk)] = chunk
             filled += len(chunk)
@@ -100,7 +100,7 @@ class Piece:
             SlabError: see `read`.
         """
         if isinstance(self.source, Tensor):
-            yield _bytes_of(self.source)
+            yield byte_view(self.source)
             return
         path, start = self.source
         left = self.nbytes
@@ -194,6 +194,13 @@ def open_all(paths: Iterable[Path]) -> dict[str, Piece]:
     return {name: piece for path in paths for name, piece in TensorFile.open(path).pieces.items()}
 
 
+def byte_view(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU, to read or to fill."""
+    if not tensor.numel():
+        return memoryview(bytearray())
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
 def sync(file: IO[Any]) -> None:
     """Wait until a file's contents are on the disk."""
     file.flush()
@@ -209,13 +216,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    """A contiguous CPU tensor's memory."""
-    if not tensor.numel():
-        return memoryview(bytearray())
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _read_header(file: IO[bytes], path: Path, size: int) -> tuple[dict[str, Any], int]:
