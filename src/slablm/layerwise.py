@@ -330,6 +330,28 @@ def check_finite(tensor: Tensor, what: str) -> None:
         )
 
 
+def rounded(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A parameter that stays dense, as it will be stored: a float32 matrix is rounded to the value type.
+
+    Args:
+        tensor: the parameter.
+        name: how errors call it.
+        dtype: the value type.
+
+    Returns:
+        A tensor of the same type; any other kind of parameter is returned as it is.
+
+    Raises:
+        SlabError: a value does not fit into the value type.
+    """
+    if tensor.dtype != torch.float32 or tensor.ndim < 2:
+        return tensor
+    result = tensor.to(dtype).float()
+    if not torch.isfinite(result).all():
+        raise SlabError(f"{name}: a value does not fit into {dtype}: use --value-dtype bfloat16")
+    return result
+
+
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` where the module called `name` is."""
     parent, _, child = name.rpartition(".")

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
+
+from slablm.errors import SlabError
 
 
 def peak_resident_bytes() -> int | None:
@@ -38,3 +41,23 @@ def human_bytes(count: float) -> str:
             return f"{count:.3g} {unit}"
         count /= 1000
     return f"{count:.3g} TB"
+
+
+def parse_bytes(text: str, what: str) -> int:
+    """A size as a user writes it: ``4GB``, ``500 MB``, ``2GiB`` or a number of bytes.
+
+    Args:
+        text: the size.
+        what: how the error calls it.
+
+    Raises:
+        SlabError: it is not understood, or not positive.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise SlabError(f"{what} {text!r} is no size: write it like 4GB, 500MB or 2GiB")
+    power = ("", "k", "m", "g", "t").index(match[2].lower())
+    count = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if count < 1:
+        raise SlabError(f"{what} must be at least one byte, got {text!r}")
+    return count
