@@ -1,7 +1,8 @@
 """Peak memory of ``slablm compress`` on a generated Llama, and again with twice the depth.
 
-The models have random FP16 weights in several shards. Every measurement is a process of its own. "Above the interpreter" is the peak of a compression minus the
-peak of a process that only makes the same imports and runs one small matrix product.
+The models have random FP16 weights in several shards. Every measurement is a process of its own. "Above the
+interpreter" is the peak of a compression minus the peak of a process that only makes the same imports and runs one
+small product.
 
     python benchmarks/memory.py --layers 48 --hidden-size 1792 --intermediate-size 4864 --vocab-size 32000 \
         --shard-size 500MB --num-samples 8 --seq-len 512       # 2.2 GB, then 4.3 GB
@@ -157,7 +158,8 @@ def main() -> None:
         peaks.append(result["peak_memory_bytes"] - resident)
         print(
             f"{layers} blocks, {human_bytes(total)} in {shards} shards: "
-            f"{human_bytes(peaks[-1])} above the interpreter, {result['seconds']:.0f} s, {human_bytes(result['bytes_on_disk'])} written"
+            f"{human_bytes(peaks[-1])} above the interpreter, {result['seconds']:.0f} s, "
+            f"{human_bytes(result['bytes_on_disk'])} written"
         )
     print(f"growth with twice the depth: {100 * (peaks[1] / peaks[0] - 1):+.1f} %")
 

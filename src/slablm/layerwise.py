@@ -31,6 +31,7 @@ from slablm.calibration.capture import capture_block_calls, collect_stats
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.float32 import fast_float32
+from slablm.memory import give_back
 from slablm.methods import NEEDS_GRAM, Decomposition, LayerStats, PrunedWeight, get_method
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.modules import SlabLinear
@@ -255,6 +256,8 @@ def _compress_layers(
             finished.packed[name] = weight
         finished.reports.append(report)
         note(report)
+        del approximation
+        give_back()
     return finished
 
 

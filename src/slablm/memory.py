@@ -1,10 +1,13 @@
-"""How much memory this process has needed."""
+"""How much memory this process has needed, and sizes as users read and write them."""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from slablm.errors import SlabError
@@ -32,6 +35,24 @@ def resident_bytes() -> int | None:
     if not statm.is_file():
         return None
     return int(statm.read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back() -> None:
+    """Return freed memory to the system.
+
+    glibc keeps blocks below 32 MB for later. When tensors of several sizes take turns, as in a model, what it keeps
+    fits the next one badly and grows: by 100 MB over a few layers where the largest tensor has 12 MB.
+    """
+    if (trim := _malloc_trim()) is not None:
+        trim(0)
+
+
+@cache
+def _malloc_trim() -> Callable[[int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    # Not every C library has it.
+    return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def human_bytes(count: float) -> str:
