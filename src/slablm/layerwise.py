@@ -328,7 +328,7 @@ def check_finite(tensor: Tensor, what: str) -> None:
         SlabError: naming `what`.
     """
     # In parts: the comparison makes several tensors of the size of what it is given, and an embedding is large.
-    if not all(torch.isfinite(part).all() for part in tensor.detach().reshape(-1).split(1 << 24)):
+    if not all(torch.isfinite(part).all() for part in torch.split(tensor.detach().reshape(-1), 1 << 24)):
         raise SlabError(
             f"NaN or Inf in {what}: the checkpoint is damaged, or its dtype overflows (try --dtype float32)"
         )
