@@ -1,5 +1,6 @@
 """Streamed compression: the same files as from a model in memory, whatever is cut, spilled, killed or continued."""
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,8 @@ def test_shards_in_and_out(family, quick, tmp_path):
     shards = list((tmp_path / "a").glob("model-*.safetensors"))
     assert len(shards) >= 3
     inspect_folder(tmp_path / "a")
+    index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_parameters"] == loading.load(str(one))[0].num_parameters()
     tokens = torch.arange(9)[None]
     compress_folder(str(one), tmp_path / "single", quick, RunOptions())
     with torch.no_grad():
@@ -359,3 +362,20 @@ def test_embedding_that_overflows_float16(quick, tmp_path):
     with pytest.raises(SlabError, match=r"model\.embed_tokens\.weight: a value does not fit into torch.float16"):
         compress_folder(str(source), tmp_path / "out", quick, RunOptions())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense"]
+
+
+def test_a_model_in_the_hub_cache(quick, tmp_path, monkeypatch):
+    """What was downloaded is streamed from the cache, sharded as it is there, without a network."""
+    commit = "0123456789" * 4
+    cached = tmp_path / "hub" / "models--owner--tiny"
+    build(cached / "snapshots" / commit, "llama-tied", max_shard_size="60KB")
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    heard = []
+    compress_folder("owner/tiny", tmp_path / "streamed", quick, RunOptions(), say=heard.append)
+    assert not any("whole model" in line for line in heard), heard
+    in_memory("owner/tiny", tmp_path / "whole", quick)
+    assert_same_folders(tmp_path / "streamed", tmp_path / "whole")
+    with pytest.raises(SlabError, match="model 'owner/other' cannot be loaded"):
+        compress_folder("owner/other", tmp_path / "out", quick, RunOptions())

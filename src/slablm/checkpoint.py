@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -21,7 +22,8 @@ from safetensors import SafetensorError
 
 from slablm import integrity
 from slablm.errors import SlabError
-from slablm.shards import Piece, write_tensors
+from slablm.modules import SlabLinear
+from slablm.shards import Piece, open_all, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,6 +110,7 @@ def _write_model(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
     type(model).save_pretrained(model, folder, **kwargs)
     for file in weight_files(folder):
         integrity.sort_metadata(file)
+    _count_parameters(model, folder)
     _set_guard(folder)
 
 
@@ -135,11 +138,31 @@ def assemble(
     for file_name, inside in shards.filename_to_tensors.items():
         write_tensors(folder / file_name, {name: pieces[name] for name in inside}, {"format": "pt", **metadata})
     if shards.is_sharded:
-        sizes = {"total_parameters": model.num_parameters(), **shards.metadata}
-        index = {"metadata": sizes, "weight_map": shards.tensor_to_filename}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / INDEX).write_text(text, encoding="utf-8")
+        _write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+    _count_parameters(model, folder)
     _set_guard(folder)
+
+
+def _count_parameters(model: PreTrainedModel, folder: Path) -> None:
+    """Write the number of the model's weights into the index of a sharded checkpoint.
+
+    transformers counts what are parameters in memory, which packed weights are not.
+    """
+    if not (folder / INDEX).exists():
+        return
+    elements = {name: math.prod(piece.shape) for name, piece in open_all(weight_files(folder)).items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, SlabLinear):
+            for part in ("values", "left", "right", layer.plane_name):
+                del elements[f"{name}.{part}"]
+            elements[f"{name}.weight"] = layer.out_features * layer.in_features
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index["metadata"]["total_parameters"] = sum(elements.values())
+    _write_json(folder / INDEX, index)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _set_guard(folder: Path) -> None:
@@ -147,8 +170,7 @@ def _set_guard(folder: Path) -> None:
 
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["transformers_weights"] = GUARD
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    _write_json(folder / CONFIG, config)
 
 
 @contextmanager

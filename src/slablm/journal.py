@@ -20,7 +20,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -246,7 +246,7 @@ def _way_on(journal: Journal) -> str:
 
 
 @contextmanager
-def _complain(out: Path, way_on: Any) -> Iterator[None]:
+def _complain(out: Path, way_on: Callable[[], str]) -> Iterator[None]:
     """Turn what the disk has against us into one line, and say what is kept."""
     try:
         yield
