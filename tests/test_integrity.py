@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from slablm import SlabError, integrity
 from slablm.inspection import inspect_folder
+from slablm.shards import TensorFile
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def flip_bit(path, offset):
 @pytest.mark.parametrize("position", [0.0, 0.3, 0.7, 0.9999])
 def test_a_flipped_bit_in_any_tensor_is_found(copy, position):
     path = copy / "model.safetensors"
-    start, size = integrity.header_bytes(path), path.stat().st_size
+    start, size = TensorFile.open(path).header_bytes, path.stat().st_size
     flip_bit(path, start + int((size - 1 - start) * position))
     refused(copy, "is corrupted")
 

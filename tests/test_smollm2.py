@@ -3,8 +3,13 @@
 Everything here uses the first 8 windows of the C4 sample for calibration and the first 6 windows of WikiText-2.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import random
+import subprocess
+import sys
+import time
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -89,3 +94,33 @@ def test_two_runs_are_identical(dense_folder, config, tmp_path):
         checkpoint.save(model, tokenizer, tmp_path / name)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_sigkill_at_a_random_moment_and_resume(dense_folder, straight, shared_data, tmp_path, seed):
+    """The command itself, killed after a random share of the time that it takes, then continued."""
+    seconds, expected = straight
+    killed = start_compression(dense_folder, tmp_path / "out", shared_data)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        killed.wait(random.Random(seed).uniform(0.2, 1.0) * seconds)
+    killed.kill()
+    killed.wait()
+    assert start_compression(dense_folder, tmp_path / "out", shared_data).wait() == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    for path in expected.iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+@pytest.fixture(scope="module")
+def straight(dense_folder, shared_data, tmp_path_factory):
+    """An uninterrupted run: its wall time and its result."""
+    out = tmp_path_factory.mktemp("straight") / "out"
+    start = time.perf_counter()
+    assert start_compression(dense_folder, out, shared_data).wait() == 0
+    return time.perf_counter() - start, out
+
+
+def start_compression(model, out, shared_data):
+    command = [sys.executable, "-m", "slablm", "compress", model, out, "--resume", "--iterations", "3"]
+    command += ["--calibration", shared_data / "c4-sample.txt", "--num-samples", "2", "--seq-len", "128"]
+    return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

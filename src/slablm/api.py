@@ -11,7 +11,7 @@ from torch import Tensor
 from slablm.calibration.text import calibration_windows
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.layerwise import LayerReport, Progress, check_finite, compress_blocks, value_dtype
+from slablm.layerwise import LayerReport, Progress, check_finite, compress_blocks, rounded, value_dtype
 from slablm.methods import YARDSTICKS, LayerStats, Result, get_method
 from slablm.modules import SlabLinear
 from slablm.targets import Targets, select_targets
@@ -108,9 +108,14 @@ def prepare_model(model: PreTrainedModel, targets: Targets, config: CompressionC
     """
     check_model(model)
     _check_parameters(model)
-    config = replace(config, value_dtype=str(value_dtype(config, model.dtype)).removeprefix("torch."))
+    config = with_value_dtype(config, model)
     _round_other_matrices(model, targets, getattr(torch, config.value_dtype or ""))
     return config
+
+
+def with_value_dtype(config: CompressionConfig, model: PreTrainedModel) -> CompressionConfig:
+    """The settings with the value type filled in."""
+    return replace(config, value_dtype=str(value_dtype(config, model.dtype)).removeprefix("torch."))
 
 
 def decompose(
@@ -175,8 +180,5 @@ def _check_parameters(model: PreTrainedModel) -> None:
 def _round_other_matrices(model: PreTrainedModel, targets: Targets, dtype: torch.dtype) -> None:
     compressed = {f"{name}.weight" for names in targets.names for name in names}
     for name, parameter in model.named_parameters():
-        if name not in compressed and parameter.dtype == torch.float32 and parameter.ndim >= 2:
-            rounded = parameter.data.to(dtype).float()
-            if not torch.isfinite(rounded).all():
-                raise SlabError(f"{name}: a value does not fit into {dtype}: use --value-dtype bfloat16")
-            parameter.data = rounded
+        if name not in compressed:
+            parameter.data = rounded(parameter.data, name, dtype)

@@ -9,23 +9,29 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 
 from slablm import integrity
 from slablm.errors import SlabError
+from slablm.modules import SlabLinear
+from slablm.shards import Piece, open_all, write_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CONFIG = "config.json"
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
+INDEX = "model.safetensors.index.json"
+WEIGHTS = ("model.safetensors", INDEX, "model-*-of-*.safetensors")
+MAX_SHARD_SIZE = 50_000_000_000  # as in transformers' save_pretrained
 
 
 def save(
@@ -99,17 +105,72 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _write_model(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
-    from slablm.hf import GUARD
-
     # The original (pre-conversion) tensor names would not match the digests.
     kwargs.setdefault("save_original_format", False)
     type(model).save_pretrained(model, folder, **kwargs)
     for file in weight_files(folder):
         integrity.sort_metadata(file)
+    _count_parameters(model, folder)
+    _set_guard(folder)
+
+
+def assemble(
+    model: PreTrainedModel, folder: Path, pieces: Mapping[str, Piece], metadata: Mapping[str, str], max_shard_size: int
+) -> None:
+    """Write a compressed model whose tensors lie in other files, without holding them: the files `save` would write.
+
+    Args:
+        model: the model, with a `quantization_config`; its own tensors may be on the meta device.
+        folder: an empty folder.
+        pieces: its tensors, one name for each.
+        metadata: the header's, from `integrity.record`.
+        max_shard_size: bytes of tensors per file; a tensor is never divided.
+    """
+    # transformers writes everything but the tensors.
+    type(model).save_pretrained(model, folder, state_dict={})
+    for file in list(_weights_in(folder)):
+        file.unlink()
+    names = [name for name in model.state_dict() if name in pieces]
+    assert len(names) == len(pieces), "a stored tensor has no place in the model"
+    shards = split_torch_state_dict_into_shards(
+        {name: pieces[name].meta() for name in names}, max_shard_size=max_shard_size
+    )
+    for file_name, inside in shards.filename_to_tensors.items():
+        write_tensors(folder / file_name, {name: pieces[name] for name in inside}, {"format": "pt", **metadata})
+    if shards.is_sharded:
+        _write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
+    _count_parameters(model, folder)
+    _set_guard(folder)
+
+
+def _count_parameters(model: PreTrainedModel, folder: Path) -> None:
+    """Write the number of the model's weights into the index of a sharded checkpoint.
+
+    transformers counts what are parameters in memory, which packed weights are not.
+    """
+    if not (folder / INDEX).exists():
+        return
+    elements = {name: math.prod(piece.shape) for name, piece in open_all(weight_files(folder)).items()}
+    for name, layer in model.named_modules():
+        if isinstance(layer, SlabLinear):
+            for part in ("values", "left", "right", layer.plane_name):
+                del elements[f"{name}.{part}"]
+            elements[f"{name}.weight"] = layer.out_features * layer.in_features
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index["metadata"]["total_parameters"] = sum(elements.values())
+    _write_json(folder / INDEX, index)
+
+
+def _write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _set_guard(folder: Path) -> None:
+    from slablm.hf import GUARD
+
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["transformers_weights"] = GUARD
-    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    _write_json(folder / CONFIG, config)
 
 
 @contextmanager
@@ -117,14 +178,14 @@ def _staging(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` whose files move into `out` when all went well, and vanish when not."""
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(out)
+        remove_abandoned(out)
         folder = out.parent / f".{out.name}.partial-{os.getpid()}"
         folder.mkdir()
     except OSError as error:
         raise SlabError(f"cannot write to {out.parent}: {error.strerror or error}") from error
     try:
         yield folder
-        _publish(folder, out)
+        publish(folder, out, {path.name for path in folder.iterdir()})
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         reason = "the disk is full" if full else str(error)
@@ -133,14 +194,23 @@ def _staging(out: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _publish(folder: Path, out: Path) -> None:
+def publish(folder: Path, out: Path, names: Collection[str]) -> None:
+    """Move a complete result to its place. After a kill it can be called again, whatever has moved already.
+
+    Args:
+        folder: holds the result.
+        out: target folder.
+        names: all files of the result.
+    """
+    if not folder.exists():
+        return
     if not out.exists():
         folder.rename(out)
         return
-    (out / CONFIG).unlink(missing_ok=True)
-    new = {path.name for path in folder.iterdir()}
+    if (folder / CONFIG).exists():  # comes last: as long as it is not there, `out` holds no model that can be loaded
+        (out / CONFIG).unlink(missing_ok=True)
     for path in list(_weights_in(out)):
-        if path.name not in new:
+        if path.name not in names:
             path.unlink()
     for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
         path.replace(out / path.name)
@@ -151,7 +221,7 @@ def _weights_in(folder: Path) -> Iterator[Path]:
         yield from folder.glob(pattern)
 
 
-def _remove_abandoned(out: Path) -> None:
+def remove_abandoned(out: Path) -> None:
     """Delete staging folders of processes that were killed."""
     for folder in out.parent.glob(f".{out.name}.partial-*"):
         try:

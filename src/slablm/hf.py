@@ -165,7 +165,7 @@ class SlabHfQuantizer(HfQuantizer):
             if tensor.dtype == torch.float32 and tensor.ndim >= 2:
                 address = tensor.data_ptr()
                 if address not in narrowed:
-                    narrowed[address] = _narrowed(tensor, dtype)
+                    narrowed[address] = stored_form(tensor, dtype)
                 state[name] = narrowed[address]
         return state, integrity.metadata(state)
 
@@ -184,8 +184,13 @@ class SlabHfQuantizer(HfQuantizer):
         return True
 
 
-def _narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float32 matrix in the value type where that loses nothing (see `slablm.api.compress_model`)."""
+def stored_form(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor as it is saved: a float32 matrix in the value type where that loses nothing.
+
+    `slablm.layerwise.rounded` has seen to it that it loses nothing.
+    """
+    if tensor.dtype != torch.float32 or tensor.ndim < 2:
+        return tensor
     narrow = tensor.to(dtype)
     return narrow if torch.equal(narrow.float(), tensor) else tensor
 
@@ -215,8 +220,8 @@ def check_version(version: Any) -> None:
         )
 
 
-def attach(model: PreTrainedModel, config: CompressionConfig, reports: list[LayerReport]) -> None:
-    """Tell transformers that this freshly compressed model is quantized by slablm, so that it can be saved.
+def describe(model: PreTrainedModel, config: CompressionConfig, reports: list[LayerReport]) -> SlabQuantizationConfig:
+    """Write into a freshly compressed model's config what its `SlabLinear` layers are.
 
     Args:
         model: the model with its `SlabLinear` layers.
@@ -231,6 +236,18 @@ def attach(model: PreTrainedModel, config: CompressionConfig, reports: list[Laye
         modules[report.name] = ModuleSpec(spec.kept, spec.rank, spec.signs, round(report.output_error, 6))
     quantization_config = SlabQuantizationConfig(modules, config.value_dtype or "", config)
     model.config.quantization_config = quantization_config
+    return quantization_config
+
+
+def attach(model: PreTrainedModel, config: CompressionConfig, reports: list[LayerReport]) -> None:
+    """Tell transformers that this freshly compressed model is quantized by slablm, so that it can be saved.
+
+    Args:
+        model: the model with its `SlabLinear` layers.
+        config: the settings, `value_dtype` included.
+        reports: one per compressed layer.
+    """
+    quantization_config = describe(model, config, reports)
     # These three are what `from_pretrained` sets on a quantized model.
     vars(model).update(
         hf_quantizer=SlabHfQuantizer(quantization_config, pre_quantized=True),

@@ -7,15 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from slablm import integrity
 from slablm.checkpoint import CONFIG, weight_files
 from slablm.errors import SlabError
 from slablm.layerwise import LayerReport, size_summary
 from slablm.methods.budget import PAPER_VALUE_BITS, paper_ratio
-
-VALUE_BYTES = 2  # float16 and bfloat16
+from slablm.shards import TensorFile
 
 
 @dataclass(frozen=True)
@@ -91,29 +88,24 @@ def inspect_folder(folder: Path) -> Inspection:
     config = read_quantization_config(folder)
     quantization = SlabQuantizationConfig(**config)
     files = weight_files(folder)
-    sizes: dict[str, tuple[int, int]] = {}  # tensor → (bytes, last dimension)
     integrity.verify_files(files)
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                tensor = tensors.get_tensor(name)
-                sizes[name] = tensor.nbytes, tensor.shape[-1]
+    opened = [TensorFile.open(file) for file in files]
+    pieces = {name: piece for file in opened for name, piece in file.pieces.items()}
     layers = []
     for name, spec in sorted(quantization.modules.items(), key=lambda item: _by_depth(item[0])):
         plane = "states" if spec.signs else "positions"
         parts = [f"{name}.{part}" for part in ("values", "left", "right", plane)]
-        missing = [part for part in parts if part not in sizes]
+        missing = [part for part in parts if part not in pieces]
         if missing:
             raise SlabError(f"{folder}: tensor {missing[0]!r} is missing: download or compress it again")
-        n = sizes[f"{name}.right"][1]
-        m = sizes[f"{name}.values"][0] // (VALUE_BYTES * spec.kept)
-        true_bits = 8 * sum(sizes[part][0] for part in parts)
+        m, n = pieces[f"{name}.left"].shape[0], pieces[f"{name}.right"].shape[1]
+        true_bits = 8 * sum(pieces[part].nbytes for part in parts)
         ratio = paper_ratio((m, n), spec.kept, spec.rank, spec.signs)
         paper_bits = round((1 - ratio) * PAPER_VALUE_BITS * m * n)
         layers.append(LayerReport(name, (m, n), spec.kept / n, paper_bits, true_bits, spec.output_error, seconds=0.0))
     return Inspection(
         tuple(layers),
-        header_bytes=sum(map(integrity.header_bytes, files)),
+        header_bytes=sum(file.header_bytes for file in opened),
         file_bytes=sum(file.stat().st_size for file in files),
         settings=quantization.compression.to_dict(),
     )

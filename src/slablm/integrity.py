@@ -10,19 +10,18 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slablm.errors import SlabError
 from slablm.packing import FORMAT_VERSION
+from slablm.shards import WAY_OUT, TensorFile
 
 METADATA_KEY = "slablm"
-WAY_OUT = "download or compress it again"
 
 
 def digest(tensor: Tensor) -> str:
@@ -41,12 +40,17 @@ def metadata(state: Mapping[str, Tensor]) -> dict[str, str]:
     for name, tensor in state.items():
         if tensor.numel():
             groups.setdefault(tensor.data_ptr(), []).append(name)
-    record = {
+    return record({name: digest(tensor) for name, tensor in state.items()}, groups.values())
+
+
+def record(digests: Mapping[str, str], groups: Iterable[Sequence[str]] = ()) -> dict[str, str]:
+    """Header metadata from digests by name; of a group of names with one tensor only one is stored."""
+    entry = {
         "format_version": FORMAT_VERSION,
-        "digests": {name: digest(tensor) for name, tensor in state.items()},
-        "tied": sorted(sorted(names) for names in groups.values() if len(names) > 1),
+        "digests": dict(digests),
+        "tied": sorted(sorted(names) for names in groups if len(names) > 1),
     }
-    return {METADATA_KEY: json.dumps(record, sort_keys=True)}
+    return {METADATA_KEY: json.dumps(entry, sort_keys=True)}
 
 
 def verify_files(paths: Sequence[Path]) -> None:
@@ -61,10 +65,10 @@ def verify_files(paths: Sequence[Path]) -> None:
     expected: set[str] = set()
     present: set[str] = set()
     for path in paths:
-        record, names = _verify_file(path)
-        expected |= record["digests"].keys()
+        entry, names = _verify_file(path)
+        expected |= entry["digests"].keys()
         present |= names
-        for tied in record["tied"]:
+        for tied in entry["tied"]:
             if not names.isdisjoint(tied):
                 present.update(tied)
     if missing := sorted(expected - present):
@@ -73,18 +77,15 @@ def verify_files(paths: Sequence[Path]) -> None:
 
 def _verify_file(path: Path) -> tuple[dict[str, Any], set[str]]:
     """Check one file; returns the record about the whole checkpoint and the names of this file's tensors."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            record, names = _record(file.metadata(), path), set(file.keys())
-            expected = record["digests"]
-            for name in sorted(names):
-                if name not in expected:
-                    raise SlabError(f"{path}: tensor {name!r} has no digest, the file is damaged: {WAY_OUT}")
-                if digest(file.get_tensor(name)) != expected[name]:
-                    raise SlabError(f"{path}: tensor {name!r} is corrupted: {WAY_OUT}")
-            return record, names
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
-        raise SlabError(f"{path} cannot be read ({error}): it is truncated or damaged, {WAY_OUT}") from error
+    file = TensorFile.open(path)
+    entry = _entry(file.metadata, path)
+    expected = entry["digests"]
+    for name, piece in file.pieces.items():
+        if name not in expected:
+            raise SlabError(f"{path}: tensor {name!r} has no digest, the file is damaged: {WAY_OUT}")
+        if digest(piece.read()) != expected[name]:
+            raise SlabError(f"{path}: tensor {name!r} is corrupted: {WAY_OUT}")
+    return entry, set(file.pieces)
 
 
 def sort_metadata(path: Path) -> None:
@@ -103,18 +104,11 @@ def sort_metadata(path: Path) -> None:
         file.write(text.ljust(length))
 
 
-def header_bytes(path: Path) -> int:
-    """Bytes of a safetensors file before its first tensor."""
-    with path.open("rb") as file:
-        length: int = struct.unpack("<Q", file.read(8))[0]
-    return 8 + length
-
-
-def _record(header: dict[str, str] | None, path: Path) -> dict[str, Any]:
+def _entry(header: dict[str, str], path: Path) -> dict[str, Any]:
     try:
-        record: dict[str, Any] = json.loads((header or {})[METADATA_KEY])
-        if not isinstance(record["digests"], dict) or not isinstance(record["tied"], list):
+        entry: dict[str, Any] = json.loads(header[METADATA_KEY])
+        if not isinstance(entry["digests"], dict) or not isinstance(entry["tied"], list):
             raise TypeError
     except (KeyError, ValueError, TypeError):
         raise SlabError(f"{path} carries no slablm digests: it is damaged or was not written by slablm") from None
-    return record
+    return entry

@@ -7,24 +7,31 @@ front of it produce, so that every layer is fitted to what it will really see:
                      decompose its linear layers
                      run it compressed on all windows; the outputs are the next block's inputs
 
-Memory: the model, the hidden states of all windows (windows × seq_len × hidden_size values), and the activations and
-statistics of one block. Attention and MLP activations exist for one window at a time.
+Where a block's weights come from, and where the finished block goes, is up to a `BlockStore`. With the plain one the
+model is in memory and stays there; `slablm.streaming` has one that reads each block from files and drops it again.
+
+Memory: the blocks that the store holds, the hidden states of all windows (windows × seq_len × hidden_size values, in a
+bounded buffer), and the activations and statistics of one block. Attention and MLP activations exist for one window at
+a time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from slablm.calibration.capture import BlockCall, capture_block_calls, collect_stats
+from slablm.calibration.activations import Activations
+from slablm.calibration.capture import capture_block_calls, collect_stats
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.float32 import fast_float32
+from slablm.memory import give_back
 from slablm.methods import NEEDS_GRAM, Decomposition, LayerStats, PrunedWeight, get_method
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.modules import SlabLinear
@@ -76,6 +83,43 @@ class LayerReport:
 Progress = Callable[[int, int, LayerReport], None]
 
 
+@dataclass
+class FinishedBlock:
+    """What remains of one block's target layers.
+
+    Attributes:
+        packed: packed weights by full name; empty with a method that has no packed form.
+        reports: one per layer.
+    """
+
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+
+
+class BlockStore:
+    """Where blocks come from and where they go. This one: the model is in memory, and so it stays."""
+
+    done = 0  # blocks that an earlier run has finished
+
+    def activations(self, count: int) -> Activations:
+        """An empty buffer for the hidden states of `count` windows."""
+        return Activations(count)
+
+    def outside(self) -> AbstractContextManager[None]:
+        """Within it, what the decoder has outside its blocks is there to be run."""
+        return nullcontext()
+
+    def load(self, index: int) -> None:
+        """Make dense block `index` ready to be run; blocks loaded before need not be kept."""
+
+    def finished(self, index: int) -> FinishedBlock:
+        """Block `index` as an earlier run has left it; only for the first `done` blocks."""
+        raise NotImplementedError
+
+    def finish(self, index: int, block: FinishedBlock) -> None:
+        """Take over block `index`; its target layers are `SlabLinear` by now."""
+
+
 def size_summary(reports: Sequence[LayerReport]) -> dict[str, Any]:
     """Total sizes of the compressed layers, both numbers: `bits_per_weight` and `compression_ratio`.
 
@@ -100,6 +144,7 @@ def compress_blocks(
     windows: Tensor,
     config: CompressionConfig,
     on_layer: Progress | None = None,
+    store: BlockStore | None = None,
 ) -> list[LayerReport]:
     """Compress the target layers of a model in place.
 
@@ -111,6 +156,7 @@ def compress_blocks(
         windows: calibration token ids, [windows, seq_len].
         config: method and settings.
         on_layer: called after each layer with (layers done, layers in all, report).
+        store: where blocks come from and go to.
 
     Returns:
         One report per layer, in the order of the model.
@@ -118,8 +164,8 @@ def compress_blocks(
     Raises:
         SlabError: NaN or Inf in activations, an impossible ratio or pattern.
     """
+    store = store or BlockStore()
     _, blocks = find_blocks(model)
-    hidden, calls = capture_block_calls(model, blocks, windows, model.device)
     total = sum(len(names) for names in targets.names)
     reports: list[LayerReport] = []
 
@@ -128,49 +174,97 @@ def compress_blocks(
         if on_layer is not None:
             on_layer(len(reports), total, report)
 
-    for index, (block, call) in enumerate(zip(blocks, calls, strict=True)):
+    # A run that was stopped while it put its result together has nothing left to calibrate.
+    calibrated = _Calibration(model, blocks, windows, store) if store.done < len(blocks) else None
+    for index, block in enumerate(blocks):
         layers = {name: _linear(model, name) for name in targets.names[index]}
-        packed = _compress_block(block, layers, call, hidden, config, note)
-        for i, states in enumerate(hidden):
-            hidden[i] = call(block, states)
-            check_finite(hidden[i], f"the output of block {index}")
-        for name, weight in packed.items():
+        if calibrated is not None:
+            store.load(index)
+        if index < store.done:
+            finished = store.finished(index)
+            for report in finished.reports:
+                note(report)
+            if calibrated is not None:
+                _use_approximations(layers, finished.packed)
+        else:
+            assert calibrated is not None
+            stats = calibrated.stats(index, layers, config)
+            finished = _compress_layers(layers, stats, config, note)
+        if calibrated is not None:
+            calibrated.propagate(index, block)
+        for name, weight in finished.packed.items():
             replace_module(model, name, SlabLinear(weight, layers[name].bias))
+        store.finish(index, finished)
     return reports
 
 
-def _compress_block(
-    block: nn.Module,
+class _Calibration:
+    """The calibration windows on their way through the blocks.
+
+    Args:
+        model: the model.
+        blocks: its decoder blocks.
+        windows: token ids, [windows, seq_len].
+        store: gives the first blocks and the buffer.
+    """
+
+    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor, store: BlockStore) -> None:
+        self._blocks = blocks
+        with store.outside():
+            self._hidden, self._calls = capture_block_calls(
+                model, blocks, windows, model.device, load=store.load, hidden=store.activations(len(windows))
+            )
+
+    def stats(self, index: int, layers: dict[str, nn.Linear], config: CompressionConfig) -> dict[str, LayerStats]:
+        """Statistics of a block's target layers, by name; the hidden states stay in front of the block."""
+        if not layers:
+            return {}
+        block, call = self._blocks[index], self._calls[index]
+        return collect_stats(
+            block,
+            layers,
+            lambda i: call(block, self._hidden[i]),
+            len(self._hidden),
+            with_gram=config.method in NEEDS_GRAM,
+            seed=config.seed,
+        )
+
+    def propagate(self, index: int, block: nn.Module) -> None:
+        """Run a block, whose weights are Ŵ by now, on all windows."""
+        for i, states in enumerate(self._hidden):
+            output = self._calls[index](block, states)
+            check_finite(output, f"the output of block {index}")
+            self._hidden[i] = output
+
+
+def _compress_layers(
     layers: dict[str, nn.Linear],
-    call: BlockCall,
-    hidden: list[Tensor],
+    stats: dict[str, LayerStats],
     config: CompressionConfig,
     note: Callable[[LayerReport], None],
-) -> dict[str, PackedWeight]:
-    """Compress the target layers of one block.
+) -> FinishedBlock:
+    """Compress the target layers of one block; `stats` is used up.
 
-    Every layer's weight becomes Ŵ, for the propagation (dense is faster while it lasts). Returned are the packed
-    weights, of the methods that have them.
+    Every layer's weight becomes Ŵ, for the propagation (dense is faster while it lasts).
     """
-    if not layers:
-        return {}
-    stats = collect_stats(
-        block,
-        layers,
-        lambda i: call(block, hidden[i]),
-        len(hidden),
-        with_gram=config.method in NEEDS_GRAM,
-        seed=config.seed,
-    )
-    packed = {}
+    finished = FinishedBlock()
     for name, layer in layers.items():
         # Statistics of a layer are dropped with it: a Gram matrix is larger than the weight.
         report, approximation, weight = compress_layer(name, layer.weight, stats.pop(name), config)
         layer.weight.data = approximation.to(layer.weight.dtype)
         if weight is not None:
-            packed[name] = weight
+            finished.packed[name] = weight
+        finished.reports.append(report)
         note(report)
-    return packed
+        del approximation
+        give_back()
+    return finished
+
+
+def _use_approximations(layers: dict[str, nn.Linear], packed: dict[str, PackedWeight]) -> None:
+    """Give layers the weights Ŵ that `_compress_layers` gave them in an earlier run: the same bits."""
+    for name, layer in layers.items():
+        layer.weight.data = packed[name].dense().to(layer.weight)
 
 
 def compress_layer(
@@ -235,10 +329,33 @@ def check_finite(tensor: Tensor, what: str) -> None:
     Raises:
         SlabError: naming `what`.
     """
-    if not torch.isfinite(tensor).all():
+    # In parts: the comparison makes several tensors of the size of what it is given, and an embedding is large.
+    if not all(torch.isfinite(part).all() for part in torch.split(tensor.detach().reshape(-1), 1 << 24)):
         raise SlabError(
             f"NaN or Inf in {what}: the checkpoint is damaged, or its dtype overflows (try --dtype float32)"
         )
+
+
+def rounded(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A parameter that stays dense, as it will be stored: a float32 matrix is rounded to the value type.
+
+    Args:
+        tensor: the parameter.
+        name: how errors call it.
+        dtype: the value type.
+
+    Returns:
+        A tensor of the same type; any other kind of parameter is returned as it is.
+
+    Raises:
+        SlabError: a value does not fit into the value type.
+    """
+    if tensor.dtype != torch.float32 or tensor.ndim < 2:
+        return tensor
+    result = tensor.to(dtype).float()
+    if not torch.isfinite(result).all():
+        raise SlabError(f"{name}: a value does not fit into {dtype}: use --value-dtype bfloat16")
+    return result
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

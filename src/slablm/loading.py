@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from slablm.errors import SlabError
+from slablm.shards import WAY_OUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -53,21 +57,38 @@ def load(
     check_device(device)
     where, options = locate(source)
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
-    try:
+    with explained(source):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=_dtype(dtype, "gguf_file" in options), **options)
-    except SlabError:
-        raise
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise SlabError(f"model {source!r} cannot be loaded: {reason}") from error
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, dtype=wanted_dtype(dtype, "gguf_file" in options), output_loading_info=True, **options
+        )
+    model, info = loaded
+    # transformers would go on with random numbers in their place.
+    if missing := sorted(info["missing_keys"]):
+        raise SlabError(f"model {source!r} cannot be loaded: tensor {missing[0]!r} is missing, {WAY_OUT}")
     if "gguf_file" in options:
         # transformers leaves the GGUF's quantization entry on the now dense model.
         vars(model)["hf_quantizer"].remove_quantization_config(model)
         model.config._is_quantized = False
         model.config.name_or_path = source
-    model.to(torch.device(device)).eval()  # type: ignore[arg-type]
+    model.to(torch.device(device)).eval()
     return model, tokenizer
+
+
+@contextmanager
+def explained(source: str) -> Iterator[None]:
+    """Turn what transformers raises while it reads a model into one line.
+
+    Raises:
+        SlabError: naming the model and the reason.
+    """
+    try:
+        yield
+    except SlabError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SlabError(f"model {source!r} cannot be loaded: {reason}") from error
 
 
 def locate(source: str) -> tuple[str, dict[str, Any]]:
@@ -113,7 +134,12 @@ def check_device(device: str) -> None:
         raise SlabError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
-def _dtype(name: str, gguf: bool) -> Any:
+def wanted_dtype(name: str, gguf: bool) -> Any:
+    """What `--dtype` means to transformers.
+
+    Raises:
+        SlabError: an unknown name.
+    """
     if name not in DTYPES:
         raise SlabError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
     if name == "auto":

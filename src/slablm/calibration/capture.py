@@ -3,7 +3,8 @@
 The decoder is walked block by block, but only the model itself knows what it hands to a block besides the hidden
 states (rotary embeddings, masks, positions; in some models different ones for different blocks). So the model's own
 forward runs once per window with every block replaced by one that notes its arguments and passes the hidden states
-through. That costs an embedding look-up and gives, for every block, exactly the arguments of the real forward.
+through. That costs an embedding look-up and gives, for every block, exactly the arguments of the real forward. Only
+one block of each class is really run, on two tokens, to see what blocks of this class return.
 
 Per linear layer with inputs X, [tokens, n], a collector accumulates over the windows
 
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from slablm.calibration.activations import Activations
 from slablm.errors import SlabError
 from slablm.methods import LayerStats
 
@@ -45,8 +47,14 @@ class BlockCall:
 
 @torch.no_grad()
 def capture_block_calls(
-    model: nn.Module, blocks: nn.ModuleList, windows: Tensor, device: torch.device
-) -> tuple[list[Tensor], list[BlockCall]]:
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    windows: Tensor,
+    device: torch.device,
+    *,
+    load: Callable[[int], None] = lambda index: None,
+    hidden: Activations | None = None,
+) -> tuple[Activations, list[BlockCall]]:
     """The first block's inputs for every window, and how each block is called.
 
     Args:
@@ -54,6 +62,8 @@ def capture_block_calls(
         blocks: its decoder blocks.
         windows: token ids, [windows, seq_len].
         device: where the model runs.
+        load: called before a block is run for real, which happens once per class of blocks.
+        hidden: where the hidden states go; by default into RAM.
 
     Returns:
         Hidden states, one [1, seq_len, hidden_size] per window; one `BlockCall` per block.
@@ -63,11 +73,13 @@ def capture_block_calls(
     """
     # Without the head: its logits would cost more than all the rest here.
     decoder: nn.Module = getattr(model, "base_model", model)
-    lengths = _tuple_lengths(decoder, blocks, windows[:1, :2].to(device))
-    hidden: list[Tensor] = []
+    hidden = Activations(len(windows)) if hidden is None else hidden
+    outputs = _Outputs(load)
     first: list[BlockCall] = []
+    with _noting_blocks(blocks, outputs):
+        decoder(input_ids=windows[:1, :2].to(device), use_cache=False)
     for window in windows:
-        with _noting_blocks(blocks, lengths) as calls:
+        with _noting_blocks(blocks, outputs) as calls:
             decoder(input_ids=window[None].to(device), use_cache=False)
         hidden.append(calls[0][0])
         current = [call for _, call in calls]
@@ -78,38 +90,43 @@ def capture_block_calls(
     return hidden, first
 
 
-def _tuple_lengths(decoder: nn.Module, blocks: nn.ModuleList, tokens: Tensor) -> list[int | None]:
-    """For each block, how many elements the tuple it returns has (None: it returns a tensor); runs all once."""
-    lengths: list[int | None] = []
+class _Outputs:
+    """What the blocks return: hidden states alone, or a tuple that starts with them. Blocks of one class are alike.
 
-    def note(module: nn.Module, args: Any, output: Any) -> None:
-        lengths.append(len(output) if isinstance(output, tuple) else None)
+    Args:
+        load: see `capture_block_calls`.
+    """
 
-    handles = [block.register_forward_hook(note) for block in blocks]
-    try:
-        decoder(input_ids=tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return lengths
+    def __init__(self, load: Callable[[int], None]) -> None:
+        self._load = load
+        self._lengths: dict[type[nn.Module], int | None] = {}
+
+    def of(self, index: int, block: nn.Module, run: Callable[[], Any], hidden_states: Tensor) -> Any:
+        """What the block would return if it left the hidden states as they are; runs a block of an unknown class."""
+        if type(block) not in self._lengths:
+            self._load(index)
+            output = run()
+            self._lengths[type(block)] = len(output) if isinstance(output, tuple) else None
+        length = self._lengths[type(block)]
+        return hidden_states if length is None else (hidden_states, *[None] * (length - 1))
 
 
 @contextmanager
-def _noting_blocks(blocks: nn.ModuleList, lengths: list[int | None]) -> Iterator[list[tuple[Tensor, BlockCall]]]:
+def _noting_blocks(blocks: nn.ModuleList, outputs: _Outputs) -> Iterator[list[tuple[Tensor, BlockCall]]]:
     """Replace every block's forward by one that notes its arguments and returns the hidden states unchanged."""
     calls: list[tuple[Tensor, BlockCall]] = []
 
-    def note_for(length: int | None) -> Callable[..., Any]:
+    def note_for(index: int, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def note(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             calls.append((hidden_states, BlockCall(args, kwargs)))
-            return hidden_states if length is None else (hidden_states, *[None] * (length - 1))
+            return outputs.of(index, block, lambda: forward(hidden_states, *args, **kwargs), hidden_states)
 
         return note
 
     # accelerate's device hooks also live in the instance's `forward`; put back whatever was there.
     own = [block.__dict__.get("forward") for block in blocks]
-    for block, length in zip(blocks, lengths, strict=True):
-        block.forward = note_for(length)
+    for index, block in enumerate(blocks):
+        block.forward = note_for(index, block, block.forward)
     try:
         yield calls
     finally:

@@ -51,7 +51,7 @@ def main() -> None:
     except SlabError as error:
         fail(str(error))
     except MemoryError:
-        fail("out of memory: use fewer --num-samples, a shorter --seq-len or a smaller --dtype")
+        fail("out of memory: use fewer --num-samples (or --max-memory), a shorter --seq-len or a smaller --dtype")
     except RuntimeError as error:
         # torch.OutOfMemoryError on GPUs, a plain RuntimeError from the CPU allocator.
         if "out of memory" not in str(error) and "can't allocate memory" not in str(error):

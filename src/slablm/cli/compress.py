@@ -4,19 +4,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, log, print_json, progress
 from slablm.config import CompressionConfig
-
-if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import PreTrainedModel
-
-    from slablm.layerwise import LayerReport
-    from slablm.targets import Targets
 
 
 def compress(
@@ -39,11 +32,23 @@ def compress(
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of everything that is sampled.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that OUT already holds.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run into OUT, if there is one.")] = False,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory for calibration activations, such as 4GB; more of them go to a file beside OUT."),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights in OUT, such as 5GB.")] = "50GB",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Compress MODEL into OUT in one shot, without retraining."""
+    """Compress MODEL into OUT in one shot, without retraining.
+
+    One block at a time is read from the model's files, compressed and put aside beside OUT. After a kill, a power loss
+    or a full disk, the same command with --resume goes on from there.
+    """
+    from slablm.memory import parse_bytes
+
     settings: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
     config = CompressionConfig(
         method=method,
@@ -60,8 +65,9 @@ def compress(
         **settings,
     )
     result = run(
-        model, out, config, overwrite=overwrite, dtype=dtype, device=device, revision=revision,
-        trust_remote_code=trust_remote_code,
+        model, out, config, overwrite=overwrite, resume=resume, dtype=dtype, device=device, revision=revision,
+        trust_remote_code=trust_remote_code, max_shard_size=parse_bytes(max_shard_size, "--max-shard-size"),
+        max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
     )  # fmt: skip
     if json:
         print_json(result)
@@ -69,73 +75,50 @@ def compress(
         _print_summary(result)
 
 
-def run(source: str, out: Path, config: CompressionConfig, *, overwrite: bool, **load_options: Any) -> dict[str, Any]:
-    """Check, load, compress, save; returns what ``--json`` prints.
+def run(source: str, out: Path, config: CompressionConfig, **options: Any) -> dict[str, Any]:
+    """Compress into a folder with a progress bar; returns what ``--json`` prints.
+
+    Args:
+        source: the dense model.
+        out: target folder.
+        config: settings.
+        options: fields of `slablm.runs.RunOptions`.
 
     Raises:
-        SlabError: any bad input. Cheap checks come before the model is loaded.
+        SlabError: any bad input. Cheap checks come before the model is read.
     """
-    from slablm import __version__, loading
-    from slablm.api import check_model, check_packable
-    from slablm.calibration.text import calibration_windows
-    from slablm.card import model_card
-    from slablm.checkpoint import check_target, save
     from slablm.cli.console import quiet_libraries
-    from slablm.errors import SlabError
     from slablm.inspection import inspect_folder
-    from slablm.memory import human_bytes, peak_resident_bytes
-    from slablm.targets import select_targets
+    from slablm.memory import peak_resident_bytes
+    from slablm.runs import RunOptions, compress_folder
 
     start = time.perf_counter()
-    check_packable(config.method)
-    check_target(out, overwrite)
-    if loading.is_compressed(source):
-        raise SlabError(f"{source} is already compressed by slablm: start from the dense model")
     quiet_libraries()
-    log.print(f"Loading {source}")
-    model, tokenizer = loading.load(source, **load_options)
-    check_model(model)
-    targets = select_targets(model, config)
-    for name, reason in targets.left_dense.items():
-        log.print(f"left dense: {name} ({reason})")
-    log.print(f"Calibrating on {config.calibration}: {config.num_samples} windows of {config.seq_len} tokens")
-    windows = calibration_windows(model, tokenizer, config)
-    hidden_bytes = windows.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
-    log.print(f"Memory for hidden states of all windows: {human_bytes(hidden_bytes)}")
-    dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    reports = _compress_with_progress(model, targets, windows, config)
-    config = model.config.quantization_config.compression  # with the value type filled in
-    card = model_card(source, config, reports, targets.left_dense, __version__)
-    save(model, tokenizer, out, card=card, overwrite=overwrite)
+    with progress(f"Compressing ({config.method})") as (bar, task):
+        result = compress_folder(
+            source,
+            out,
+            config,
+            RunOptions(**options),
+            lambda done, total, report: bar.update(task, completed=done, total=total),
+            log.print,
+        )
     inspection = inspect_folder(out)
+    errors = [layer.output_error for layer in inspection.layers]
     return {
         "out": str(out),
         "method": config.method,
-        "layers": len(reports),
+        "layers": len(errors),
         "bits_per_weight": inspection.bits_per_weight,
         "compression_ratio": inspection.compression_ratio,
-        "output_error": sum(report.output_error for report in reports) / len(reports),
+        "output_error": sum(errors) / len(errors),
         "bytes_on_disk": inspection.file_bytes,
-        "dense_bytes_in_memory": dense_bytes,
+        "dense_bytes": result.dense_bytes,
+        "resumed_blocks": result.resumed_blocks,
         "seconds": time.perf_counter() - start,
         "peak_memory_bytes": peak_resident_bytes(),
-        "config": config.to_dict(),
+        "config": inspection.settings,
     }
-
-
-def _compress_with_progress(
-    model: PreTrainedModel, targets: Targets, windows: Tensor, config: CompressionConfig
-) -> list[LayerReport]:
-    from slablm.api import compress_model
-
-    with progress(f"Compressing ({config.method})") as (bar, task):
-        return compress_model(
-            model,
-            targets,
-            windows,
-            config,
-            lambda done, total, report: bar.update(task, completed=done, total=total),
-        )
 
 
 def _print_summary(result: dict[str, Any]) -> None:
@@ -148,9 +131,10 @@ def _print_summary(result: dict[str, Any]) -> None:
         "compression ratio (paper)": f"{result['compression_ratio']:.4f}",
         "mean relative output error": f"{result['output_error']:.4f}",
         "weights on disk": human_bytes(result["bytes_on_disk"]),
-        "dense weights in memory": human_bytes(result["dense_bytes_in_memory"]),
         "time": f"{result['seconds']:.1f} s",
     }
+    if result["dense_bytes"]:
+        lines["dense weights"] = human_bytes(result["dense_bytes"])
     if result["peak_memory_bytes"]:
         lines["peak memory"] = human_bytes(result["peak_memory_bytes"])
     for label, value in lines.items():

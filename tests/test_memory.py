@@ -1,0 +1,32 @@
+import pytest
+
+from slablm import SlabError
+from slablm.memory import human_bytes, parse_bytes, peak_resident_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [("4GB", 4_000_000_000), ("1.5 kB", 1500), ("2GiB", 2 << 30), ("7m", 7_000_000), ("12", 12), ("12B", 12)],
+)
+def test_sizes(text, count):
+    assert parse_bytes(text, "--size") == count
+
+
+@pytest.mark.parametrize("text", ["", "GB", "4XB", "-1GB", "1e9", "4iB", "4 G B"])
+def test_no_sizes(text):
+    with pytest.raises(SlabError, match=r"--size .* is no size: write it like 4GB, 500MB or 2GiB"):
+        parse_bytes(text, "--size")
+
+
+def test_nothing_is_no_size():
+    with pytest.raises(SlabError, match="--size must be at least one byte, got '0.2B'"):
+        parse_bytes("0.2B", "--size")
+
+
+def test_human_sizes_can_be_read_back():
+    assert human_bytes(227672272) == "228 MB"
+    assert parse_bytes(human_bytes(228_000_000), "--size") == 228_000_000
+
+
+def test_peak_memory_is_that_of_a_python_with_torch():
+    assert peak_resident_bytes() > 50_000_000
