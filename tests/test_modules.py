@@ -54,3 +54,12 @@ def test_state_dict_names_and_repr():
     assert set(pruned.state_dict()) == {"values", "left", "right", "positions"}
     assert "in_features=40, out_features=24" in repr(slab)
     assert "signs=False" in repr(pruned)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_unpacked_layer_computes_the_same_bits(dtype):
+    from slablm import decompose
+
+    layer = SlabLinear(pack(decompose(torch.randn(24, 40)), torch.float16), torch.randn(24)).to(dtype)
+    inputs = torch.randn(3, 40, dtype=dtype)
+    assert torch.equal(layer.unpacked(dtype)(inputs), layer(inputs))

@@ -250,18 +250,24 @@ def _measure(cell: Cell, key: str, conditions: Conditions, dense: Record | None,
 
 
 def _compress(model: PreTrainedModel, cell: Cell, conditions: Conditions, on_step: Step) -> list[LayerReport]:
-    """Compress in place; yardsticks stay linear with Ŵ. Nothing is done to the dense model."""
+    """Compress in place; all layers are linear with Ŵ in the end. Nothing is done to the dense model."""
     from slablm.api import prepare_model
-    from slablm.layerwise import compress_blocks
+    from slablm.layerwise import compress_blocks, replace_module
+    from slablm.modules import SlabLinear
     from slablm.targets import select_targets
 
     if cell.config is None:
         return []
     targets = select_targets(model, cell.config)
     config = prepare_model(model, targets, cell.config)
-    return compress_blocks(
+    reports = compress_blocks(
         model, targets, conditions.calibration, config, lambda done, total, report: on_step("compressing", done, total)
     )
+    # The same numbers; but to unpack every layer anew for each of thousands of short questions would take hours.
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SlabLinear):
+            replace_module(model, name, layer.unpacked(model.dtype))
+    return reports
 
 
 def _accuracies(model: PreTrainedModel, conditions: Conditions) -> dict[str, dict[str, Any]] | None:

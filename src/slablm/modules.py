@@ -86,6 +86,20 @@ class SlabLinear(nn.Module):
         self.values, self.left, self.right = packed.values, packed.left, packed.right
         setattr(self, self.plane_name, packed.plane)
 
+    def unpacked(self, dtype: torch.dtype) -> nn.Linear:
+        """A dense layer that computes what this one does on the reference.
+
+        Args:
+            dtype: type of its weight, Ŵ.
+
+        Raises:
+            SlabError: the values were quantized to 8 bits.
+        """
+        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(self.packed.dense().to(dtype), requires_grad=False)
+        linear.register_parameter("bias", self.bias)
+        return linear
+
     def forward(self, inputs: Tensor) -> Tensor:
         """[..., n] → [..., m], in the inputs' dtype."""
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
