@@ -10,6 +10,9 @@ front of it produce, so that every layer is fitted to what it will really see:
 Where a block's weights come from, and where the finished block goes, is up to a `BlockStore`. With the plain one the
 model is in memory and stays there; `slablm.streaming` has one that reads each block from files and drops it again.
 
+Several ranks can walk through the blocks together, each with its share of the windows and of a block's matrices; see
+`slablm.distributed`.
+
 Memory: the blocks that the store holds, the hidden states of all windows (windows × seq_len × hidden_size values, in a
 bounded buffer), and the activations and statistics of one block. Attention and MLP activations exist for one window at
 a time.
@@ -18,7 +21,7 @@ a time.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -29,6 +32,7 @@ from torch import Tensor, nn
 from slablm.calibration.activations import Activations
 from slablm.calibration.capture import capture_block_calls, collect_stats
 from slablm.config import CompressionConfig
+from slablm.distributed import ALONE, World, assign
 from slablm.errors import SlabError
 from slablm.float32 import fast_float32
 from slablm.memory import give_back
@@ -40,6 +44,8 @@ from slablm.targets import Targets, find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+_PACKED_TENSORS = ("values", "left", "right", "plane")
 
 
 @dataclass(frozen=True)
@@ -145,6 +151,7 @@ def compress_blocks(
     config: CompressionConfig,
     on_layer: Progress | None = None,
     store: BlockStore | None = None,
+    world: World = ALONE,
 ) -> list[LayerReport]:
     """Compress the target layers of a model in place.
 
@@ -153,10 +160,11 @@ def compress_blocks(
     Args:
         model: the dense model, in eval mode.
         targets: the layers, from `select_targets`.
-        windows: calibration token ids, [windows, seq_len].
+        windows: calibration token ids of all ranks, [windows, seq_len].
         config: method and settings.
         on_layer: called after each layer with (layers done, layers in all, report).
         store: where blocks come from and go to.
+        world: the ranks that divide the work; of more than one, all get the same blocks.
 
     Returns:
         One report per layer, in the order of the model.
@@ -168,28 +176,30 @@ def compress_blocks(
     _, blocks = find_blocks(model)
     total = sum(len(names) for names in targets.names)
     reports: list[LayerReport] = []
+    count = iter(range(1, total + 1))
 
     def note(report: LayerReport) -> None:
-        reports.append(report)
         if on_layer is not None:
-            on_layer(len(reports), total, report)
+            on_layer(next(count), total, report)
 
     # A run that was stopped while it put its result together has nothing left to calibrate.
-    calibrated = _Calibration(model, blocks, windows, store) if store.done < len(blocks) else None
+    calibrated = _Calibration(model, blocks, windows, store, world) if store.done < len(blocks) else None
     for index, block in enumerate(blocks):
         layers = {name: _linear(model, name) for name in targets.names[index]}
         if calibrated is not None:
             store.load(index)
         if index < store.done:
-            finished = store.finished(index)
+            finished = store.finished(index) if world.first else FinishedBlock()
             for report in finished.reports:
                 note(report)
             if calibrated is not None:
+                finished = _exchange(finished, layers, world)
                 _use_approximations(layers, finished.packed)
         else:
             assert calibrated is not None
             stats = calibrated.stats(index, layers, config)
-            finished = _compress_layers(layers, stats, config, note)
+            finished = _compress_layers(layers, stats, config, note, world)
+        reports += finished.reports
         if calibrated is not None:
             calibrated.propagate(index, block)
         for name, weight in finished.packed.items():
@@ -199,17 +209,22 @@ def compress_blocks(
 
 
 class _Calibration:
-    """The calibration windows on their way through the blocks.
+    """The calibration windows of this rank on their way through the blocks.
 
     Args:
         model: the model.
         blocks: its decoder blocks.
-        windows: token ids, [windows, seq_len].
+        windows: token ids of all ranks, [windows, seq_len].
         store: gives the first blocks and the buffer.
+        world: the ranks that divide the windows.
     """
 
-    def __init__(self, model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor, store: BlockStore) -> None:
-        self._blocks = blocks
+    def __init__(
+        self, model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor, store: BlockStore, world: World
+    ) -> None:
+        self._blocks, self._world, self._all_windows = blocks, world, len(windows)
+        mine = world.share(len(windows))
+        windows = windows[mine.start : mine.stop]
         with store.outside():
             self._hidden, self._calls = capture_block_calls(
                 model, blocks, windows, model.device, load=store.load, hidden=store.activations(len(windows))
@@ -224,9 +239,10 @@ class _Calibration:
             block,
             layers,
             lambda i: call(block, self._hidden[i]),
-            len(self._hidden),
+            self._all_windows,
             with_gram=config.method in NEEDS_GRAM,
             seed=config.seed,
+            world=self._world,
         )
 
     def propagate(self, index: int, block: nn.Module) -> None:
@@ -242,23 +258,50 @@ def _compress_layers(
     stats: dict[str, LayerStats],
     config: CompressionConfig,
     note: Callable[[LayerReport], None],
+    world: World,
 ) -> FinishedBlock:
-    """Compress the target layers of one block; `stats` is used up.
+    """Compress the target layers of one block, each on one rank; `stats` is used up.
 
     Every layer's weight becomes Ŵ, for the propagation (dense is faster while it lasts).
     """
     finished = FinishedBlock()
+    owners = assign({name: layer.weight.numel() for name, layer in layers.items()}, world.size)
     for name, layer in layers.items():
         # Statistics of a layer are dropped with it: a Gram matrix is larger than the weight.
-        report, approximation, weight = compress_layer(name, layer.weight, stats.pop(name), config)
+        layer_stats = stats.pop(name)
+        if owners[name] != world.rank:
+            continue
+        report, approximation, weight = compress_layer(name, layer.weight, layer_stats, config)
         layer.weight.data = approximation.to(layer.weight.dtype)
         if weight is not None:
             finished.packed[name] = weight
         finished.reports.append(report)
         note(report)
-        del approximation
+        del approximation, layer_stats
         give_back()
+    others = {name: layer for name, layer in layers.items() if owners[name] != world.rank}
+    finished = _exchange(finished, layers, world)
+    _use_approximations(others, finished.packed)
+    for report in finished.reports:
+        if report.name in others:
+            note(report)
     return finished
+
+
+def _exchange(mine: FinishedBlock, names: Collection[str], world: World) -> FinishedBlock:
+    """The layers that all ranks have finished, in the order of `names`; with several ranks they must be packed."""
+    if world.size == 1:
+        return mine
+    tensors = {f"{name}.{part}": getattr(mine.packed[name], part) for name in mine.packed for part in _PACKED_TENSORS}
+    signs = {name: weight.signs for name, weight in mine.packed.items()}
+    packed, reports = {}, {}
+    for (their_reports, their_signs), theirs in world.gather((mine.reports, signs), tensors):
+        for report in their_reports:
+            name = report.name
+            parts = {part: theirs[f"{name}.{part}"] for part in _PACKED_TENSORS}
+            packed[name] = PackedWeight(in_features=report.shape[1], signs=their_signs[name], **parts)
+            reports[name] = report
+    return FinishedBlock({name: packed[name] for name in names}, [reports[name] for name in names])
 
 
 def _use_approximations(layers: dict[str, nn.Linear], packed: dict[str, PackedWeight]) -> None:

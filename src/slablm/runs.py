@@ -6,6 +6,9 @@ windows      calibration tokens; with them the fingerprint is complete
 blocks       the loop in `slablm.layerwise`, one block in memory
 assemble     the result, copied together from the journal, shard by shard
 publish      moved to OUT; the journal goes away
+
+With several ranks, all of them take part in the blocks. The rest is done by rank 0, which tells the others where to
+begin and with what; they check that they would have begun with the same.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from slablm.calibration.text import calibration_windows
 from slablm.card import model_card
 from slablm.comparison import versions
 from slablm.config import CompressionConfig
+from slablm.distributed import ALONE, World
 from slablm.errors import SlabError
 from slablm.inspection import read_quantization_config
 from slablm.journal import Journal, open_journal, unfinished_folder
@@ -34,7 +38,7 @@ from slablm.loading import is_compressed
 from slablm.memory import human_bytes
 from slablm.shards import sync, sync_folder
 from slablm.streaming import DenseModel, StreamedBlocks, open_dense
-from slablm.targets import select_targets
+from slablm.targets import Targets, select_targets
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,8 +58,9 @@ class RunOptions:
         trust_remote_code: run model code from the hub.
         overwrite: replace a model that the target holds.
         resume: continue an unfinished run.
-        max_memory: bytes of RAM for the calibration activations; None for as much as they take.
+        max_memory: bytes of RAM for the calibration activations of one rank; None for as much as they take.
         max_shard_size: bytes of tensors per file of the result.
+        world: the ranks that compress together; the compute device is the world's then.
     """
 
     dtype: str = "auto"
@@ -66,6 +71,7 @@ class RunOptions:
     resume: bool = False
     max_memory: int | None = None
     max_shard_size: int = checkpoint.MAX_SHARD_SIZE
+    world: World = ALONE
 
 
 @dataclass(frozen=True)
@@ -105,13 +111,22 @@ def compress_folder(
         SlabError: any bad input; cheap checks come before the model is read. Nothing is changed in `out`.
     """
     check_packable(config.method)
+    world = options.world
+    if config.num_samples < world.size:
+        raise SlabError(
+            f"{config.num_samples} calibration windows cannot be divided among {world.size} ranks: "
+            f"use --num-samples {world.size} or more, or fewer ranks"
+        )
     if is_compressed(source):
         raise SlabError(f"{source} is already compressed by slablm: start from the dense model")
+    if not world.first:
+        return _help(source, out, config, options)
     checkpoint.remove_abandoned(out)
     publishing = unfinished_folder(out) / _PUBLISH
     if not publishing.exists():  # else `out` may hold this run's own result
         if options.resume and not options.overwrite and not unfinished_folder(out).exists() and _complete(out, config):
             say(f"{out} is complete, there is nothing to go on with")
+            world.tell(None)
             return RunResult(config, None, 0)
         checkpoint.check_target(out, options.overwrite)
     with open_journal(out, resume=options.resume) as journal:
@@ -137,32 +152,39 @@ class _Run:
             say(f"left dense: {name} ({reason})")
         say(f"Calibrating on {config.calibration}: {config.num_samples} windows of {config.seq_len} tokens")
         self.windows = calibration_windows(self.dense.model, self.dense.tokenizer, config)
-        journal.accept(_fingerprint(source, self.dense, self.windows, config, options))
+        fingerprint = _fingerprint(source, self.dense, self.windows, config, options)
+        journal.accept(fingerprint)
+        options.world.tell((self.windows, fingerprint, journal.done))
         self._say_what_it_takes()
-        if self.dense.weights:  # checked and rounded block by block
-            self.config = with_value_dtype(config, self.dense.model)
-        else:
-            self.config = prepare_model(self.dense.model, self.targets, config)
+        self.config = _prepared(self.dense, self.targets, config)
 
     def go(self, on_layer: Progress | None) -> RunResult:
         """Compress what is not done yet, put the result together, publish it."""
         model, journal = self.dense.model, self.journal
         dense_bytes, resumed = sum(parameter.nbytes for parameter in model.parameters()), journal.done
-        blocks = StreamedBlocks(self.dense, self.targets, self.config, journal, self.options.max_memory)
-        reports = compress_blocks(model, self.targets, self.windows, self.config, on_layer, blocks)
+        limit, world = self.options.max_memory, self.options.world
+        blocks = StreamedBlocks(
+            self.dense, self.targets, self.config, journal,
+            max_activation_bytes=limit, folder=journal.folder, done=resumed,
+        )  # fmt: skip
+        reports = compress_blocks(model, self.targets, self.windows, self.config, on_layer, blocks, world)
         if not (journal.folder / _PUBLISH).exists():
             self._assemble(reports, blocks.names)
         self._publish()
         journal.remove()
+        world.tell(None)
         return RunResult(self.config, dense_bytes, resumed)
 
     def _say_what_it_takes(self) -> None:
         if self.dense.whole_because:
             self.say(f"The whole model is in memory: {self.dense.whole_because}")
-        model, limit = self.dense.model, self.options.max_memory
-        needed = self.windows.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
+        model, limit, ranks = self.dense.model, self.options.max_memory, self.options.world.size
+        count, seq_len = self.windows.shape
+        most = -(-count // ranks) * seq_len  # tokens of the busiest rank
+        needed = most * model.config.get_text_config().hidden_size * model.dtype.itemsize
         file = f", all but {human_bytes(limit)} in a file" if limit is not None and needed > limit else ""
-        self.say(f"Memory for hidden states of all windows: {human_bytes(needed)}{file}")
+        whose = "all windows" if ranks == 1 else f"the windows of each of {ranks} ranks"
+        self.say(f"Memory for hidden states of {whose}: {human_bytes(needed)}{file}")
         if self.journal.done:
             self.say(f"Going on after {self.journal.done} finished blocks")
 
@@ -199,11 +221,58 @@ class _Run:
         sync_folder(self.out.parent)
 
 
+def _help(source: str, out: Path, config: CompressionConfig, options: RunOptions) -> RunResult:
+    """What a rank other than 0 does: open the model, be told where to begin, and walk through the blocks.
+
+    Raises:
+        SlabError: this rank would have begun with something else than rank 0; or as for `compress_folder`.
+    """
+    world = options.world
+    dense = _open(source, config, options)
+    check_model(dense.model)
+    targets = select_targets(dense.model, config)
+    told = world.tell(None)
+    if told is None:  # there is nothing left to do
+        return RunResult(config, None, 0)
+    windows, fingerprint, done = told
+    _check_alike(fingerprint, _fingerprint(source, dense, windows, config, options))
+    config = _prepared(dense, targets, config)
+    blocks = StreamedBlocks(
+        dense, targets, config, None, max_activation_bytes=options.max_memory,
+        folder=out.parent if out.parent.is_dir() else None, done=done,
+    )  # fmt: skip
+    try:
+        compress_blocks(dense.model, targets, windows, config, None, blocks, world)
+        world.tell(None)  # rank 0 has published the result
+    except SlabError as error:
+        kept = "finished blocks are kept, run the same command with --resume to go on"
+        raise type(error)(f"{error}; {kept}") from error
+    return RunResult(config, None, done)
+
+
+def _check_alike(first: dict[str, str], mine: dict[str, str]) -> None:
+    """Refuse a rank that would get other numbers than rank 0, from what their fingerprints say."""
+    for name, value in mine.items():
+        # Hosts may have copies of the model, in another folder and of another date.
+        if name != "model" and not name.startswith("date of ") and value != first.get(name):
+            raise SlabError(
+                f"another {name} than on rank 0 (there {first.get(name)}, here {value}): "
+                "all ranks need the same command, model, versions, number of threads and kind of CPU"
+            )
+
+
+def _prepared(dense: DenseModel, targets: Targets, config: CompressionConfig) -> CompressionConfig:
+    """The settings with the value type filled in; a model in memory is checked and rounded."""
+    if dense.weights:  # checked and rounded block by block
+        return with_value_dtype(config, dense.model)
+    return prepare_model(dense.model, targets, config)
+
+
 def _open(source: str, config: CompressionConfig, options: RunOptions) -> DenseModel:
     return open_dense(
         source,
         dtype=options.dtype,
-        device=options.device,
+        device=options.device if options.world.size == 1 else options.world.device,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         whole_because="it writes its own calibration text" if config.calibration == "self" else "",
@@ -226,7 +295,8 @@ def _fingerprint(
     shown: dict[str, Any] = {"model": source, "device": options.device, "dtype": dense.model.dtype}
     for file in dense.files:
         status = file.stat()
-        shown[f"file {file.name}"] = f"{status.st_size} bytes of {status.st_mtime_ns} ns, header {_header_digest(file)}"
+        shown[f"file {file.name}"] = f"{status.st_size} bytes, header {_header_digest(file)}"
+        shown[f"date of {file.name}"] = f"{status.st_mtime_ns} ns"
     shown["model config"] = _text_digest(dense.model.config.to_json_string())
     shown |= {f"setting {key}": value for key, value in config.to_dict().items()}
     shown["calibration tokens"] = integrity.digest(windows)

@@ -199,8 +199,10 @@ class StreamedBlocks(BlockStore):
         dense: the model.
         targets: the layers to compress.
         config: the settings, `value_dtype` included.
-        journal: where finished blocks go.
+        journal: where finished blocks go; None on a rank that does not write.
         max_activation_bytes: RAM for hidden states; None for as much as they take.
+        folder: where hidden states beyond that go.
+        done: blocks that an earlier run has finished.
     """
 
     def __init__(
@@ -208,11 +210,14 @@ class StreamedBlocks(BlockStore):
         dense: DenseModel,
         targets: Targets,
         config: CompressionConfig,
-        journal: Journal,
-        max_activation_bytes: int | None = None,
+        journal: Journal | None,
+        *,
+        max_activation_bytes: int | None,
+        folder: Path | None,
+        done: int,
     ) -> None:
-        self.done = journal.done
-        self._dense, self._journal = dense, journal
+        self.done = done
+        self._dense, self._journal, self._folder = dense, journal, folder
         self._value_dtype: torch.dtype = getattr(torch, config.value_dtype or "")
         self._max_activation_bytes = max_activation_bytes
         self._compressed = {f"{name}.weight" for names in targets.names for name in names}
@@ -222,13 +227,13 @@ class StreamedBlocks(BlockStore):
         self._outside = [names for names in self.names if not names[0].startswith(f"{self._prefix}.")]
         self._loaded: int | None = None
         for index, names in enumerate(self._outside):
-            if not journal.has(outside_key(index)):
+            if journal is not None and not journal.has(outside_key(index)):
                 stored = self._stored(names[0], self._read(names))
                 journal.put(outside_key(index), {names[0]: stored})
 
     def activations(self, count: int) -> Activations:
-        """In RAM up to the limit, then in a file in the journal's folder."""
-        return Activations(count, self._max_activation_bytes, self._journal.folder)
+        """In RAM up to the limit, then in a file."""
+        return Activations(count, self._max_activation_bytes, self._folder)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -239,11 +244,18 @@ class StreamedBlocks(BlockStore):
         present = model.state_dict(keep_vars=True)
         for index, names in enumerate(self._outside):
             if id(present[names[0]]) in needed:
-                tensor = self._journal.pieces(outside_key(index))[names[0]].read()
+                tensor = self._outside_tensor(index)
                 _put(model, names, tensor.to(self._dense.device, self._dtypes[names[0]]))
         yield
         for names in self._outside:
             _put(model, names, model.state_dict()[names[0]].to("meta"))
+
+    def _outside_tensor(self, index: int) -> Tensor:
+        """As it will be stored; a rank that does not write reads it from the model's files once more."""
+        name = self._outside[index][0]
+        if self._journal is None:
+            return self._stored(name, self._read(self._outside[index]))
+        return self._journal.pieces(outside_key(index))[name].read()
 
     def load(self, index: int) -> None:
         """Read a block's tensors; the block loaded before is dropped."""
@@ -258,6 +270,7 @@ class StreamedBlocks(BlockStore):
 
     def finished(self, index: int) -> FinishedBlock:
         """A block from the journal, its packed weights on the compute device."""
+        assert self._journal is not None
         pieces, notes = self._journal.pieces(block_key(index)), self._journal.notes(block_key(index))
         reports = [LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in notes]
         packed = {}
@@ -277,8 +290,8 @@ class StreamedBlocks(BlockStore):
         return FinishedBlock(packed, reports)
 
     def finish(self, index: int, block: FinishedBlock) -> None:
-        """Write a block into the journal, unless it is there, and drop it."""
-        if index >= self.done:
+        """Write a block into the journal, if there is one and the block is not in it, and drop the block."""
+        if self._journal is not None and index >= self.done:
             state = self._blocks[index].state_dict(prefix=self._name(index))
             tensors = {name: self._stored(name, tensor) for name, tensor in state.items()}
             self._journal.put(block_key(index), tensors, [vars(report) for report in block.reports])

@@ -33,7 +33,7 @@ def test_statistics_accumulate_on_the_device():
     collector = StatsCollector(6, with_gram=True, device=torch.device("meta"))
     collector.add(torch.empty(1, 5, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
     collector.add(torch.empty(1, 7, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
-    assert collector._squares.device.type == collector._gram.device.type == "meta"
+    assert collector._squares[0].device.type == collector._gram.device.type == "meta"
     assert [rows.shape for rows in collector._rows] == [(3, 6), (3, 6)]
 
 

@@ -10,12 +10,14 @@ Per linear layer with inputs X, [tokens, n], a collector accumulates over the wi
 
     d_j = ‖X[:, j]‖₂      (all methods)          XᵀX      (methods with error feedback)
 
-and keeps a few randomly chosen rows of X for measuring the output error.
+and keeps a few randomly chosen rows of X for measuring the output error. The squares of every call are summed in
+float64 on their own, and these sums added up at the end in the order of the windows, whichever rank ran them: the
+norms are the same bits for any number of ranks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from slablm.calibration.activations import Activations
+from slablm.distributed import ALONE, World
 from slablm.errors import SlabError
 from slablm.methods import LayerStats
 
@@ -160,7 +163,7 @@ class StatsCollector:
     """
 
     def __init__(self, in_features: int, with_gram: bool, device: torch.device) -> None:
-        self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._squares: list[Tensor] = []
         self._gram = torch.zeros(in_features, in_features, device=device) if with_gram else None
         self._rows: list[Tensor] = []
         self._tokens = 0
@@ -168,23 +171,48 @@ class StatsCollector:
     def add(self, inputs: Tensor, sampled: Tensor) -> None:
         """Add inputs [..., n]; `sampled` are the numbers, modulo the rows, of those kept for the output error."""
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
-        self._squares += rows.square().sum(dim=0, dtype=torch.float64)
+        self._squares.append(rows.square().sum(dim=0, dtype=torch.float64))
         if self._gram is not None:
             self._gram.addmm_(rows.T, rows)
         self._rows.append(rows[sampled.to(rows.device) % rows.shape[0]])
         self._tokens += rows.shape[0]
 
-    def stats(self, name: str) -> LayerStats:
-        """The statistics so far.
-
-        Raises:
-            SlabError: NaN or Inf among the inputs, or no input at all.
-        """
+    def part(self) -> tuple[int, dict[str, Tensor]]:
+        """What there is so far: the number of tokens; squares [calls, n], rows [s, n] and perhaps XᵀX [n, n]."""
         if not self._tokens:
-            raise SlabError(f"layer {name} got no calibration inputs: leave it dense with --ignore {name}")
-        if not torch.isfinite(self._squares).all():
-            raise SlabError(f"NaN or Inf in the inputs of layer {name}: check the weights, or use --dtype float32")
-        return LayerStats(self._squares.sqrt().float(), self._tokens, torch.cat(self._rows), self._gram)
+            return 0, {}
+        tensors = {"squares": torch.stack(self._squares), "rows": torch.cat(self._rows)}
+        return self._tokens, tensors if self._gram is None else tensors | {"gram": self._gram}
+
+    def stats(self, name: str) -> LayerStats:
+        """The statistics so far; see `joined`."""
+        return joined(name, [self.part()])
+
+
+def joined(name: str, parts: Sequence[tuple[int, dict[str, Tensor]]]) -> LayerStats:
+    """Statistics of one layer from what several collectors saw.
+
+    Args:
+        name: how errors call the layer.
+        parts: of each collector, in the order of the windows.
+
+    Raises:
+        SlabError: NaN or Inf among the inputs, or no input at all.
+    """
+    seen = [tensors for tokens, tensors in parts if tokens]
+    if not seen:
+        raise SlabError(f"layer {name} got no calibration inputs: leave it dense with --ignore {name}")
+    squares = torch.zeros_like(seen[0]["squares"][0])
+    for tensors in seen:
+        for row in tensors["squares"]:  # one after the other: no other order gives the same bits
+            squares += row
+    if not torch.isfinite(squares).all():
+        raise SlabError(f"NaN or Inf in the inputs of layer {name}: check the weights, or use --dtype float32")
+    gram = seen[0].get("gram")
+    for tensors in seen[1:]:
+        gram = None if gram is None else gram + tensors["gram"]
+    tokens = sum(tokens for tokens, _ in parts)
+    return LayerStats(squares.sqrt().float(), tokens, torch.cat([tensors["rows"] for tensors in seen]), gram)
 
 
 class _AllSeen(Exception):  # noqa: N818 - no error: what is left of the block is of no interest
@@ -244,14 +272,33 @@ class _BlockWatch:
         if self._may_leave and len(self._inputs) == len(self._layers):
             raise _AllSeen
 
-    def stats(self) -> dict[str, LayerStats]:
-        """The statistics of every layer.
+    def stats(self, world: World) -> dict[str, LayerStats]:
+        """The statistics of every layer, of the windows of all ranks.
 
         Raises:
-            SlabError: see `StatsCollector.stats`.
+            SlabError: see `joined`.
         """
-        unseen = StatsCollector(0, with_gram=False, device=torch.device("cpu"))
-        return {name: self._collectors.get(name, unseen).stats(name) for name in self._layers}
+        collectors = list({id(collector): collector for collector in self._collectors.values()}.values())
+        numbers = {name: collectors.index(collector) for name, collector in self._collectors.items()}
+        mine = [collector.part() for collector in collectors]
+        tensors = {f"{i} {key}": tensor for i, (_, part) in enumerate(mine) for key, tensor in part.items()}
+        told = world.gather((numbers, [tokens for tokens, _ in mine]), tensors)
+        result: dict[str, LayerStats] = {}
+        made: dict[tuple[int | None, ...], LayerStats] = {}
+        for name in self._layers:
+            # Ranks need not have seen the same layers, nor share collectors alike.
+            where = tuple(numbers.get(name) for (numbers, _), _ in told)
+            if where not in made:
+                parts = [_part(number, *rank) for number, rank in zip(where, told, strict=True) if number is not None]
+                made[where] = joined(name, parts)
+            result[name] = made[where]
+        return result
+
+
+def _part(number: int, notes: tuple[Any, list[int]], tensors: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
+    """`StatsCollector.part` of a rank's collector of this number."""
+    front = f"{number} "
+    return notes[1][number], {key.removeprefix(front): t for key, t in tensors.items() if key.startswith(front)}
 
 
 def collect_stats(
@@ -262,26 +309,29 @@ def collect_stats(
     *,
     with_gram: bool,
     seed: int,
+    world: World = ALONE,
 ) -> dict[str, LayerStats]:
     """Run a block over all windows and return the statistics of its linear layers.
 
     Args:
         block: the decoder block (dense).
         layers: its target layers by full name.
-        run: runs the block on window i.
-        num_windows: number of windows.
+        run: runs the block on window i, counted among those of this rank.
+        num_windows: number of windows of all ranks.
         with_gram: whether XᵀX is wanted.
         seed: seed of the choice of sampled rows.
+        world: the ranks that divide the windows.
 
     Returns:
         Statistics by name. Layers that share their inputs share the tensors.
 
     Raises:
-        SlabError: see `StatsCollector.stats` and `_BlockWatch.see`.
+        SlabError: see `joined` and `_BlockWatch.see`.
     """
     watch = _BlockWatch(layers, with_gram)
     generator = torch.Generator().manual_seed(seed)
     per_window = -(-SAMPLED_TOKENS // num_windows)
+    mine = world.share(num_windows)
 
     def hook_for(name: str) -> Callable[..., None]:
         return lambda module, args: watch.see(name, args[0])
@@ -290,8 +340,9 @@ def collect_stats(
     try:
         for index in range(num_windows):
             sampled = torch.randint(1 << 30, (per_window,), generator=generator)
-            watch.window(partial(run, index), sampled)
+            if index in mine:
+                watch.window(partial(run, index - mine.start), sampled)
     finally:
         for handle in handles:
             handle.remove()
-    return watch.stats()
+    return watch.stats(world)

@@ -35,7 +35,9 @@ def compress(
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run into OUT, if there is one.")] = False,
     max_memory: Annotated[
         str | None,
-        typer.Option(help="Memory for calibration activations, such as 4GB; more of them go to a file beside OUT."),
+        typer.Option(
+            help="Memory for calibration activations (of each rank), such as 4GB; more of them go to a file beside OUT."
+        ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file of weights in OUT, such as 5GB.")] = "50GB",
     revision: Revision = None,
@@ -45,30 +47,36 @@ def compress(
     """Compress MODEL into OUT in one shot, without retraining.
 
     One block at a time is read from the model's files, compressed and put aside beside OUT. After a kill, a power loss
-    or a full disk, the same command with --resume goes on from there.
+    or a full disk, the same command with --resume goes on from there. Started by torchrun, several processes (one GPU
+    each with --device cuda) compress one model together.
     """
+    from slablm.distributed import join
     from slablm.memory import parse_bytes
 
-    settings: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
-    config = CompressionConfig(
-        method=method,
-        ratio=ratio,
-        pattern=pattern,
-        rank=rank,
-        iterations=iterations,
-        calibration=calibration,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        ignore=tuple(ignore or ()),
-        value_dtype=value_dtype,
-        seed=seed,
-        **settings,
-    )
-    result = run(
-        model, out, config, overwrite=overwrite, resume=resume, dtype=dtype, device=device, revision=revision,
-        trust_remote_code=trust_remote_code, max_shard_size=parse_bytes(max_shard_size, "--max-shard-size"),
-        max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
-    )  # fmt: skip
+    with join(device) as world:
+        settings: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
+        config = CompressionConfig(
+            method=method,
+            ratio=ratio,
+            pattern=pattern,
+            rank=rank,
+            iterations=iterations,
+            calibration=calibration,
+            num_samples=num_samples,
+            seq_len=seq_len,
+            ignore=tuple(ignore or ()),
+            value_dtype=value_dtype,
+            seed=seed,
+            **settings,
+        )
+        result = run(
+            model, out, config, overwrite=overwrite, resume=resume or world.restarted, dtype=dtype, device=device,
+            revision=revision, trust_remote_code=trust_remote_code, world=world,
+            max_shard_size=parse_bytes(max_shard_size, "--max-shard-size"),
+            max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
+        )  # fmt: skip
+    if not world.first:
+        return
     if json:
         print_json(result)
     else:
@@ -76,7 +84,7 @@ def compress(
 
 
 def run(source: str, out: Path, config: CompressionConfig, **options: Any) -> dict[str, Any]:
-    """Compress into a folder with a progress bar; returns what ``--json`` prints.
+    """Compress into a folder with a progress bar; returns what ``--json`` prints (nothing on ranks other than 0).
 
     Args:
         source: the dense model.
@@ -94,12 +102,16 @@ def run(source: str, out: Path, config: CompressionConfig, **options: Any) -> di
 
     start = time.perf_counter()
     quiet_libraries()
+    run_options = RunOptions(**options)
+    if not run_options.world.first:
+        compress_folder(source, out, config, run_options)
+        return {}
     with progress(f"Compressing ({config.method})") as (bar, task):
         result = compress_folder(
             source,
             out,
             config,
-            RunOptions(**options),
+            run_options,
             lambda done, total, report: bar.update(task, completed=done, total=total),
             log.print,
         )

@@ -1,0 +1,251 @@
+"""Several processes that compress one model together: ranks of torch.distributed, started by ``torchrun``.
+
+Compression has two kinds of work, and each is divided in its own way. A block is *run* window by window, so every
+rank keeps a contiguous share of the calibration windows and runs the block on those. A block is *decomposed* matrix by
+matrix, so every rank decomposes some of the matrices. After either there is one exchange: of statistics, and of packed
+weights, which every rank needs to run its windows through the compressed block.
+
+    read block  →  run own windows  →  exchange statistics  →  decompose own matrices  →  exchange packed weights  →
+    run own windows through the result;  rank 0 writes the block into the journal
+
+The numbers do not depend on the number of ranks. Windows never meet before their sums are formed, and the exchange
+hands over the sums of every single call, which all ranks then add up in the order of the windows, as one process does.
+A matrix is decomposed by one rank as one process would. So the result has the same bits (on the same kind of CPU or
+GPU and with the same number of threads, as ever). Only XᵀX, which no method that can be packed needs, is added up per
+rank first, and therefore agrees to float32 rounding.
+
+When a rank ends too early, the others find their connection closed, or torchrun sends them SIGTERM. Either becomes a
+`LostRankError`, and one of them says so.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from slablm.errors import SlabError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.distributed import Store  # type: ignore[attr-defined]
+
+# A dead rank is noticed at once. This is for hosts that fall silent; the longest honest wait is for one huge matrix.
+_PATIENCE = timedelta(hours=2)
+# How long other ranks leave it to rank 0, which knows the journal, to say that a rank was lost.
+_RANK_0_FIRST = timedelta(seconds=5)
+_SAID = "said"
+
+
+class LostRankError(SlabError):
+    """Another rank has ended, or cannot be reached."""
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that compress one model; by default it is alone.
+
+    Its exchanges are collective: every rank makes the same ones in the same order. Alone, they do nothing.
+
+    Attributes:
+        rank: number of this process.
+        size: number of processes.
+        device: where this rank computes, and where exchanged tensors are.
+        restarted: whether torchrun has started the ranks anew after a failure.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: str = "cpu"
+    restarted: bool = False
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which alone writes and speaks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """This rank's part of `count` things in a row. If they do not divide evenly, the last ranks have one more."""
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def tell(self, value: Any) -> Any:
+        """What rank 0 calls this with, on every rank.
+
+        Raises:
+            LostRankError: another rank is gone.
+        """
+        if self.size == 1:
+            return value
+        import torch
+        import torch.distributed as dist
+
+        values = [value]
+        with _connected():
+            dist.broadcast_object_list(values, src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def gather(self, notes: Any, tensors: Mapping[str, Tensor]) -> list[tuple[Any, dict[str, Tensor]]]:
+        """What every rank calls this with, by rank, on every rank.
+
+        Args:
+            notes: anything small that can be pickled.
+            tensors: tensors on `device`, of any types and shapes, by any names.
+
+        Raises:
+            LostRankError: another rank is gone.
+        """
+        if self.size == 1:
+            return [(notes, dict(tensors))]
+        import torch
+        import torch.distributed as dist
+
+        told: list[Any] = [None] * self.size
+        gathered = []
+        with _connected():
+            dist.all_gather_object(told, (notes, {name: (t.shape, t.dtype) for name, t in tensors.items()}))
+            for rank, (their_notes, forms) in enumerate(told):
+                theirs = {}
+                for name, (shape, dtype) in forms.items():
+                    theirs[name] = torch.empty(shape, dtype=dtype, device=self.device)
+                    if rank == self.rank:
+                        theirs[name] = tensors[name].contiguous()
+                    if theirs[name].numel():  # as bytes: backends do not know all types
+                        dist.broadcast(theirs[name].reshape(-1).view(torch.uint8), src=rank)
+                gathered.append((their_notes, theirs))
+        return gathered
+
+
+ALONE = World()
+
+
+def assign(costs: Mapping[str, int], size: int) -> dict[str, int]:
+    """Divide tasks among ranks: the longest task first, always to the rank with the least to do so far.
+
+    The busiest rank then has at most 4/3 of the shortest possible time (Graham 1969). Of equally busy ranks the last
+    one gets the task: rank 0 also writes the journal.
+
+    Args:
+        costs: cost of every task by name, in any unit.
+        size: number of ranks.
+
+    Returns:
+        The rank of every task.
+    """
+    loads, owners = [0] * size, {}
+    for name in sorted(costs, key=lambda task: -costs[task]):
+        owners[name] = min(reversed(range(size)), key=loads.__getitem__)
+        loads[owners[name]] += costs[name]
+    return owners
+
+
+@contextmanager
+def join(device: str) -> Iterator[World]:
+    """Meet the other ranks, if this process was started by torchrun with others; otherwise be alone.
+
+    When the ranks fail, one of them raises its error. The others leave by `SystemExit` with status 1.
+
+    Args:
+        device: ``cpu``, or ``cuda`` for one GPU per rank of this host.
+
+    Raises:
+        SlabError: the ranks cannot be reached, there are fewer GPUs than ranks; a rank was lost.
+    """
+    environment = os.environ
+    restarted = int(environment.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    if int(environment.get("WORLD_SIZE", "1")) == 1 or "RANK" not in environment:
+        yield World(device=device, restarted=restarted)
+        return
+    import torch.distributed as dist
+
+    store, world = _meet(device, restarted)
+    before = _raise_on_sigterm()
+    try:
+        yield world
+    except Exception as error:
+        if not _is_mine_to_say(store, world, error):
+            raise SystemExit(1) from None
+        if world.first or not isinstance(error, SlabError):
+            raise
+        raise SlabError(f"rank {world.rank} on {socket.gethostname()}: {error}") from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+    dist.destroy_process_group()
+
+
+def _meet(device: str, restarted: bool) -> tuple[Store, World]:
+    """The process group, and a store in which the ranks agree on who says what went wrong."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    kind, _, number = device.partition(":")
+    if number:
+        raise SlabError(f"device {device!r} is one for all ranks: write {kind}, each rank takes the one of its number")
+    if kind == "cuda":
+        local, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= present:
+            raise SlabError(
+                f"rank {local} of this host has no GPU, there are {present}: use --nproc-per-node {present}"
+            )
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise SlabError(f"the other ranks cannot be reached ({_reason(error)}): see docs/distributed.md") from error
+    told: Store = dist.PrefixStore("slablm", store)  # type: ignore[attr-defined]
+    return told, World(rank, size, device, restarted)
+
+
+def _raise_on_sigterm() -> Any:
+    """Let SIGTERM raise `LostRankError`: torchrun sends it when a rank has ended. Returns the handler before."""
+    if threading.current_thread() is not threading.main_thread():
+        return None
+
+    def stop(number: int, frame: Any) -> None:
+        raise _lost("SIGTERM from torchrun")
+
+    return signal.signal(signal.SIGTERM, stop)
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:  # what backends raise has no better type in common
+        raise _lost(_reason(error)) from error
+
+
+def _lost(reason: str) -> LostRankError:
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it would say the same, in the middle of leaving
+    return LostRankError(f"another rank has ended or cannot be reached ({reason})")
+
+
+def _reason(error: Exception) -> str:
+    """The first line of an error without the place in the C++ source in front."""
+    first = (str(error).splitlines() or [type(error).__name__])[0]
+    return first.split("] ", 1)[-1]
+
+
+def _is_mine_to_say(store: Store, world: World, error: Exception) -> bool:
+    """Whether no other rank says what went wrong. A lost rank is for rank 0 to report, if it is alive."""
+    if isinstance(error, LostRankError) and not world.first:
+        try:
+            store.wait([_SAID], _RANK_0_FIRST)
+        except RuntimeError:  # nothing said, or the store has ended with its host
+            return True
+        return False
+    try:
+        return int(store.add(_SAID, 1)) == 1
+    except RuntimeError:
+        return True
