@@ -24,6 +24,8 @@ import os
 import signal
 import socket
 import threading
+import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
 
 # A dead rank is noticed at once. This is for hosts that fall silent; the longest honest wait is for one huge matrix.
 _PATIENCE = timedelta(hours=2)
+_MEETING = timedelta(minutes=5)
 # How long other ranks leave it to rank 0, which knows the journal, to say that a rank was lost.
 _RANK_0_FIRST = timedelta(seconds=5)
 _SAID = "said"
@@ -57,7 +60,7 @@ class World:
         rank: number of this process.
         size: number of processes.
         device: where this rank computes, and where exchanged tensors are.
-        restarted: whether torchrun has started the ranks anew after a failure.
+        restarted: whether torchrun has started the ranks anew after a failure; rank 0 always knows.
     """
 
     rank: int = 0
@@ -173,14 +176,13 @@ def join(device: str) -> Iterator[World]:
         if world.first or not isinstance(error, SlabError):
             raise
         raise SlabError(f"rank {world.rank} on {socket.gethostname()}: {error}") from error
-    finally:
-        if before is not None:
-            signal.signal(signal.SIGTERM, before)
+    if before is not None:
+        signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
 
 
 def _meet(device: str, restarted: bool) -> tuple[Store, World]:
-    """The process group, and a store in which the ranks agree on who says what went wrong."""
+    """Make the process group; also returns the store in which the ranks agree on who says what went wrong."""
     import torch
     import torch.distributed as dist
     from torch.distributed.rendezvous import rendezvous
@@ -198,12 +200,38 @@ def _meet(device: str, restarted: bool) -> tuple[Store, World]:
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     try:
-        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+        store, rank, size = next(rendezvous("env://", timeout=_MEETING))
+        restarted |= rank == 0 and store.add("slablm/starts", 1) > 1
+        store = dist.PrefixStore(f"slablm/{_start_name(store, rank, size)}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise SlabError(f"the other ranks cannot be reached ({_reason(error)}): see docs/distributed.md") from error
-    told: Store = dist.PrefixStore("slablm", store)  # type: ignore[attr-defined]
-    return told, World(rank, size, device, restarted)
+    return store, World(rank, size, device, restarted)
+
+
+def _start_name(store: Store, rank: int, size: int) -> str:
+    """A name for this start of the ranks, on which all agree and which no earlier start has had.
+
+    torchrun keeps its store when it starts the ranks anew, and under the same keys gloo would find the addresses of
+    dead ranks. (How often torchrun has done so differs between hosts.) So every rank knocks with a number of its own;
+    rank 0 answers all knocks that it finds, those of the dead as well, until every rank has heard it.
+    """
+    mine = uuid.uuid4().hex
+    if rank > 0:
+        store.set(f"slablm/knock/{rank}", mine)
+        name = store.get(f"slablm/answer/{mine}").decode()
+        store.set(f"slablm/heard/{name}/{rank}", "")
+        return name
+    until, missing = time.monotonic() + _MEETING.total_seconds(), set(range(1, size))
+    while missing:
+        if time.monotonic() > until:
+            raise RuntimeError(f"rank {min(missing)} has not come")
+        for other in missing:
+            if store.check([f"slablm/knock/{other}"]):
+                store.set(f"slablm/answer/{store.get(f'slablm/knock/{other}').decode()}", mine)
+        missing = {other for other in missing if not store.check([f"slablm/heard/{mine}/{other}"])}
+        time.sleep(0.02)
+    return mine
 
 
 def _raise_on_sigterm() -> Any:
@@ -232,9 +260,9 @@ def _lost(reason: str) -> LostRankError:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of an error without the place in the C++ source in front."""
+    """The first sentence of an error without the place in the C++ source in front."""
     first = (str(error).splitlines() or [type(error).__name__])[0]
-    return first.split("] ", 1)[-1]
+    return first.split("] ", 1)[-1].split(". ", 1)[0]
 
 
 def _is_mine_to_say(store: Store, world: World, error: Exception) -> bool:

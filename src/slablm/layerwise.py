@@ -266,20 +266,21 @@ def _compress_layers(
     """
     finished = FinishedBlock()
     owners = assign({name: layer.weight.numel() for name, layer in layers.items()}, world.size)
+    others = {name: layer for name, layer in layers.items() if owners[name] != world.rank}
+    for name in others:
+        del stats[name]
     for name, layer in layers.items():
-        # Statistics of a layer are dropped with it: a Gram matrix is larger than the weight.
-        layer_stats = stats.pop(name)
-        if owners[name] != world.rank:
+        if name in others:
             continue
-        report, approximation, weight = compress_layer(name, layer.weight, layer_stats, config)
+        # Statistics of a layer are dropped with it: a Gram matrix is larger than the weight.
+        report, approximation, weight = compress_layer(name, layer.weight, stats.pop(name), config)
         layer.weight.data = approximation.to(layer.weight.dtype)
         if weight is not None:
             finished.packed[name] = weight
         finished.reports.append(report)
         note(report)
-        del approximation, layer_stats
+        del approximation
         give_back()
-    others = {name: layer for name, layer in layers.items() if owners[name] != world.rank}
     finished = _exchange(finished, layers, world)
     _use_approximations(others, finished.packed)
     for report in finished.reports:
