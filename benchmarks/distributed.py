@@ -5,7 +5,7 @@ one, byte by byte. "compress" is the time that the command reports (everything b
 meeting of the ranks), "command" the time of the whole command, torchrun's own start included. The speed-ups are ratios
 of medians. A rank needs a core of its own: on a machine with fewer, or with other work, the figures mean nothing.
 
-    python benchmarks/distributed.py                       # SmolLM2, 8 windows of 512 tokens, 1 and 2 ranks
+    python benchmarks/distributed.py                       # SmolLM2, 8 windows of 1024 tokens, 1 and 2 ranks
     python benchmarks/distributed.py --ranks 1 2 4 --num-samples 32 --seq-len 2048
 """
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--calibration", default="builtin")
     parser.add_argument("--num-samples", type=int, default=8)
-    parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="the first is what the others are held to")
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
