@@ -34,7 +34,7 @@ def test_statistics_accumulate_on_the_device():
     collector.add(torch.empty(1, 5, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
     collector.add(torch.empty(1, 7, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
     assert collector._squares[0].device.type == collector._gram.device.type == "meta"
-    assert [rows.shape for rows in collector._rows] == [(3, 6), (3, 6)]
+    assert (collector._kept, collector._sample.shape) == (6, (512, 6))
 
 
 def test_a_layer_without_inputs_is_named():

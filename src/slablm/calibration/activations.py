@@ -62,7 +62,8 @@ class Activations:
 
     def __setitem__(self, index: int, states: Tensor) -> None:
         if index < len(self._kept):
-            self._kept[index] = states.cpu()
+            # In place: a new tensor would lie anywhere in the heap, and what it leaves behind cannot be given back.
+            self._kept[index].copy_(states)
         elif self._file is None:
             raise IndexError(index)
         else:

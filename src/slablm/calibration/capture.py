@@ -160,12 +160,15 @@ class StatsCollector:
         in_features: n.
         with_gram: whether XᵀX is wanted.
         device: where the layer runs.
+        samples: rows of X that will be kept. Their place is taken at once: pieces kept one by one between larger
+            tensors that come and go would scatter over the heap, and what lies around them could not be given back.
     """
 
-    def __init__(self, in_features: int, with_gram: bool, device: torch.device) -> None:
+    def __init__(self, in_features: int, with_gram: bool, device: torch.device, samples: int = SAMPLED_TOKENS) -> None:
         self._squares: list[Tensor] = []
         self._gram = torch.zeros(in_features, in_features, device=device) if with_gram else None
-        self._rows: list[Tensor] = []
+        self._sample = torch.empty(samples, in_features, device=device)
+        self._kept = 0
         self._tokens = 0
 
     def add(self, inputs: Tensor, sampled: Tensor) -> None:
@@ -174,14 +177,17 @@ class StatsCollector:
         self._squares.append(rows.square().sum(dim=0, dtype=torch.float64))
         if self._gram is not None:
             self._gram.addmm_(rows.T, rows)
-        self._rows.append(rows[sampled.to(rows.device) % rows.shape[0]])
+        kept, self._kept = self._kept, self._kept + len(sampled)
+        if self._kept > len(self._sample):  # a layer that runs several times per window
+            self._sample = torch.cat([self._sample, self._sample.new_empty(self._kept, self._sample.shape[1])])
+        self._sample[kept : self._kept] = rows[sampled.to(rows.device) % rows.shape[0]]
         self._tokens += rows.shape[0]
 
     def part(self) -> tuple[int, dict[str, Tensor]]:
         """What there is so far: the number of tokens; squares [calls, n], rows [s, n] and perhaps XᵀX [n, n]."""
         if not self._tokens:
             return 0, {}
-        tensors = {"squares": torch.stack(self._squares), "rows": torch.cat(self._rows)}
+        tensors = {"squares": torch.stack(self._squares), "rows": self._sample[: self._kept]}
         return self._tokens, tensors if self._gram is None else tensors | {"gram": self._gram}
 
     def stats(self, name: str) -> LayerStats:
@@ -229,10 +235,11 @@ class _BlockWatch:
     Args:
         layers: target layers by full name.
         with_gram: whether XᵀX is wanted.
+        samples: rows that each layer's collector will keep.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], with_gram: bool) -> None:
-        self._layers, self._with_gram = layers, with_gram
+    def __init__(self, layers: dict[str, nn.Linear], with_gram: bool, samples: int) -> None:
+        self._layers, self._with_gram, self._samples = layers, with_gram, samples
         self._collectors: dict[str, StatsCollector] = {}
         self._sampled = torch.empty(0, dtype=torch.long)
         self._inputs: dict[str, Tensor] = {}
@@ -260,7 +267,7 @@ class _BlockWatch:
         twin = next((other for other, tensor in self._inputs.items() if tensor is inputs and other != name), None)
         if name not in self._collectors:
             in_features = self._layers[name].in_features
-            new = StatsCollector(in_features, self._with_gram, inputs.device)
+            new = StatsCollector(in_features, self._with_gram, inputs.device, self._samples)
             self._collectors[name] = new if twin is None or self._windows else self._collectors[twin]
         collector = self._collectors[name]
         if twin is None or self._collectors[twin] is not collector:
@@ -328,10 +335,10 @@ def collect_stats(
     Raises:
         SlabError: see `joined` and `_BlockWatch.see`.
     """
-    watch = _BlockWatch(layers, with_gram)
     generator = torch.Generator().manual_seed(seed)
     per_window = -(-SAMPLED_TOKENS // num_windows)
     mine = world.share(num_windows)
+    watch = _BlockWatch(layers, with_gram, per_window * len(mine))
 
     def hook_for(name: str) -> Callable[..., None]:
         return lambda module, args: watch.see(name, args[0])
