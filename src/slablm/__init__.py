@@ -24,16 +24,29 @@ if TYPE_CHECKING:
     from slablm.config import CompressionConfig
     from slablm.methods import Decomposition
     from slablm.modules import SlabLinear
+    from slablm.planning.plan import Plan, plan
 
 __version__ = "0.1.0"
-__all__ = ["CompressionConfig", "Decomposition", "SlabError", "SlabLinear", "__version__", "compress", "decompose"]
+__all__ = [
+    "CompressionConfig",
+    "Decomposition",
+    "Plan",
+    "SlabError",
+    "SlabLinear",
+    "__version__",
+    "compress",
+    "decompose",
+    "plan",
+]
 
 _HOMES = {
     "CompressionConfig": "slablm.config",
     "Decomposition": "slablm.methods",
+    "Plan": "slablm.planning.plan",
     "SlabLinear": "slablm.modules",
     "compress": "slablm.api",
     "decompose": "slablm.api",
+    "plan": "slablm.planning.plan",
 }
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import split_torch_state_dict_into_shards
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 
 from slablm import integrity
@@ -130,17 +130,22 @@ def assemble(
     type(model).save_pretrained(model, folder, state_dict={})
     for file in list(_weights_in(folder)):
         file.unlink()
-    names = [name for name in model.state_dict() if name in pieces]
-    assert len(names) == len(pieces), "a stored tensor has no place in the model"
-    shards = split_torch_state_dict_into_shards(
-        {name: pieces[name].meta() for name in names}, max_shard_size=max_shard_size
-    )
+    shards = divide(model, pieces, max_shard_size)
     for file_name, inside in shards.filename_to_tensors.items():
         write_tensors(folder / file_name, {name: pieces[name] for name in inside}, {"format": "pt", **metadata})
     if shards.is_sharded:
         _write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
     _count_parameters(model, folder)
     _set_guard(folder)
+
+
+def divide(model: PreTrainedModel, pieces: Mapping[str, Piece], max_shard_size: int) -> StateDictSplit:
+    """Which file every tensor goes to; see `assemble`."""
+    names = [name for name in model.state_dict() if name in pieces]
+    assert len(names) == len(pieces), "a stored tensor has no place in the model"
+    return split_torch_state_dict_into_shards(
+        {name: pieces[name].meta() for name in names}, max_shard_size=max_shard_size
+    )
 
 
 def _count_parameters(model: PreTrainedModel, folder: Path) -> None:

@@ -36,6 +36,7 @@ from slablm.journal import Journal, open_journal, unfinished_folder
 from slablm.layerwise import LayerReport, Progress, compress_blocks
 from slablm.loading import is_compressed
 from slablm.memory import human_bytes
+from slablm.planning.checks import preflight
 from slablm.shards import sync, sync_folder
 from slablm.streaming import DenseModel, StreamedBlocks, open_dense
 from slablm.targets import Targets, select_targets
@@ -150,6 +151,7 @@ class _Run:
         self.targets = select_targets(self.dense.model, config)
         for name, reason in self.targets.left_dense.items():
             say(f"left dense: {name} ({reason})")
+        preflight(self.dense, config, options, out, present=sum(f.stat().st_size for f in journal.folder.iterdir()))
         say(f"Calibrating on {config.calibration}: {config.num_samples} windows of {config.seq_len} tokens")
         self.windows = calibration_windows(self.dense.model, self.dense.tokenizer, config)
         fingerprint = _fingerprint(source, self.dense, self.windows, config, options)

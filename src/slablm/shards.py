@@ -64,8 +64,9 @@ class Piece:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Piece:
-        """A tensor in memory."""
-        tensor = tensor.detach().cpu().contiguous()
+        """A tensor in memory; one on the meta device gives a piece that has a size and nothing to read."""
+        if not tensor.is_meta:
+            tensor = tensor.detach().cpu().contiguous()
         return cls(_NAMES[tensor.dtype], tuple(tensor.shape), tensor)
 
     @property
@@ -168,21 +169,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Piece], metadata: Mapping[st
         OSError: the disk is full or not writable.
         SlabError: a tensor cannot be read where it is.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (_LAYOUT[item[1].dtype], item[0]))
-    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
-    position = 0
-    for name, piece in ordered:
-        offsets = [position, position + piece.nbytes]
-        header[name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": offsets}
-        position += piece.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for _, piece in ordered:
+        file.write(header(tensors, metadata))
+        for _, piece in _ordered(tensors):
             for chunk in piece.chunks():
                 file.write(chunk)
         sync(file)
+
+
+def header(tensors: Mapping[str, Piece], metadata: Mapping[str, str]) -> bytes:
+    """What stands in a file before the first tensor; see `write_tensors`."""
+    entries: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name, piece in _ordered(tensors):
+        offsets = [position, position + piece.nbytes]
+        entries[name] = {"dtype": piece.dtype, "shape": list(piece.shape), "data_offsets": offsets}
+        position += piece.nbytes
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _ordered(tensors: Mapping[str, Piece]) -> list[tuple[str, Piece]]:
+    """Tensors in the order of the file."""
+    return sorted(tensors.items(), key=lambda item: (_LAYOUT[item[1].dtype], item[0]))
 
 
 def open_all(paths: Iterable[Path]) -> dict[str, Piece]:

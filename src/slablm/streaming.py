@@ -115,8 +115,7 @@ def _skeleton(where: str, dtype: str, weights: dict[str, Piece], options: dict[s
     Raises:
         SlabError: a tensor is missing in the files, or has another shape than the model wants.
     """
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
     wanted = loading.wanted_dtype(dtype, gguf=False)
     config = AutoConfig.from_pretrained(where, **options)
@@ -127,10 +126,7 @@ def _skeleton(where: str, dtype: str, weights: dict[str, Piece], options: dict[s
             if len(types) != 1:
                 return None, "its config names no dtype and its files hold several"
             wanted = types.pop()
-    with init_empty_weights(include_buffers=False):
-        build: Any = AutoModelForCausalLM.from_config
-        model = build(config, dtype=wanted, trust_remote_code=options["trust_remote_code"]).eval()
-    model.tie_weights()  # the context above makes a tensor of its own for every name
+    model = empty_model(config, wanted, trust_remote_code=options["trust_remote_code"])
     model.config.name_or_path = where
     if model.can_generate():
         try:
@@ -140,6 +136,24 @@ def _skeleton(where: str, dtype: str, weights: dict[str, Piece], options: dict[s
                 where, config_file_name="config.json", _from_model_config=True, revision=options["revision"]
             )
     return model, _why_not(model, weights)
+
+
+def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model on the meta device, in eval mode; only buffers that no file holds have bytes.
+
+    Args:
+        config: transformers' config of the model.
+        dtype: type of its weights.
+        trust_remote_code: run model code from the hub.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):
+        build: Any = AutoModelForCausalLM.from_config
+        model: PreTrainedModel = build(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    model.tie_weights()  # the context above makes a tensor of its own for every name
+    return model
 
 
 def _why_not(model: PreTrainedModel, weights: dict[str, Piece]) -> str:

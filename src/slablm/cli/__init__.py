@@ -14,6 +14,7 @@ from slablm.cli.doctor import doctor
 from slablm.cli.eval import evaluate
 from slablm.cli.generate import generate
 from slablm.cli.inspect import inspect
+from slablm.cli.plan import plan
 from slablm.errors import SlabError
 
 app = typer.Typer(
@@ -29,6 +30,7 @@ app.command("compress")(compress)
 app.command("eval")(evaluate)
 app.command("generate")(generate)
 app.command("inspect")(inspect)
+app.command("plan")(plan)
 app.command("doctor")(doctor)
 
 

@@ -9,37 +9,45 @@ from typing import Annotated, Any
 import typer
 
 from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, log, print_json, progress
+from slablm.cli.options import (
+    Calibration,
+    IgnoredNames,
+    Iterations,
+    MaxMemory,
+    MaxShardSize,
+    Method,
+    NumSamples,
+    PatternText,
+    Rank,
+    Ratio,
+    SeqLen,
+    TargetNames,
+    ValueDtype,
+)
 from slablm.config import CompressionConfig
 
 
 def compress(
     model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or 'smollm2'.")],
     out: Annotated[Path, typer.Argument(help="Folder for the compressed checkpoint.")],
-    method: Annotated[str, typer.Option(help="slab, wanda, magnitude or an arm of the ablation.")] = "slab",
-    ratio: Annotated[float, typer.Option(help="Compression ratio in the paper's accounting.")] = 0.5,
-    pattern: Annotated[str, typer.Option(help="unstructured, 2:4, 4:8 or any N:M (N of every M survive).")] = (
-        "unstructured"
-    ),
-    rank: Annotated[int, typer.Option(help="Rank of the low-rank part.")] = 1,
-    iterations: Annotated[int, typer.Option(help="Rounds of alternating minimisation.")] = 20,
-    calibration: Annotated[str, typer.Option(help="c4, wikitext2, self, builtin or a text file.")] = "c4",
-    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
-    targets: Annotated[list[str] | None, typer.Option(help="Modules to compress; repeat for several.")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave dense; repeat for several.")] = None,
+    method: Method = "slab",
+    ratio: Ratio = 0.5,
+    pattern: PatternText = "unstructured",
+    rank: Rank = 1,
+    iterations: Iterations = 20,
+    calibration: Calibration = "c4",
+    num_samples: NumSamples = 128,
+    seq_len: SeqLen = 2048,
+    targets: TargetNames = None,
+    ignore: IgnoredNames = None,
     dtype: Dtype = "auto",
-    value_dtype: Annotated[str | None, typer.Option(help="Stored values: float16 or bfloat16.")] = None,
+    value_dtype: ValueDtype = None,
     device: Device = "cpu",
     seed: Annotated[int, typer.Option(help="Seed of everything that is sampled.")] = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that OUT already holds.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run into OUT, if there is one.")] = False,
-    max_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Memory for calibration activations (of each rank), such as 4GB; more of them go to a file beside OUT."
-        ),
-    ] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest file of weights in OUT, such as 5GB.")] = "50GB",
+    max_memory: MaxMemory = None,
+    max_shard_size: MaxShardSize = "50GB",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,

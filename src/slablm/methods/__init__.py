@@ -13,7 +13,8 @@ from torch import Tensor
 
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods.ablation import sparse, sparse_lowrank, sparse_scalar_binary
+from slablm.methods.ablation import LOWRANK_RANK, sparse, sparse_lowrank, sparse_scalar_binary
+from slablm.methods.budget import kept_per_row
 from slablm.methods.decomposition import Decomposition, LayerStats
 from slablm.methods.pruning import magnitude, wanda
 from slablm.methods.quantizers import gptq, rtn
@@ -52,6 +53,7 @@ __all__ = [
     "QuantizedWeight",
     "Result",
     "get_method",
+    "row_budget",
 ]
 
 
@@ -64,3 +66,23 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise SlabError(f"unknown method {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def row_budget(shape: tuple[int, int], config: CompressionConfig) -> tuple[int, int, bool]:
+    """What a packable method stores of a weight: it depends on the shape alone.
+
+    Args:
+        shape: (m, n) of the weight.
+        config: `method`, `ratio`, `pattern` and `rank`.
+
+    Returns:
+        Entries k kept per row, rank r of the factors, and whether signs are stored.
+
+    Raises:
+        SlabError: the ratio leaves no entry, or the pattern does not divide n.
+    """
+    if config.method in ("slab", "sparse+scalar-binary"):
+        rank, signs = (min(config.rank, *shape) if config.method == "slab" else 1), True
+    else:
+        rank, signs = (LOWRANK_RANK if config.method == "sparse+lowrank" else 0), False
+    return kept_per_row(shape, config, rank, signs), min(rank, *shape), signs

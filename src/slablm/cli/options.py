@@ -1,0 +1,26 @@
+"""Options that `compress` and `plan` share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Method = Annotated[str, typer.Option(help="slab, wanda, magnitude or an arm of the ablation.")]
+Ratio = Annotated[float, typer.Option(help="Compression ratio in the paper's accounting.")]
+PatternText = Annotated[str, typer.Option(help="unstructured, 2:4, 4:8 or any N:M (N of every M survive).")]
+Rank = Annotated[int, typer.Option(help="Rank of the low-rank part.")]
+Iterations = Annotated[int, typer.Option(help="Rounds of alternating minimisation.")]
+Calibration = Annotated[str, typer.Option(help="c4, wikitext2, self, builtin or a text file.")]
+NumSamples = Annotated[int, typer.Option(help="Calibration windows.")]
+SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
+TargetNames = Annotated[list[str] | None, typer.Option("--targets", help="Modules to compress; repeat for several.")]
+IgnoredNames = Annotated[list[str] | None, typer.Option("--ignore", help="Modules to leave dense; repeat for several.")]
+ValueDtype = Annotated[str | None, typer.Option(help="Stored values: float16 or bfloat16.")]
+MaxMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Memory for calibration activations (of each rank), such as 4GB; more of them go to a file beside OUT."
+    ),
+]
+MaxShardSize = Annotated[str, typer.Option(help="Largest file of weights in OUT, such as 5GB.")]

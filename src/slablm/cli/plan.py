@@ -1,0 +1,208 @@
+"""``slablm plan``: what a compression would give, take and need, before it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, print_json
+from slablm.cli.options import (
+    Calibration,
+    IgnoredNames,
+    Iterations,
+    MaxMemory,
+    MaxShardSize,
+    Method,
+    NumSamples,
+    PatternText,
+    Rank,
+    Ratio,
+    SeqLen,
+    TargetNames,
+    ValueDtype,
+)
+from slablm.config import CompressionConfig
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from slablm.planning.memory import Part
+    from slablm.planning.plan import Plan
+
+
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="Hub id, local folder (config.json is enough), .gguf file or 'smollm2'.")
+    ],
+    out: Annotated[Path, typer.Argument(help="Where the result would be; only its free space matters.")] = Path("out"),
+    method: Method = "slab",
+    ratio: Ratio = 0.5,
+    pattern: PatternText = "unstructured",
+    rank: Rank = 1,
+    iterations: Iterations = 20,
+    calibration: Calibration = "c4",
+    num_samples: NumSamples = 128,
+    seq_len: SeqLen = 2048,
+    targets: TargetNames = None,
+    ignore: IgnoredNames = None,
+    dtype: Dtype = "auto",
+    value_dtype: ValueDtype = None,
+    device: Device = "cpu",
+    max_memory: MaxMemory = None,
+    max_shard_size: MaxShardSize = "50GB",
+    revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
+    json: Json = False,
+) -> None:
+    """Say what compressing MODEL would give, take and need. No weight is read.
+
+    The options are those of compress. The exit status is 1 if it is impossible on this machine.
+    """
+    from slablm.cli.console import quiet_libraries
+    from slablm.memory import parse_bytes
+    from slablm.planning.plan import plan as make_plan
+    from slablm.runs import RunOptions
+
+    settings: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
+    config = CompressionConfig(
+        method=method,
+        ratio=ratio,
+        pattern=pattern,
+        rank=rank,
+        iterations=iterations,
+        calibration=calibration,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        ignore=tuple(ignore or ()),
+        value_dtype=value_dtype,
+        **settings,
+    )
+    options = RunOptions(
+        dtype=dtype,
+        device=device,
+        revision=revision,
+        trust_remote_code=trust_remote_code,
+        max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
+        max_shard_size=parse_bytes(max_shard_size, "--max-shard-size"),
+    )
+    quiet_libraries()
+    result = make_plan(model, config, options=options, out=out)
+    if json:
+        print_json(result.to_dict())
+    else:
+        _show(result)
+    if result.problems:
+        raise typer.Exit(1)
+
+
+def _show(plan: Plan) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    for table in _tables(plan):
+        console.print(table)
+    for line in _remarks(plan):
+        console.print(line)
+    for problem in plan.problems:
+        console.print(f"impossible: {problem}")
+    if not plan.problems:
+        console.print("nothing stands in the way")
+
+
+def _tables(plan: Plan) -> list[Table]:
+    layers = _table("Layers", "layer", "number", "shape", "kept", "bits", "ratio")
+    if plan.outlook is None:
+        return []
+    groups: dict[tuple[str, tuple[int, int]], list[Any]] = {}
+    for report in plan.outlook.size.layers:
+        groups.setdefault((_without_number(report.name), report.shape), []).append(report)
+    for (name, (m, n)), reports in groups.items():
+        r = reports[0]
+        sizes = f"{r.kept_fraction:.4f}", f"{r.bits_per_weight:.3f}", f"{r.compression_ratio:.4f}"
+        layers.add_row(name, str(len(reports)), f"{m}×{n}", *sizes)
+    return [layers, *_needs(plan)]
+
+
+def _needs(plan: Plan) -> list[Table]:
+    from slablm.memory import human_bytes
+
+    assert plan.outlook is not None
+    size, memory, disk = plan.outlook.size, plan.outlook.memory, plan.outlook.disk
+    result = _table("Result", "", "")
+    result.show_header = False
+    files = f" in {size.files} files" if size.files > 1 else ""
+    for name, value in {
+        "true bits per weight (headers included)": f"{size.bits_per_weight:.3f}",
+        "compression ratio (paper, positions not counted)": f"{size.compression_ratio:.4f}",
+        "weights on disk": human_bytes(size.file_bytes) + files,
+        "dense weights": human_bytes(size.dense_bytes),
+    }.items():
+        result.add_row(name, value)
+    held = _table(f"Peak memory, while: {memory.largest.name}", "", "")
+    _fill(held, [part for part in memory.largest.parts if not part.on_device], memory.base_bytes)
+    device = _table(f"Peak memory of the device, while: {memory.device_phase.name}", "", "")
+    _fill(device, [part for part in memory.device_phase.parts if part.on_device], 0)
+    space = _table("Disk", "", "")
+    space.show_header = False
+    for name, count in {
+        "result": disk.result_bytes,
+        "finished blocks until then": disk.journal_bytes,
+        "hidden states in a file, before the result": disk.spilled_bytes,
+        "needed at a time": disk.needed_bytes,
+        "free": disk.free_bytes,
+    }.items():
+        space.add_row(name, human_bytes(count))
+    return [result, held, *([device] if device.row_count > 1 else []), space]
+
+
+def _fill(table: Table, parts: list[Part], base: int) -> None:
+    from slablm.memory import human_bytes
+
+    table.show_header = False
+    if base:
+        table.add_row("interpreter, libraries, tokenizer (measured here)", human_bytes(base))
+    for part in parts:
+        table.add_row(part.name, human_bytes(part.bytes))
+    table.add_row("together", human_bytes(base + sum(part.bytes for part in parts)))
+
+
+def _remarks(plan: Plan) -> list[str]:
+    lines = [f"note: {note}" for note in plan.notes]
+    left = Counter((_without_number(name), reason) for name, reason in plan.targets.left_dense.items())
+    lines += [f"left dense: {name} ({reason}), {count} times" for (name, reason), count in left.items()]
+    lines.append("left dense: embeddings, head and norms (outside the blocks, or no matrices)")
+    if plan.whole_because:
+        lines.append(f"the whole model will be in memory: {plan.whole_because}")
+    if plan.duration is not None:
+        times = _time(plan.duration.calibration), _time(plan.duration.decomposition)
+        lines.append(
+            f"time, an estimate from a short measurement on this machine: about {_time(plan.duration.total)} "
+            f"(calibration {times[0]}, decomposition {times[1]}; without reading and writing files)"
+        )
+    return lines
+
+
+def _table(title: str, *columns: str) -> Table:
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
+    return table
+
+
+def _without_number(name: str) -> str:
+    """A name that layers of all blocks share: model.layers.0.mlp.up_proj → mlp.up_proj."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[numbers[0] + 1 :]) if numbers else name
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

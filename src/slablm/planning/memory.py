@@ -1,0 +1,232 @@
+"""Peak memory, part by part: what is alive at the same time, phase after phase.
+
+    outside        one matrix outside the blocks is read, checked and rounded
+    embedding      the decoder's outside and one block, for the inputs of the first block
+    statistics     one block on one window at a time, with its statistics
+    decomposition  one block with all its statistics, and the buffers of the largest matrix
+    propagation    the compressed block on one window at a time
+
+To each comes what the process holds anyway (measured) and the hidden states of all windows. Bytes come from shapes;
+for calibration they are counted by `slablm.planning.rehearsal`.
+
+*The heap.* glibc's heap keeps freed pieces up to 32 MB, and windows leave holes that the next one does not fit. That
+part of a window's working space is therefore counted twice. (Measured on SmolLM2; larger tensors are mapped one by
+one and are not affected.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from slablm.config import CompressionConfig
+from slablm.planning.rehearsal import Rehearsal, Work
+from slablm.planning.size import Size
+
+# `check_finite` works on pieces of this many entries.
+_CHECKED_AT_ONCE = 1 << 24
+# Measured with SmolLM2's tokenizer: encodings, offsets and Python's integers.
+_TOKENISER_BYTES_PER_CHARACTER = 62
+# The whole training split, as `slablm.calibration.text` reads it.
+_WIKITEXT2_CHARACTERS = 10_900_000
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the things in memory.
+
+    Attributes:
+        name: what it is.
+        bytes: its size.
+        on_device: in the compute device's memory if that has its own.
+    """
+
+    name: str
+    bytes: int
+    on_device: bool = False
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Parts that are in memory together.
+
+    Attributes:
+        name: see the module's text.
+        parts: without what the process holds anyway.
+    """
+
+    name: str
+    parts: tuple[Part, ...]
+
+    def total(self, on_device: bool) -> int:
+        """Bytes in the compute device's memory, or in the host's."""
+        return sum(part.bytes for part in self.parts if part.on_device == on_device)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak memory of a compression.
+
+    Attributes:
+        base_bytes: interpreter, libraries and tokenizer, measured in this process; 0 where that is impossible.
+        phases: in order.
+    """
+
+    base_bytes: int
+    phases: tuple[Phase, ...]
+
+    @property
+    def largest(self) -> Phase:
+        """The phase that needs most of the host's memory."""
+        return max(self.phases, key=lambda phase: phase.total(on_device=False))
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of the host's memory."""
+        return self.base_bytes + self.largest.total(on_device=False)
+
+    @property
+    def device_phase(self) -> Phase:
+        """The phase that needs most of the device's memory."""
+        return max(self.phases, key=lambda phase: phase.total(on_device=True))
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What memory depends on besides shapes.
+
+    Attributes:
+        itemsize: bytes of a weight while it is calibrated.
+        stored_itemsize: bytes of a weight in the model's files.
+        float32: whether that type is float32, which is rounded before it is stored.
+        largest_outside: entries of the largest matrix outside the blocks.
+        whole: the model is in memory as a whole.
+        file_bytes: of a model that is read as a whole, bytes of its files.
+        accelerator: the compute device has its own memory.
+        max_memory: bytes of RAM for the hidden states; None for as much as they take.
+    """
+
+    itemsize: int
+    stored_itemsize: int
+    float32: bool
+    largest_outside: int
+    whole: bool
+    file_bytes: int
+    accelerator: bool
+    max_memory: int | None
+
+
+def plan_memory(
+    rehearsal: Rehearsal, size: Size, config: CompressionConfig, situation: Situation, base_bytes: int
+) -> Memory:
+    """Everything that is in memory at a time.
+
+    Args:
+        rehearsal: what calibration takes.
+        size: what is stored.
+        config: the settings.
+        situation: everything else.
+        base_bytes: see `Memory`.
+    """
+    s = situation
+    dense = [Part("the whole model", size.dense_bytes, s.accelerator)] if s.whole else []
+    needed = rehearsal.window_bytes * config.num_samples
+    states = Part("hidden states of all windows", needed if s.max_memory is None else min(needed, s.max_memory))
+    phases = [Phase("text", (*dense, Part("tokenising the text", _text_bytes(config))))]
+    if s.whole:
+        phases.append(Phase("reading", (*dense, Part("the model's files", s.file_bytes))))
+    phases.append(Phase("outside", (*dense, Part("one matrix outside the blocks", _outside_bytes(s)))))
+    blocks = [] if s.whole else [Part("one block", max(b.weight_bytes for b in rehearsal.blocks), s.accelerator)]
+    held = [*dense, *blocks, states]
+    copy = Part("the embeddings", rehearsal.outside_bytes, s.accelerator)
+    phases.append(Phase("embedding", (*held, copy, _working("one window", rehearsal.embedding, s))))
+    largest = max(rehearsal.blocks, key=lambda block: block.statistics.peak_bytes)
+    run = _working("one window in a block, with statistics", largest.statistics, s)
+    phases.append(Phase("statistics", (*held, run)))
+    statistics = Part("statistics", max(b.statistics.left_bytes for b in rehearsal.blocks), s.accelerator)
+    packed = Part("the block's packed weights", _packed_bytes(size, rehearsal), s.accelerator)
+    buffers = Part("buffers of the largest matrix", largest_workspace(size, config, s), s.accelerator)
+    phases.append(Phase("decomposition", (*held, statistics, packed, buffers)))
+    run = _working("one window in a block", largest.propagation, s)
+    phases.append(Phase("propagation", (*held, packed, run)))
+    return Memory(base_bytes, tuple(phases))
+
+
+def largest_workspace(size: Size, config: CompressionConfig, situation: Situation) -> int:
+    """Bytes beside the weight while the most expensive matrix is decomposed."""
+    return round(
+        max(
+            layer.weights
+            * workspace_per_weight(
+                config.method, layer.kept_fraction, float32=situation.float32, accelerator=situation.accelerator
+            )
+            for layer in size.layers
+        )
+    )
+
+
+def workspace_per_weight(method: str, kept_fraction: float, *, float32: bool, accelerator: bool = False) -> float:
+    """Bytes per weight at a decomposition's peak, which is at its end, where the kept entries are gathered.
+
+    The alternating methods then have W, both backgrounds, the residual and the scores as float32, the mask, and the
+    matrix to gather from: 25 bytes (or one more float32 matrix and nothing gathered yet: 29). Pruners have scores,
+    mask and, unless the model is float32, W as float32; the scores of 16-bit weights are often equal, and resolving
+    that in all rows takes 18 bytes. Gathering takes two int64 indices and a float32 per entry on
+    the CPU, a place for every weight on accelerators.
+
+    Args:
+        method: name of the method.
+        kept_fraction: k / n.
+        float32: whether the model's weights are float32.
+        accelerator: not on the CPU.
+    """
+    gathered = 24 + 4 * kept_fraction if accelerator else 20 * kept_fraction
+    if method in ("wanda", "magnitude", "sparse"):
+        return 5 + gathered if float32 else max(18, 9 + gathered)
+    return max(29, 25 + gathered)
+
+
+def spilled_bytes(rehearsal: Rehearsal, config: CompressionConfig, max_memory: int | None) -> int:
+    """Bytes of hidden states that go to a file."""
+    if max_memory is None:
+        return 0
+    kept = min(config.num_samples, max_memory // rehearsal.window_bytes)
+    return (config.num_samples - kept) * rehearsal.window_bytes
+
+
+def _working(name: str, work: Work, situation: Situation) -> Part:
+    heap = 0 if situation.accelerator else work.heap_bytes
+    return Part(name, work.peak_bytes + heap, situation.accelerator)
+
+
+def _packed_bytes(size: Size, rehearsal: Rehearsal) -> int:
+    return sum(layer.true_bits for layer in size.layers) // 8 // sum(block.count for block in rehearsal.blocks)
+
+
+def _outside_bytes(situation: Situation) -> int:
+    """Reading, checking (a comparison and an absolute value), and in float32 rounding with a check of all at once."""
+    s, entries = situation, situation.largest_outside
+    if s.float32:
+        return entries * (11 if s.whole else 15)  # a whole model has the original already
+    checked = min(entries, _CHECKED_AT_ONCE) * (s.itemsize + 3)
+    if s.whole:
+        return checked
+    converted = entries * s.stored_itemsize if s.stored_itemsize != s.itemsize else 0
+    return entries * s.itemsize + max(checked, converted)
+
+
+def _text_bytes(config: CompressionConfig) -> int:
+    from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text
+
+    if config.calibration == "self":
+        return 0
+    if config.calibration == "wikitext2":
+        characters = _WIKITEXT2_CHARACTERS
+    elif config.calibration == "c4":
+        characters = config.num_samples * config.seq_len * CHARACTERS_PER_TOKEN
+    elif config.calibration == "builtin":
+        characters = len(load_text("builtin", split="calibration"))
+    else:
+        path = Path(config.calibration)
+        characters = path.stat().st_size if path.is_file() else 0
+    return characters * _TOKENISER_BYTES_PER_CHARACTER

@@ -1,0 +1,141 @@
+"""How large the result will be, to the byte: what is stored depends on shapes and settings alone.
+
+A method keeps k entries in every row (`slablm.methods.row_budget`), so values, factors and planes have known shapes
+(FORMAT.md). Digests have a fixed length, so the headers are known as well.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from slablm import checkpoint, integrity
+from slablm.config import CompressionConfig
+from slablm.errors import SlabError
+from slablm.layerwise import LayerReport, replace_module, size_summary
+from slablm.methods import row_budget
+from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.modules import SlabLinear
+from slablm.packing import PackedSpec
+from slablm.shards import Piece, header
+from slablm.streaming import tensor_names
+from slablm.targets import Targets
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_DIGEST = "0" * 16
+_ERROR = 0.123456  # errors have six decimals in config.json; now and then one is shorter
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a result.
+
+    Attributes:
+        layers: one report per layer; error and time are not known.
+        dense_bytes: bytes of the dense model's tensors, in the type it is calibrated in.
+        stored: bytes of each stored tensor, by name.
+        header_bytes: bytes of all safetensors headers.
+        file_bytes: bytes of all safetensors files.
+        files: number of them.
+        config_bytes: bytes of config.json and, with several files, their index.
+    """
+
+    layers: tuple[LayerReport, ...]
+    dense_bytes: int
+    stored: dict[str, int]
+    header_bytes: int
+    file_bytes: int
+    files: int
+    config_bytes: int
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in the layers to compress."""
+        return sum(layer.weights for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per target weight, headers included, as `slablm inspect` counts them."""
+        return (sum(layer.true_bits for layer in self.layers) + 8 * self.header_bytes) / self.weights
+
+    @property
+    def compression_ratio(self) -> float:
+        """The paper's compression ratio over all layers."""
+        return float(size_summary(self.layers)["compression_ratio"])
+
+
+def budgets(
+    model: nn.Module, targets: Targets, config: CompressionConfig
+) -> tuple[dict[str, tuple[int, int, bool]], list[str]]:
+    """What every layer stores, see `row_budget`; and one line per shape for which the settings are impossible."""
+    found: dict[str, tuple[int, int, bool]] = {}
+    problems: dict[tuple[int, int], str] = {}
+    for name in (name for names in targets.names for name in names):
+        shape = _shape(model, name)
+        try:
+            found[name] = row_budget(shape, config)
+        except SlabError as error:
+            problems.setdefault(shape, f"{name}: {error}")
+    return found, list(problems.values())
+
+
+def plan_size(
+    model: PreTrainedModel,
+    stored_as: dict[str, tuple[int, int, bool]],
+    config: CompressionConfig,
+    max_shard_size: int,
+) -> Size:
+    """Put empty packed layers into a model on the meta device, and look how large it is.
+
+    Args:
+        model: on the meta device; changed in place.
+        stored_as: from `budgets`.
+        config: the settings, `value_dtype` included.
+        max_shard_size: bytes of tensors per file.
+    """
+    from slablm import hf
+
+    dtype: torch.dtype = getattr(torch, config.value_dtype or "")
+    dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    layers = tuple(_empty_layer(model, name, budget, dtype) for name, budget in stored_as.items())
+    hf.describe(model, config, list(layers))
+    state, groups = model.state_dict(), tensor_names(model)
+    pieces = {names[0]: Piece.of(_stored(state[names[0]], dtype)) for names in groups}
+    metadata = {"format": "pt", **integrity.record(dict.fromkeys(state, _DIGEST), groups)}
+    shards = checkpoint.divide(model, pieces, max_shard_size)
+    files = [{name: pieces[name] for name in inside} for inside in shards.filename_to_tensors.values()]
+    header_bytes = sum(len(header(file, metadata)) for file in files)
+    stored = {name: piece.nbytes for name, piece in pieces.items()}
+    config_bytes = len(model.config.to_json_string()) + len(hf.GUARD)
+    if shards.is_sharded:
+        config_bytes += len(json.dumps(shards.tensor_to_filename, indent=2))
+    file_bytes = sum(stored.values()) + header_bytes
+    return Size(layers, dense_bytes, stored, header_bytes, file_bytes, len(files), config_bytes)
+
+
+def _shape(model: nn.Module, name: str) -> tuple[int, int]:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear.out_features, linear.in_features
+
+
+def _empty_layer(model: nn.Module, name: str, budget: tuple[int, int, bool], dtype: torch.dtype) -> LayerReport:
+    """Replace a layer by an empty packed one."""
+    (m, n), (kept, rank, signs) = _shape(model, name), budget
+    packed = PackedSpec(m, n, kept, rank, signs, dtype).empty("meta")
+    bias = model.get_submodule(name).bias
+    assert bias is None or isinstance(bias, Tensor)
+    replace_module(model, name, SlabLinear(packed, bias))
+    paper_bits = PAPER_VALUE_BITS * (m * kept + rank * (m + n)) + signs * m * n
+    return LayerReport(name, (m, n), kept / n, paper_bits, 8 * packed.nbytes, _ERROR, 0.0)
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The form of `slablm.hf.stored_form`, which needs no values here: parameters have been rounded to fit."""
+    return tensor.to("meta", dtype if tensor.dtype == torch.float32 and tensor.ndim >= 2 else tensor.dtype)

@@ -1,0 +1,72 @@
+"""Counted and derived bytes beside those that torch's allocator really hands out."""
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from slablm import CompressionConfig
+from slablm.calibration.capture import SAMPLED_TOKENS, capture_block_calls
+from slablm.methods import METHODS, LayerStats
+from slablm.planning.memory import workspace_per_weight
+from slablm.planning.rehearsal import rehearse
+from slablm.streaming import empty_model
+from slablm.targets import find_blocks, select_targets
+from tests.conftest import tiny_config
+
+
+def real_peak(work):
+    """Most bytes that are allocated at a time while `work` runs, what operators take inside included."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("settings", [{}, {"ratio": 0.8}, {"rank": 3}, {"pattern": "2:4"}])
+@pytest.mark.parametrize("method", ["slab", "wanda", "magnitude", "sparse+scalar-binary"])
+def test_workspace_of_a_decomposition(method, settings, dtype):
+    weight = torch.randn(300, 1000).to(dtype)
+    stats = LayerStats(torch.ones(1000), 1, torch.empty(0, 1000))
+    config = CompressionConfig(method=method, iterations=2, **settings)
+    results = []
+    peak = real_peak(lambda: results.append(METHODS[method](weight, stats, config)))
+    expected = workspace_per_weight(method, results[0].kept / 1000, float32=dtype == torch.float32)
+    assert peak == pytest.approx(expected * weight.numel(), rel=0.08)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_a_rehearsal_counts_what_a_block_takes(dtype):
+    from transformers import LlamaForCausalLM
+
+    config = tiny_config(hidden_size=128, intermediate_size=384, max_position_embeddings=512, dtype=dtype)
+    skeleton = empty_model(config, dtype)
+    targets = select_targets(skeleton, CompressionConfig())
+    cpu = torch.device("cpu")
+    (block,) = rehearse(skeleton, targets, 512, SAMPLED_TOKENS, cpu, with_gram=True).blocks
+    assert all(parameter.is_meta for parameter in skeleton.parameters())
+    assert block.count == 2
+
+    model = LlamaForCausalLM(config).to(dtype).eval()
+    _, blocks = find_blocks(model)
+    hidden, calls = capture_block_calls(model, blocks, torch.zeros(1, 512, dtype=torch.long), cpu)
+    assert block.weight_bytes == sum(p.nbytes for p in blocks[0].parameters())
+    assert real_peak(lambda: calls[0](blocks[0], hidden[0])) == pytest.approx(block.propagation.peak_bytes, rel=0.1)
+
+    exact = 2 * 4 * 128**2 + 4 * 384**2 + 4 * SAMPLED_TOKENS * (3 * 128 + 384)
+    exact += 4 * 128**2 + 8 * (3 * 128 + 384)  # three distinct inputs of 128, one of 384
+    assert block.statistics.left_bytes == pytest.approx(exact, rel=0.01)
+
+
+@torch.no_grad()
+def test_products_are_counted():
+    skeleton = empty_model(tiny_config(), torch.float32)
+    targets = select_targets(skeleton, CompressionConfig())
+    (block,) = rehearse(skeleton, targets, 128, 8, torch.device("cpu"), with_gram=False).blocks
+    weights = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 96
+    assert block.propagation.flops == 2 * 128 * weights + 4 * 128 * 128 * 64

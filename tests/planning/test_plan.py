@@ -1,0 +1,171 @@
+"""Predictions beside what `compress` then does, and beside sizes worked out by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slablm import CompressionConfig, SlabError, plan
+from slablm.methods import METHODS, YARDSTICKS, LayerStats, row_budget
+from slablm.planning import checks
+from slablm.runs import RunOptions, compress_folder
+from tests.test_architectures import FAMILIES
+from tests.test_runs import build
+
+DATA = Path(__file__).parent.parent / "data"
+PACKABLE = [method for method in METHODS if method not in YARDSTICKS]
+
+
+def planned(source, config, out="out", **options):
+    return plan(str(source), config, options=RunOptions(**options), out=out, measure_speed=False)
+
+
+def assert_exact(source, config, out, **options):
+    prediction = planned(source, config, out, **options)
+    assert prediction.problems == ()
+    compress_folder(str(source), out, config, RunOptions(**options))
+    files = sorted(out.glob("*.safetensors"))
+    size = prediction.outlook.size
+    assert (size.files, size.file_bytes) == (len(files), sum(file.stat().st_size for file in files))
+    whole = sum(file.stat().st_size for file in out.iterdir())
+    assert prediction.outlook.disk.result_bytes == pytest.approx(whole, rel=0.01)
+    assert whole <= prediction.outlook.disk.needed_bytes
+    return prediction
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_of_every_family_are_exact(family, quick, tmp_path):
+    source = build(tmp_path / "dense", family)
+    assert_exact(source, quick, tmp_path / "out", max_shard_size=60_000)
+
+
+@pytest.mark.parametrize("method", PACKABLE)
+def test_sizes_of_every_method_are_exact(method, tiny_folder, quick, tmp_path):
+    config = replace(quick, method=method, ratio=0.2, rank=2)
+    prediction = assert_exact(tiny_folder, config, tmp_path / "out")
+    from slablm.inspection import inspect_folder
+
+    inspection = inspect_folder(tmp_path / "out")
+    assert prediction.outlook.size.bits_per_weight == inspection.bits_per_weight
+    assert prediction.outlook.size.compression_ratio == pytest.approx(inspection.compression_ratio)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_sizes_with_a_pattern_ignored_layers_and_other_types(dtype, tiny_folder, quick, tmp_path):
+    config = replace(quick, pattern="2:4", ignore=("k_proj",), value_dtype="bfloat16")
+    prediction = assert_exact(tiny_folder, config, tmp_path / "out", dtype=dtype)
+    assert prediction.targets.left_dense["model.layers.1.self_attn.k_proj"] == "ignored by 'k_proj'"
+
+
+@given(
+    st.sampled_from(PACKABLE),
+    st.integers(20, 60),
+    st.integers(5, 15),
+    st.integers(1, 3),
+    st.sampled_from(["unstructured", "2:4"]),
+)
+def test_a_methods_budget_is_what_it_stores(method, m, groups, rank, pattern):
+    config = CompressionConfig(method=method, ratio=0.3, rank=rank, pattern=pattern, iterations=2)
+    weight = torch.randn(m, 4 * groups, generator=torch.Generator().manual_seed(m))
+    stats = LayerStats(torch.ones(4 * groups), 1, torch.empty(0, 4 * groups))
+    try:
+        result = METHODS[method](weight, stats, config)
+    except SlabError:
+        with pytest.raises(SlabError, match="keeps no entry"):
+            row_budget((m, 4 * groups), config)
+        return
+    assert row_budget((m, 4 * groups), config) == (result.kept, result.rank, result.signs is not None)
+
+
+# Published shapes: hidden, intermediate, blocks, heads, key/value heads, vocabulary, tied.
+PUBLISHED = {
+    "llama-3.2-1b": (2048, 8192, 16, 32, 8, 128256, True),
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256, False),
+    "llama-3.1-70b": (8192, 28672, 80, 64, 8, 128256, False),
+}
+PARAMETERS = {"llama-3.2-1b": 1_235_814_400, "llama-3-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_shapes(name, monkeypatch):
+    """Sizes are worked out by hand: 16-bit values, factors and dense matrices, 5 states to a byte."""
+    monkeypatch.setattr(checks, "free_bytes", lambda out: 10**12)
+    hidden, intermediate, blocks, heads, kv_heads, vocabulary, tied = PUBLISHED[name]
+    kv = hidden // heads * kv_heads
+    shapes = [(hidden, hidden), (kv, hidden), (kv, hidden), (hidden, hidden)]
+    shapes += [(intermediate, hidden), (intermediate, hidden), (hidden, intermediate)]
+    packed = 0
+    for m, n in shapes:
+        kept = int((1 - 0.5 - 1 / 16 - (m + n) / (m * n)) * n)
+        packed += 2 * m * kept + 2 * (m + n) + m * ((n + 4) // 5)
+    dense = 2 * (vocabulary * hidden * (1 if tied else 2) + hidden * (2 * blocks + 1))
+    prediction = planned(DATA / name, CompressionConfig(num_samples=8))
+    size = prediction.outlook.size
+    assert size.file_bytes - size.header_bytes == blocks * packed + dense
+    assert size.header_bytes < 0.002 * size.file_bytes
+    assert size.dense_bytes == 2 * PARAMETERS[name]
+    assert len(prediction.to_dict()["layers"]) == 7 * blocks
+    # One block at a time: its weights, and nothing that grows with the depth.
+    parts = {part.name: part.bytes for part in prediction.outlook.memory.largest.parts}
+    assert parts["one block"] == 2 * (sum(m * n for m, n in shapes) + 2 * hidden)
+    assert parts["hidden states of all windows"] == 8 * 2048 * hidden * 2
+    json.dumps(prediction.to_dict())
+
+
+def test_spilled_states_move_from_memory_to_disk(tiny_folder, quick):
+    window = 32 * 64 * 4
+    outlook = planned(tiny_folder, quick, max_memory=window).outlook
+    assert outlook.disk.spilled_bytes == 3 * window
+    states = [p.bytes for p in outlook.memory.largest.parts if p.name == "hidden states of all windows"]
+    assert states in ([], [window])
+
+
+IMPOSSIBLE = {
+    "ratio": ({"ratio": 0.93}, r"q_proj: ratio 0\.93 keeps no entry .* use at most ratio 0\.\d+"),
+    "pattern": ({"pattern": "5:7"}, "does not divide the 64 inputs"),
+    "length": ({"seq_len": 4096}, "longer than the model's 128 positions"),
+}
+
+
+@pytest.mark.parametrize("case", IMPOSSIBLE)
+def test_impossible_settings_are_problems(case, tiny_folder, quick):
+    changes, message = IMPOSSIBLE[case]
+    problems = planned(tiny_folder, replace(quick, **changes)).problems
+    assert any(pytest.raises(SlabError, match=message).matches(SlabError(line)) for line in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("what", "value", "message"),
+    [
+        ("free_bytes", lambda out: 1000, "the disk has 1 kB free where OUT is to be"),
+        ("machine_memory", lambda: 10**6, "this machine has 1 MB"),
+    ],
+)
+def test_compress_checks_first(what, value, message, tiny_folder, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, what, value)
+    assert len(planned(tiny_folder, quick).problems) == 1
+    heard = []
+    with pytest.raises(SlabError, match=message):
+        compress_folder(str(tiny_folder), tmp_path / "out", quick, RunOptions(), say=heard.append)
+    assert not any("Calibrating" in line for line in heard)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_a_config(tmp_path):
+    with pytest.raises(SlabError, match=r"holds no config\.json"):
+        planned(tmp_path, CompressionConfig())
+
+
+def test_a_compressed_model(compressed_folder):
+    with pytest.raises(SlabError, match="already compressed"):
+        planned(compressed_folder, CompressionConfig())
+
+
+def test_the_time_grows_with_the_windows(tiny_folder, quick):
+    """No timings in tests, but the parts are there and count up."""
+    duration = plan(str(tiny_folder), quick).duration
+    assert duration.total == duration.calibration + duration.decomposition > 0
