@@ -35,7 +35,7 @@ from slablm.inspection import read_quantization_config
 from slablm.journal import Journal, open_journal, unfinished_folder
 from slablm.layerwise import LayerReport, Progress, compress_blocks
 from slablm.loading import is_compressed
-from slablm.memory import human_bytes
+from slablm.memory import give_back, human_bytes
 from slablm.planning.checks import preflight
 from slablm.shards import sync, sync_folder
 from slablm.streaming import DenseModel, StreamedBlocks, open_dense
@@ -154,6 +154,7 @@ class _Run:
         preflight(self.dense, config, options, out, present=sum(f.stat().st_size for f in journal.folder.iterdir()))
         say(f"Calibrating on {config.calibration}: {config.num_samples} windows of {config.seq_len} tokens")
         self.windows = calibration_windows(self.dense.model, self.dense.tokenizer, config)
+        give_back()  # what reading the model and the text has left in the heap
         fingerprint = _fingerprint(source, self.dense, self.windows, config, options)
         journal.accept(fingerprint)
         options.world.tell((self.windows, fingerprint, journal.done))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -129,7 +129,7 @@ def look_ahead(
     if problems:
         return None, problems
     device = torch.device(options.device)
-    samples = _samples(config)
+    samples, ranks = _samples(config), options.world.size
     rehearsal = rehearse(model, targets, config.seq_len, samples, device, with_gram=config.method in NEEDS_GRAM)
     situation = Situation(
         itemsize=model.dtype.itemsize,
@@ -140,13 +140,15 @@ def look_ahead(
         file_bytes=known.file_bytes,
         accelerator=device.type != "cpu",
         max_memory=options.max_memory,
+        ranks=ranks,
     )
     size = plan_size(model, stored_as, config, options.max_shard_size)
     memory = plan_memory(rehearsal, size, config, situation, known.base_bytes)
     disk = Disk(
         result_bytes=size.file_bytes + size.config_bytes + known.other_bytes,
         journal_bytes=size.file_bytes + _SMALL_FILES,
-        spilled_bytes=spilled_bytes(rehearsal, config, options.max_memory),
+        spilled_bytes=ranks
+        * spilled_bytes(rehearsal.window_bytes, -(-config.num_samples // ranks), options.max_memory),
         free_bytes=free_bytes(out),
     )
     outlook = Outlook(rehearsal, size, memory, disk)
@@ -177,7 +179,7 @@ def preflight(dense: DenseModel, config: CompressionConfig, options: RunOptions,
         model,
         select_targets(model, config),
         with_value_type(config, model),
-        options,
+        replace(options, device=str(dense.device)),  # among ranks it is the rank's own
         out,
         Known(
             whole=bool(dense.whole_because),

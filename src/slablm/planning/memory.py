@@ -104,6 +104,7 @@ class Situation:
         file_bytes: of a model that is read as a whole, bytes of its files.
         accelerator: the compute device has its own memory.
         max_memory: bytes of RAM for the hidden states; None for as much as they take.
+        ranks: processes that divide the windows.
     """
 
     itemsize: int
@@ -114,6 +115,7 @@ class Situation:
     file_bytes: int
     accelerator: bool
     max_memory: int | None
+    ranks: int = 1
 
 
 def plan_memory(
@@ -130,7 +132,7 @@ def plan_memory(
     """
     s = situation
     dense = [Part("the whole model", size.dense_bytes, s.accelerator)] if s.whole else []
-    needed = rehearsal.window_bytes * config.num_samples
+    needed = rehearsal.window_bytes * -(-config.num_samples // s.ranks)
     states = Part("hidden states of all windows", needed if s.max_memory is None else min(needed, s.max_memory))
     phases = [Phase("text", (*dense, Part("tokenising the text", _text_bytes(config))))]
     if s.whole:
@@ -186,12 +188,16 @@ def workspace_per_weight(method: str, kept_fraction: float, *, float32: bool, ac
     return max(29, 25 + gathered)
 
 
-def spilled_bytes(rehearsal: Rehearsal, config: CompressionConfig, max_memory: int | None) -> int:
-    """Bytes of hidden states that go to a file."""
-    if max_memory is None:
-        return 0
-    kept = min(config.num_samples, max_memory // rehearsal.window_bytes)
-    return (config.num_samples - kept) * rehearsal.window_bytes
+def spilled_bytes(window_bytes: int, windows: int, max_memory: int | None) -> int:
+    """Bytes of hidden states that one process puts into a file.
+
+    Args:
+        window_bytes: hidden states of one window.
+        windows: windows of this process.
+        max_memory: bytes of RAM for them; None for as much as they take.
+    """
+    kept = windows if max_memory is None else min(windows, max_memory // window_bytes)
+    return (windows - kept) * window_bytes
 
 
 def _working(name: str, work: Work, situation: Situation) -> Part:
