@@ -126,7 +126,7 @@ def check() -> None:
                     if not error <= bound:
                         sys.exit(f"wrong result: {where}: relative error {error:.2g} above {bound:g}")
                     worst[str(dtype)] = max(worst.get(str(dtype), 0.0), error)
-    layer = SlabLinear(packed_on_gpu(1024, 4096, 0.5))
+    layer = SlabLinear.from_packed(packed_on_gpu(1024, 4096, 0.5))
     layer.use_native()
     inputs = torch.randn(1, 4096, device=DEVICE, dtype=torch.bfloat16)
     compiled = torch.compile(layer, fullgraph=True)(inputs)
@@ -166,7 +166,7 @@ def block_table(options: argparse.Namespace) -> None:
     dense = [nn.Linear(n, m, bias=False, device=DEVICE, dtype=torch.bfloat16) for m, n in shapes]
     runs["dense BF16"] = [lambda: [layer(inputs[layer.in_features]) for layer in dense]]
     for bits in (16, 8):
-        layers = [SlabLinear(packed_on_gpu(m, n, 0.5)) for m, n in shapes]
+        layers = [SlabLinear.from_packed(packed_on_gpu(m, n, 0.5)) for m, n in shapes]
         for layer in layers:
             layer.use_native(bits)
         runs[f"slab {bits} bit"] = [lambda layers=layers: [layer(inputs[layer.in_features]) for layer in layers]]

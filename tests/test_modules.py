@@ -15,7 +15,7 @@ def test_forward_is_the_dense_product(decomposition):
     bias = torch.randn(m)
     inputs = torch.randn(2, 3, n)
     expected = functional.linear(inputs, packed.dense(), bias)
-    assert torch.allclose(SlabLinear(packed, bias)(inputs), expected, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(SlabLinear.from_packed(packed, bias)(inputs), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -25,7 +25,7 @@ def test_computes_in_the_inputs_dtype(dtype):
 
     packed = pack(decompose(torch.randn(24, 40)), torch.float16)
     inputs = torch.randn(5, 40)
-    output = SlabLinear(packed, torch.zeros(24)).to(dtype)(inputs.to(dtype))
+    output = SlabLinear.from_packed(packed, torch.zeros(24)).to(dtype)(inputs.to(dtype))
     assert output.dtype == dtype
     exact = inputs @ packed.dense().T
     assert ((output.float() - exact).norm() / exact.norm()) < {torch.float32: 1e-6}.get(dtype, 1e-2)
@@ -35,7 +35,7 @@ def test_casting_the_model_leaves_the_stored_weight_alone():
     from slablm import decompose
 
     packed = pack(decompose(torch.randn(24, 40)), torch.float16)
-    layer = SlabLinear(packed, torch.zeros(24))
+    layer = SlabLinear.from_packed(packed, torch.zeros(24))
     before = packed.dense()
     layer.to(torch.bfloat16)
     assert layer.values.dtype == torch.float16
@@ -48,8 +48,8 @@ def test_casting_the_model_leaves_the_stored_weight_alone():
 def test_state_dict_names_and_repr():
     from slablm import decompose
 
-    slab = SlabLinear(pack(decompose(torch.randn(24, 40)), torch.float16))
-    pruned = SlabLinear(pack(decompose(torch.randn(24, 40), method="wanda"), torch.float16))
+    slab = SlabLinear.from_packed(pack(decompose(torch.randn(24, 40)), torch.float16))
+    pruned = SlabLinear.from_packed(pack(decompose(torch.randn(24, 40), method="wanda"), torch.float16))
     assert set(slab.state_dict()) == {"values", "left", "right", "states"}
     assert set(pruned.state_dict()) == {"values", "left", "right", "positions"}
     assert "in_features=40, out_features=24" in repr(slab)
@@ -60,6 +60,6 @@ def test_state_dict_names_and_repr():
 def test_the_unpacked_layer_computes_the_same_bits(dtype):
     from slablm import decompose
 
-    layer = SlabLinear(pack(decompose(torch.randn(24, 40)), torch.float16), torch.randn(24)).to(dtype)
+    layer = SlabLinear.from_packed(pack(decompose(torch.randn(24, 40)), torch.float16), torch.randn(24)).to(dtype)
     inputs = torch.randn(3, 40, dtype=dtype)
     assert torch.equal(layer.unpacked(dtype)(inputs), layer(inputs))

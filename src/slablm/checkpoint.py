@@ -158,7 +158,7 @@ def _count_parameters(model: PreTrainedModel, folder: Path) -> None:
     elements = {name: math.prod(piece.shape) for name, piece in open_all(weight_files(folder)).items()}
     for name, layer in model.named_modules():
         if isinstance(layer, SlabLinear):
-            for part in ("values", "left", "right", layer.plane_name):
+            for part in layer.spec.parts():
                 del elements[f"{name}.{part}"]
             elements[f"{name}.weight"] = layer.out_features * layer.in_features
     index = json.loads((folder / INDEX).read_text(encoding="utf-8"))

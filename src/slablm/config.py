@@ -16,6 +16,7 @@ from slablm.errors import SlabError
 ALL_LINEAR = "all-linear"
 CALIBRATION_SOURCES = ("c4", "wikitext2", "self", "builtin")
 VALUE_DTYPES = ("float16", "bfloat16")
+FEW_BITS = ("bits_per_weight", "magnitude_bits")
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,11 @@ class CompressionConfig:
         pattern: ``"unstructured"`` or ``"N:M"``, N of every M consecutive inputs survive at most.
         rank: rank r of the low-rank matrix W_L.
         iterations: rounds s of the alternating minimisation.
+        bits_per_weight: true bits per weight of the packed tensors; with `slab+` it takes the place of `ratio`, and
+            kept entries and their bits are chosen for each layer.
+        magnitude_bits: bits of a kept entry's magnitude, 1 to 7; used by `slab+` only (None: values in 16 bits).
         value_bits: bits of a code, 2 to 8; used by the quantizers (`rtn`, `gptq`) only.
-        group_size: columns of a row that share a scale and a zero point; used by the quantizers only.
+        group_size: columns of a row that share a scale; used with the two above only.
         calibration: ``c4``, ``wikitext2``, ``self``, ``builtin`` or the path of a text file.
         num_samples: number of calibration windows.
         seq_len: tokens per calibration window.
@@ -73,6 +77,8 @@ class CompressionConfig:
     pattern: str = "unstructured"
     rank: int = 1
     iterations: int = 20
+    bits_per_weight: float | None = None
+    magnitude_bits: int | None = None
     value_bits: int = 4
     group_size: int = 128
     calibration: str = "c4"
@@ -94,6 +100,7 @@ class CompressionConfig:
                 raise SlabError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 2 <= self.value_bits <= 8:
             raise SlabError(f"value_bits must lie between 2 and 8, got {self.value_bits}")
+        self._check_few_bits()
         if self.seq_len < 2:
             raise SlabError(f"seq_len must be at least 2 tokens, got {self.seq_len}")
         if not self.targets:
@@ -102,14 +109,33 @@ class CompressionConfig:
             raise SlabError(f"value_dtype must be one of {', '.join(VALUE_DTYPES)}, got {self.value_dtype!r}")
         Pattern.parse(self.pattern)
 
+    def _check_few_bits(self) -> None:
+        """Refuse settings of `slab+` that are out of range, or that another method would not heed."""
+        for name in FEW_BITS:
+            if getattr(self, name) is not None and self.method != "slab+":
+                raise SlabError(f"{name} needs method 'slab+', got {self.method!r}")
+        if self.method == "slab+" and self.rank != 1:
+            raise SlabError(f"method 'slab+' has rank 1, got rank {self.rank}")
+        if self.magnitude_bits is not None and not 1 <= self.magnitude_bits <= 7:
+            raise SlabError(f"magnitude_bits must lie between 1 and 7, got {self.magnitude_bits}")
+        if self.bits_per_weight is None:
+            return
+        if not 1 < self.bits_per_weight <= 9:
+            raise SlabError(f"bits_per_weight must lie above 1 and not above 9, got {self.bits_per_weight}")
+        if self.pattern != "unstructured":
+            raise SlabError(
+                f"bits_per_weight chooses how many entries are kept: with pattern {self.pattern} use a ratio"
+            )
+
     @property
     def n_of_m(self) -> Pattern | None:
         """The parsed `pattern`, None when unstructured."""
         return Pattern.parse(self.pattern)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready types."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        """The settings as JSON-ready types; those of `slab+` only where they are set."""
+        settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return {key: value for key, value in settings.items() if value is not None or key not in FEW_BITS}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CompressionConfig:

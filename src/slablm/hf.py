@@ -28,7 +28,7 @@ from slablm.errors import SlabError
 from slablm.layerwise import LayerReport, replace_module
 from slablm.modules import SlabLinear
 from slablm.narrow import narrow_matrices
-from slablm.packing import FORMAT_VERSION, PackedSpec
+from slablm.packing import FORMAT_VERSION, READABLE_VERSIONS, PackedSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,12 +46,26 @@ class ModuleSpec:
         rank: rank of the factors.
         signs: ternary states (True) or a bitmap of positions (False).
         output_error: relative output error measured while compressing.
+        value_bits: bits of a code if the values lie on a grid, else None.
+        group_size: columns that share a scale of the grid, else None.
     """
 
     kept: int
     rank: int
     signs: bool
     output_error: float
+    value_bits: int | None = None
+    group_size: int | None = None
+
+    def packed(self, out_features: int, in_features: int, value_dtype: torch.dtype) -> PackedSpec:
+        """What is stored of this layer."""
+        return PackedSpec(
+            out_features, in_features, self.kept, self.rank, self.signs, value_dtype, self.value_bits, self.group_size
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; without a grid, that of format version 1."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -103,14 +117,14 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
             "format_version": self.format_version,
             "value_dtype": self.value_dtype,
             "compression": self.compression.to_dict(),
-            "modules": {name: asdict(spec) for name, spec in self.modules.items()},
+            "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
         }
 
     def packed_spec(self, name: str, linear: nn.Linear) -> PackedSpec:
         """Shapes and types of a layer's packed tensors."""
         spec = self.modules[name]
         dtype = getattr(torch, self.value_dtype)
-        return PackedSpec(linear.out_features, linear.in_features, spec.kept, spec.rank, spec.signs, dtype)
+        return spec.packed(linear.out_features, linear.in_features, dtype)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -150,7 +164,7 @@ class SlabHfQuantizer(HfQuantizer):
             layer = model.get_submodule(name)
             assert isinstance(layer, SlabLinear)
             if layer.native is None:
-                layer.packed.validate(name)
+                layer.validate(name)
         _own_memory(model)
         _use_own_save(model)
         return model
@@ -213,9 +227,9 @@ def check_version(version: Any) -> None:
     Raises:
         SlabError: naming both versions.
     """
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise SlabError(
-            f"checkpoint format version {version} is not supported, this slablm reads version {FORMAT_VERSION}: "
+            f"checkpoint format version {version} is not supported, this slablm reads versions up to {FORMAT_VERSION}: "
             "upgrade slablm (pip install -U slablm)"
         )
 
@@ -232,8 +246,8 @@ def describe(model: PreTrainedModel, config: CompressionConfig, reports: list[La
     for report in reports:
         layer = model.get_submodule(report.name)
         assert isinstance(layer, SlabLinear)
-        spec = layer.packed.spec
-        modules[report.name] = ModuleSpec(spec.kept, spec.rank, spec.signs, round(report.output_error, 6))
+        spec, error = layer.spec, round(report.output_error, 6)
+        modules[report.name] = ModuleSpec(spec.kept, spec.rank, spec.signs, error, spec.value_bits, spec.group_size)
     quantization_config = SlabQuantizationConfig(modules, config.value_dtype or "", config)
     model.config.quantization_config = quantization_config
     return quantization_config
@@ -277,7 +291,7 @@ def use_kernels(model: nn.Module, value_bits: int = 16) -> None:
         if not isinstance(layer, SlabLinear) or hasattr(layer, "_hf_hook"):
             continue
         if layer.native is None:
-            wanted = kernels.backend(layer.values.device).name != kernels.REFERENCE
+            wanted = kernels.backend(layer.device).name != kernels.REFERENCE
         else:  # a loaded model has its runtime layout already; 8-bit values are made from it
             wanted = layer.native.scales is None and value_bits != 16
         if wanted:

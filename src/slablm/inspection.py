@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slablm import integrity
 from slablm.checkpoint import CONFIG, weight_files
 from slablm.errors import SlabError
 from slablm.layerwise import LayerReport, size_summary
-from slablm.methods.budget import PAPER_VALUE_BITS, paper_ratio
-from slablm.shards import TensorFile
+from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.shards import Piece, TensorFile
 
 
 @dataclass(frozen=True)
@@ -93,22 +95,38 @@ def inspect_folder(folder: Path) -> Inspection:
     pieces = {name: piece for file in opened for name, piece in file.pieces.items()}
     layers = []
     for name, spec in sorted(quantization.modules.items(), key=lambda item: _by_depth(item[0])):
-        plane = "states" if spec.signs else "positions"
-        parts = [f"{name}.{part}" for part in ("values", "left", "right", plane)]
-        missing = [part for part in parts if part not in pieces]
-        if missing:
-            raise SlabError(f"{folder}: tensor {missing[0]!r} is missing: download or compress it again")
-        m, n = pieces[f"{name}.left"].shape[0], pieces[f"{name}.right"].shape[1]
-        true_bits = 8 * sum(pieces[part].nbytes for part in parts)
-        ratio = paper_ratio((m, n), spec.kept, spec.rank, spec.signs)
-        paper_bits = round((1 - ratio) * PAPER_VALUE_BITS * m * n)
-        layers.append(LayerReport(name, (m, n), spec.kept / n, paper_bits, true_bits, spec.output_error, seconds=0.0))
+        shapes = [_piece(pieces, f"{name}.{part}", folder).shape for part in ("left", "right")]
+        stored = spec.packed(shapes[0][0], shapes[1][1], getattr(torch, quantization.value_dtype))
+        layers.append(
+            LayerReport(
+                name,
+                (stored.out_features, stored.in_features),
+                kept_fraction=spec.kept / stored.in_features,
+                paper_bits=stored.paper_bits,
+                true_bits=8 * sum(_piece(pieces, f"{name}.{part}", folder).nbytes for part in stored.parts()),
+                output_error=spec.output_error,
+                seconds=0.0,
+                value_bits=spec.value_bits or PAPER_VALUE_BITS,
+                group_size=spec.group_size,
+            )
+        )
     return Inspection(
         tuple(layers),
         header_bytes=sum(file.header_bytes for file in opened),
         file_bytes=sum(file.stat().st_size for file in files),
         settings=quantization.compression.to_dict(),
     )
+
+
+def _piece(pieces: dict[str, Piece], name: str, folder: Path) -> Piece:
+    """A tensor of the checkpoint.
+
+    Raises:
+        SlabError: it is missing.
+    """
+    if name not in pieces:
+        raise SlabError(f"{folder}: tensor {name!r} is missing: download or compress it again")
+    return pieces[name]
 
 
 def _by_depth(name: str) -> list[tuple[int, str]]:

@@ -60,6 +60,8 @@ class LayerReport:
         true_bits: size with everything a reader needs.
         output_error: ‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F on sampled calibration inputs.
         seconds: time of the decomposition.
+        value_bits: bits of a kept entry: 16, or those of a code of a grid.
+        group_size: columns that share a scale of the grid; None without one.
     """
 
     name: str
@@ -69,6 +71,8 @@ class LayerReport:
     true_bits: int
     output_error: float
     seconds: float
+    value_bits: int = PAPER_VALUE_BITS
+    group_size: int | None = None
 
     @property
     def weights(self) -> int:
@@ -203,7 +207,7 @@ def compress_blocks(
         if calibrated is not None:
             calibrated.propagate(index, block)
         for name, weight in finished.packed.items():
-            replace_module(model, name, SlabLinear(weight, layers[name].bias))
+            replace_module(model, name, SlabLinear.from_packed(weight, layers[name].bias))
         store.finish(index, finished)
     return reports
 
@@ -338,10 +342,11 @@ def compress_layer(
     seconds = time.perf_counter() - start
     dtype = value_dtype(config, weight.dtype)
     packed: PackedWeight | None = None
-    kept = 1.0
+    kept, grid = 1.0, None
     if isinstance(result, Decomposition):
         packed = pack(result, dtype, name)
         approximation, true_bits, kept = packed.dense(), 8 * packed.nbytes, result.kept / weight.shape[1]
+        grid = result.grid
     else:
         approximation, true_bits = result.dense(), result.true_bits()
         if isinstance(result, PrunedWeight):
@@ -354,6 +359,8 @@ def compress_layer(
         true_bits=true_bits,
         output_error=stats.output_error(weight, approximation),
         seconds=seconds,
+        value_bits=PAPER_VALUE_BITS if grid is None else grid.bits,
+        group_size=None if grid is None else grid.group_size,
     )
     return report, approximation, packed
 

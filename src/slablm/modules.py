@@ -8,66 +8,94 @@ a time, and only while its layer runs. After `SlabLinear.use_native` the kernels
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from slablm import kernels
-from slablm.packing import PackedSpec, PackedWeight
+from slablm.methods.grid import ValueGrid
+from slablm.packing import GRID_PARTS, PackedSpec, PackedWeight
 
 
 class SlabLinear(nn.Module):
     """Drop-in replacement for `torch.nn.Linear` over a packed weight.
 
-    The packed tensors are buffers named `values`, `left`, `right` and `states` (ternary) or `positions` (bitmap); see
-    FORMAT.md. They keep their own types: ``model.to(dtype)`` changes the computation, not the stored weight.
+    Its buffers are the parts of the packed weight (`PackedSpec.parts`), as a file holds them; see FORMAT.md. They keep
+    their own types: ``model.to(dtype)`` changes the computation, not the stored weight.
 
     Args:
-        weight: the packed weight.
+        spec: what is stored.
+        parts: the tensors.
         bias: [m] or None.
     """
 
-    values: Tensor
     left: Tensor
-    right: Tensor
+    scales: Tensor  # with a grid
+    offsets: Tensor
     native: kernels.NativeWeight | kernels.GpuWeight | None = None
 
-    def __init__(self, weight: PackedWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, spec: PackedSpec, parts: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
         super().__init__()
-        self.out_features, self.in_features = weight.values.shape[0], weight.in_features
-        self.signs = weight.signs
-        self.register_buffer("values", weight.values)
-        self.register_buffer("left", weight.left)
-        self.register_buffer("right", weight.right)
-        self.register_buffer(self.plane_name, weight.plane)
+        self.out_features, self.in_features = spec.out_features, spec.in_features
+        self.spec = spec
+        for name in spec.parts():
+            self.register_buffer(name, parts[name])
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    @classmethod
+    def from_packed(cls, weight: PackedWeight, bias: Tensor | None = None) -> SlabLinear:
+        """A layer that holds this weight."""
+        return cls(weight.spec, weight.parts(), bias)
 
     @classmethod
     def from_spec(cls, spec: PackedSpec, bias: Tensor | None = None) -> SlabLinear:
         """A layer with uninitialised buffers, to be filled by a checkpoint."""
-        return cls(spec.empty(), bias)
-
-    @property
-    def plane_name(self) -> str:
-        """Name of the buffer that says what each position is."""
-        return "states" if self.signs else "positions"
+        return cls(spec, spec.empty(), bias)
 
     @property
     def packed(self) -> PackedWeight:
-        """The packed weight; shares the buffers' memory, or is made from the runtime layout.
+        """The packed weight, made from the parts or from the runtime layout.
 
         Raises:
-            SlabError: the values were quantized to 8 bits.
+            SlabError: the values were quantized to 8 bits; or see `PackedSpec.from_parts`.
         """
-        if self.native is not None:
-            return kernels.from_runtime(self.native)
-        plane = getattr(self, self.plane_name)
-        return PackedWeight(self.in_features, self.values, self.left, self.right, plane, self.signs)
+        if self.native is None:
+            return self.spec.from_parts(self._parts)
+        return replace(kernels.from_runtime(self.native), grid=self._grid)
+
+    @property
+    def _parts(self) -> dict[str, Tensor]:
+        """The parts; only before `use_native`."""
+        return {name: tensor for name in self.spec.parts() if (tensor := self._buffers[name]) is not None}
+
+    def validate(self, name: str) -> None:
+        """Check the planes; see `PackedWeight.validate`.
+
+        Args:
+            name: how the error calls this layer.
+
+        Raises:
+            SlabError: a corrupted plane.
+        """
+        self.spec.from_parts(self._parts, name).validate(name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.left.device if self.native is None else self.native.values.device
+
+    @property
+    def _grid(self) -> ValueGrid | None:
+        """The grid of the values; its small tensors stay, as codes can only be found again with them."""
+        if self.spec.value_bits is None or self.spec.group_size is None:
+            return None
+        return ValueGrid(self.scales, self.offsets, self.spec.value_bits, self.spec.group_size)
 
     def use_native(self, value_bits: int = 16, name: str = "weight") -> None:
-        """Turn the buffers into the runtime layout of their device's kernels; their memory is given back.
+        """Turn the parts into the runtime layout of their device's kernels; their memory is given back.
 
         Args:
             value_bits: 16 keeps the stored values, 8 quantizes them (such a layer can no longer be saved).
@@ -76,15 +104,16 @@ class SlabLinear(nn.Module):
         Raises:
             SlabError: a corrupted plane, or an unknown `value_bits`.
         """
-        self.native = kernels.to_runtime(self.packed, value_bits, name)
-        for buffer in self._buffers:
-            self._buffers[buffer] = None
+        packed = self.spec.from_parts(self._parts, name) if self.native is None else self.packed
+        self.native = kernels.to_runtime(packed, value_bits, name)
+        for part in self.spec.parts():
+            if part not in GRID_PARTS:
+                self._buffers[part] = None
 
     def use_packed(self) -> None:
         """Undo `use_native`."""
-        packed, self.native = self.packed, None
-        self.values, self.left, self.right = packed.values, packed.left, packed.right
-        setattr(self, self.plane_name, packed.plane)
+        parts, self.native = self.packed.parts(), None
+        self._buffers.update(parts)
 
     def unpacked(self, dtype: torch.dtype) -> nn.Linear:
         """A dense layer that computes what this one does on the reference.
@@ -110,24 +139,20 @@ class SlabLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
-        source = self.native or self.packed.spec
+        spec = self.spec
         native = "" if self.native is None else f", native={str(self.native.values.dtype).removeprefix('torch.')}"
         return (
-            f"in_features={source.in_features}, out_features={source.out_features}, kept={source.kept}, "
-            f"rank={source.rank}, signs={source.signs}, bias={self.bias is not None}{native}"
+            f"in_features={spec.in_features}, out_features={spec.out_features}, kept={spec.kept}, "
+            f"rank={spec.rank}, signs={spec.signs}, value_bits={spec.value_bits or 16}, "
+            f"bias={self.bias is not None}{native}"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """What is saved is the packed weight, whatever the layout in memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.native is not None:
-            packed = self.packed
-            for buffer, tensor in zip(
-                ("values", "left", "right", self.plane_name),
-                (packed.values, packed.left, packed.right, packed.plane),
-                strict=True,
-            ):
-                destination[prefix + buffer] = tensor
+            for part, tensor in self.packed.parts().items():
+                destination[prefix + part] = tensor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlabLinear:
         """Move the packed weight, never cast it: float16 → bfloat16 would change the stored weight."""
@@ -140,7 +165,7 @@ class SlabLinear(nn.Module):
             self.use_packed()
         packed = list(self._buffers.values())
         super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
-        if moved and kernels.backend(self.values.device).name != kernels.REFERENCE:
+        if moved and kernels.backend(self.device).name != kernels.REFERENCE:
             self.use_native()
         return self
 

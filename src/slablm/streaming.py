@@ -32,7 +32,7 @@ from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.journal import Journal, block_key, outside_key
 from slablm.layerwise import BlockStore, FinishedBlock, LayerReport, check_finite, rounded
-from slablm.packing import PackedWeight
+from slablm.packing import PackedSpec
 from slablm.shards import WAY_OUT, Piece
 from slablm.targets import Targets, find_blocks
 
@@ -293,14 +293,7 @@ class StreamedBlocks(BlockStore):
             read = {
                 key.removeprefix(f"{report.name}."): piece.read().to(self._dense.device) for key, piece in part.items()
             }
-            packed[report.name] = PackedWeight(
-                in_features=report.shape[1],
-                values=read["values"],
-                left=read["left"],
-                right=read["right"],
-                plane=read["states" if "states" in read else "positions"],
-                signs="states" in read,
-            )
+            packed[report.name] = _spec(report, read).from_parts(read, report.name)
         return FinishedBlock(packed, reports)
 
     def finish(self, index: int, block: FinishedBlock) -> None:
@@ -338,6 +331,23 @@ class StreamedBlocks(BlockStore):
         """Put a block on the meta device."""
         for name, tensor in self._blocks[index].state_dict(prefix=self._name(index)).items():
             _put(self._dense.model, [name], tensor.to("meta"))
+
+
+def _spec(report: LayerReport, parts: dict[str, Tensor]) -> PackedSpec:
+    """What the packed parts of a layer are."""
+    m, n = report.shape
+    rank, dtype, coded = parts["left"].shape[1], parts["left"].dtype, report.group_size is not None
+    signs = coded or "states" in parts
+    return PackedSpec(
+        m,
+        n,
+        round(report.kept_fraction * n),
+        rank,
+        signs,
+        dtype,
+        report.value_bits if coded else None,
+        report.group_size,
+    )
 
 
 def _is_parameter(model: nn.Module, name: str) -> bool:

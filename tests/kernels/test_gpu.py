@@ -132,7 +132,9 @@ def test_the_reference_can_be_forced(monkeypatch):
 def layer(monkeypatch):
     """A layer with bias on the device, in GPU layout; and what it stored before."""
     monkeypatch.setattr(dispatch, "to_native", to_gpu)  # without a GPU the layer is on the CPU
-    layer = SlabLinear(random_packed(PackedSpec(20, 130, 50, 1, True, torch.float16), 0), torch.arange(20.0)).to(DEVICE)
+    layer = SlabLinear.from_packed(
+        random_packed(PackedSpec(20, 130, 50, 1, True, torch.float16), 0), torch.arange(20.0)
+    ).to(DEVICE)
     stored = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layer.use_native()
     assert isinstance(layer.native, kernels.GpuWeight)

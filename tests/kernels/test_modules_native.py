@@ -16,14 +16,14 @@ BIAS = torch.arange(20.0)
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_native_forward_equals_the_packed_one(bias, tokens):
     inputs = torch.randn(tokens, 130, generator=torch.Generator().manual_seed(0))
-    layer = SlabLinear(PACKED, bias)
+    layer = SlabLinear.from_packed(PACKED, bias)
     expected = layer(inputs)
     layer.use_native()
     torch.testing.assert_close(layer(inputs), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_state_dict_and_way_back_are_bit_exact():
-    layer = SlabLinear(PACKED, BIAS)
+    layer = SlabLinear.from_packed(PACKED, BIAS)
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layer.use_native()
     assert list(layer.buffers()) == []
@@ -36,14 +36,14 @@ def test_state_dict_and_way_back_are_bit_exact():
 
 
 def test_a_cast_leaves_the_stored_weight_alone():
-    layer = SlabLinear(PACKED)
+    layer = SlabLinear.from_packed(PACKED)
     layer.use_native()
     layer.to(torch.bfloat16)
     assert torch.equal(layer.packed.values, PACKED.values)
 
 
 def test_another_device_goes_back_to_the_packed_layout():
-    layer = SlabLinear(PACKED)
+    layer = SlabLinear.from_packed(PACKED)
     layer.use_native()
     layer.to("meta")
     assert layer.native is None
@@ -51,7 +51,7 @@ def test_another_device_goes_back_to_the_packed_layout():
 
 
 def test_eight_bit_layers_are_not_saved():
-    layer = SlabLinear(PACKED)
+    layer = SlabLinear.from_packed(PACKED)
     layer.use_native(value_bits=8)
     assert "native=int8" in repr(layer)
     with pytest.raises(SlabError, match="load the checkpoint with 16-bit values"):
@@ -60,7 +60,7 @@ def test_eight_bit_layers_are_not_saved():
 
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_compiles_without_graph_breaks(backend):
-    layer = SlabLinear(PACKED, BIAS)
+    layer = SlabLinear.from_packed(PACKED, BIAS)
     layer.use_native()
     inputs = torch.randn(2, 130, generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(layer, fullgraph=True, backend=backend)

@@ -45,12 +45,14 @@ def test_packing_is_bit_exact(decomposition, dtype):
 @given(decompositions())
 def test_spec_allocates_the_same_shapes(decomposition):
     packed = pack(decomposition, torch.float16)
-    empty = packed.spec.empty()
-    for part in ("values", "left", "right", "plane"):
-        assert getattr(empty, part).shape == getattr(packed, part).shape
-        assert getattr(empty, part).dtype == getattr(packed, part).dtype
-    assert empty.spec == packed.spec
-    assert empty.nbytes == packed.nbytes
+    parts, empty = packed.parts(), packed.spec.empty()
+    assert parts.keys() == empty.keys()
+    for part, tensor in parts.items():
+        assert empty[part].shape == tensor.shape
+        assert empty[part].dtype == tensor.dtype
+    assert packed.spec.from_parts(parts).spec == packed.spec
+    assert packed.nbytes == sum(tensor.nbytes for tensor in parts.values())
+    assert packed.spec.paper_bits == decomposition.bits()
 
 
 def test_true_size_at_50_percent():
@@ -87,4 +89,4 @@ def test_overflow_of_half_precision_is_refused():
 
 def test_spec_of_a_bitmap():
     spec = PackedSpec(3, 17, kept=4, rank=0, signs=False, value_dtype=torch.float16)
-    assert spec.empty().plane.shape == (3, 3)
+    assert spec.empty()["positions"].shape == (3, 3)

@@ -20,6 +20,7 @@ from slablm.methods.pruning import magnitude, wanda
 from slablm.methods.quantizers import gptq, rtn
 from slablm.methods.results import PrunedWeight, QuantizedWeight
 from slablm.methods.slab import slab
+from slablm.methods.slab_plus import slab_plus
 from slablm.methods.sparsegpt import sparsegpt
 
 Result = Decomposition | PrunedWeight | QuantizedWeight
@@ -27,6 +28,7 @@ Method = Callable[[Tensor, LayerStats, CompressionConfig], Result]
 
 METHODS: dict[str, Method] = {
     "slab": slab,
+    "slab+": slab_plus,
     "wanda": wanda,
     "magnitude": magnitude,
     "sparsegpt": sparsegpt,
@@ -38,13 +40,16 @@ METHODS: dict[str, Method] = {
 }
 
 # Methods that need `LayerStats.gram`, which costs n² memory and a matrix product per batch to collect.
-NEEDS_GRAM = frozenset({"sparsegpt", "gptq"})
+NEEDS_GRAM = frozenset({"sparsegpt", "gptq", "slab+"})
+# Methods that need `LayerStats.held_out` as well: some windows are kept back for it.
+NEEDS_HELD_OUT = frozenset({"slab+"})
 # Baselines for comparison only: their results have no packed form.
 YARDSTICKS = frozenset({"sparsegpt", "rtn", "gptq"})
 
 __all__ = [
     "METHODS",
     "NEEDS_GRAM",
+    "NEEDS_HELD_OUT",
     "YARDSTICKS",
     "Decomposition",
     "LayerStats",

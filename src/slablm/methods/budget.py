@@ -6,11 +6,22 @@ At compression ratio CR with b-bit values, SLaB spends per weight (arXiv 2604.04
 
 of a dense b-bit weight. Positions are *not* counted. A pure pruner has no signs and no factors, so p = 1 − CR. The
 number of entries kept in each row of n is k = ⌊p n⌋.
+
+With values in b bits on a grid (`grid`) positions are counted: a budget is then in true bits, those of a file.
+
+    k codes of b bits, and their signs      in every row; together with the plane, see below
+    ⌈n / group_size⌉ scales, one offset     in every row, 16 bits each
+    r (m + n)                               numbers in the factors, 16 bits each
+
+A sign can be in one of two places, whichever takes less. With *signs in the codes*, a row has n ternary states, five
+to a byte, and k codes of b + 1 bits; with *signs in a plane*, two bitmaps and k codes of b bits. The second takes less
+when more than two in five entries are kept.
 """
 
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
@@ -69,3 +80,41 @@ def kept_per_row(shape: tuple[int, int], config: CompressionConfig, rank: int, s
 def paper_ratio(shape: tuple[int, int], kept: int, rank: int, signs: bool) -> float:
     """The compression ratio in the paper's accounting of a row budget `kept` (dimensionless, 0 is dense)."""
     return 1 - kept / shape[1] - overhead(shape, rank, signs)
+
+
+def signs_in_codes(n: int, k: int, bits: int) -> bool:
+    """Whether a row of n with k codes of b bits takes no more bytes with the signs in the codes."""
+    in_codes, in_a_plane = _row_bytes(n, k, bits)
+    return in_codes <= in_a_plane
+
+
+def _row_bytes(n: int, k: int, bits: int) -> tuple[int, int]:
+    """Bytes of a row's planes and codes: with the signs in the codes, and in a plane."""
+    return -(-n // 5) + -(-k * (bits + 1) // 8), 2 * -(-n // 8) + -(-k * bits // 8)
+
+
+def coded_bytes(shape: tuple[int, int], k: int, bits: int, group_size: int) -> int:
+    """Bytes in a file of a rank-1 SLaB weight with values on a grid.
+
+    Args:
+        shape: (m, n).
+        k: entries kept per row.
+        bits: bits of a code.
+        group_size: columns that share a scale.
+    """
+    m, n = shape
+    return m * (min(_row_bytes(n, k, bits)) + 2 * (-(-n // group_size) + 1)) + 2 * (m + n)
+
+
+def kept_within(shape: tuple[int, int], bits_per_weight: float, bits: int, group_size: int) -> int:
+    """The largest k ≤ n whose `coded_bytes` are within a budget; 0 if there is none.
+
+    Args:
+        shape: (m, n).
+        bits_per_weight: true bits per weight, file headers not counted.
+        bits: bits of a code.
+        group_size: columns that share a scale.
+    """
+    m, n = shape
+    fits = bits_per_weight * m * n
+    return bisect_right(range(1, n + 1), fits, key=lambda k: 8 * coded_bytes(shape, k, bits, group_size))

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slablm.methods.grid import ValueGrid
+
 
 @dataclass(frozen=True)
 class LayerStats:
@@ -32,12 +34,14 @@ class LayerStats:
         tokens: number of rows of X.
         sample: a few rows of X, [s, n] float32, for measuring the output error; may be empty.
         gram: XᵀX, [n, n] float32, for the methods of `slablm.methods.NEEDS_GRAM`; None for all others.
+        held_out: XᵀX of tokens that are in neither of the above, for the methods of `slablm.methods.NEEDS_HELD_OUT`.
     """
 
     input_norms: Tensor
     tokens: int
     sample: Tensor
     gram: Tensor | None = None
+    held_out: Tensor | None = None
 
     def output_error(self, weight: Tensor, approximation: Tensor) -> float:
         """Relative output error ‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F on the sampled rows (0 when the output is zero).
@@ -62,7 +66,8 @@ class Decomposition:
         left: u, [m, r]; r is 0 for a pure pruner.
         right: vᵀ, [r, n].
         signs: the ±1 matrix W_B as [m, n] bool, True for −1; None when W_L is used without signs. Its entries at
-            kept positions carry no meaning.
+            kept positions carry no meaning, unless there is a grid.
+        grid: where the values lie if they are stored as codes. Then `signs` is the sign at every position.
     """
 
     mask: Tensor
@@ -70,6 +75,7 @@ class Decomposition:
     left: Tensor
     right: Tensor
     signs: Tensor | None
+    grid: ValueGrid | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -97,7 +103,9 @@ class Decomposition:
         """Exact bits in the paper's accounting: values, sign bits and factors; positions not counted."""
         m, n = self.shape
         signs = m * n if self.signs is not None else 0
-        return value_bits * (m * self.kept + self.rank * (m + n)) + signs
+        kept = m * self.kept
+        values = value_bits * kept if self.grid is None else self.grid.bits * kept + self.grid.true_bits()
+        return values + value_bits * self.rank * (m + n) + signs
 
 
 def low_rank(left: Tensor, right: Tensor) -> Tensor:

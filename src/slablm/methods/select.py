@@ -67,6 +67,12 @@ def kept_entries(matrix: Tensor, mask: Tensor, k: int) -> Tensor:
     return _gather_entries(matrix, mask, k)
 
 
+def kept_columns(mask: Tensor, k: int) -> Tensor:
+    """The columns of each row where the mask is set, ascending, [m, k] int64."""
+    columns = torch.arange(mask.shape[1], device=mask.device).expand(mask.shape)
+    return kept_entries(columns, mask, k)
+
+
 def group_mask(scores: Tensor, pattern: Pattern) -> Tensor:
     """The N best of every M consecutive entries, [m, n] bool; ties go to the left.
 

@@ -22,6 +22,11 @@ STATE_BYTE_LIMIT = 3**STATES_PER_BYTE
 KEPT, PLUS, MINUS = 0, 1, 2
 
 
+def packed_width(n: int, per_byte: int) -> int:
+    """Bytes of a row of n."""
+    return -(-n // per_byte)
+
+
 def pack_states(mask: Tensor, signs: Tensor) -> Tensor:
     """Ternary states of a weight.
 

@@ -1,0 +1,257 @@
+"""SLaB with weighted factors, error feedback and few-bit values: ``slab+``.
+
+The form is SLaB's, Ŵ = kept entries, ± u_i v_j elsewhere. What differs is how it is found, and how the kept entries are
+stored. With G = XᵀX the output error of a weight is ‖(W − Ŵ) Xᵀ‖²_F = tr (W − Ŵ) G (W − Ŵ)ᵀ; SLaB only looks at the
+diagonal, d_j² = G_jj, and only to choose what is kept.
+
+1. *Weighted factors.* The rounds of SLaB, but u vᵀ minimises Σ d_j² (|R_ij| − u_i v_j)²: the rank-1 approximation of
+   |R| · d, with v divided by d afterwards.
+2. *Grid.* Kept entries become a sign and a few bits of magnitude (`grid`); with 16 bits they stay as they are.
+3. *Error feedback.* One column sweep (`sweep`) over the columns in order of falling d. A column becomes, entry by
+   entry, its nearest grid point where it is kept and ± u_i v_j where not, and the columns to come make up for the
+   error. Each row keeps as many entries of a block of columns as step 1 gave it there, but chooses them anew when the
+   sweep gets there: those whose keeping lowers (w − ŵ)² / U_jj² most.
+4. *Refit.* With positions, signs and kept entries fixed, the error is quadratic in u and in v, each solved exactly:
+
+       u_i = t_i G b_i / b_i G b_i,              b_i the row of ± v_j where not kept, t_i the row of W − kept entries
+       (G ⊙ PᵀP) v = Σ_i p_i ⊙ (t_i G),          p_i the row of ± u_i where not kept
+
+5. *Held-out choice.* G is an estimate from some tokens; feedback fits their noise too. On a sample of rows, step 3 is
+   tried with each of `DAMPINGS`; what wins is done with all rows, and is the result if its error on tokens that were
+   held back is less than that of steps 1 and 2 alone. So on those tokens feedback never does harm.
+
+A budget in true bits (`CompressionConfig.bits_per_weight`) leaves open how many entries are kept, and in how many bits:
+few fine ones or many coarse ones. The fewest bits with which a share in `SENSIBLE` is kept are tried, and one and two
+more, on the same sample of rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from slablm.config import CompressionConfig
+from slablm.errors import SlabError
+from slablm.methods.budget import coded_bytes, kept_per_row, kept_within
+from slablm.methods.decomposition import Decomposition, LayerStats, low_rank
+from slablm.methods.grid import LARGEST_BITS, ValueGrid, fit_grid
+from slablm.methods.select import kept_columns
+from slablm.methods.slab import alternate, leading_factors, start_basis
+from slablm.methods.sweep import BLOCK_SIZE, Block, column_sweep, required_gram
+
+# Shares of the mean diagonal that are added to G for the sweep: little trust in G, and less.
+DAMPINGS = (0.01, 0.1)
+# Share of kept entries that a budget may lead to, and how many numbers of bits are tried within it.
+SENSIBLE = (0.2, 0.97)
+MOST_TRIED = 3
+SAMPLED_ROWS = 64
+# Of the mean diagonal of the matrix that is solved for v.
+_REFIT_DAMPING = 1e-4
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a weight is stored: entries k kept per row, and bits of a magnitude (None for values in 16 bits)."""
+
+    kept: int
+    bits: int | None
+
+
+def weighted_slab(weight: Tensor, norms: Tensor, stats: LayerStats, config: CompressionConfig, k: int) -> Decomposition:
+    """Step 1: SLaB with factors that are fitted where the inputs are large.
+
+    Args:
+        weight: W, [m, n] float32.
+        norms: d, [n], positive.
+        stats: for the selection.
+        config: `pattern` and `iterations`.
+        k: entries to keep per row.
+    """
+    basis = start_basis(weight * norms, 1)
+
+    def fit(residual: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        nonlocal basis
+        magnitude = torch.abs(residual, out=scratch).mul_(norms)
+        left, right, basis = leading_factors(magnitude, basis, 1)
+        right = right / norms
+        return left, right, torch.copysign(low_rank(left, right), residual)
+
+    return alternate(weight, stats, config, k, fit)
+
+
+def slab_plus(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Decomposition:
+    """Decompose one weight.
+
+    Args:
+        weight: W, [m, n]; computed in float32 whatever its dtype.
+        stats: `gram`, and `held_out`, the Gram matrix of tokens that are not in `gram`. Without the latter there is no
+            feedback.
+        config: `ratio` or `bits_per_weight`, `pattern`, `iterations`, `magnitude_bits` and `group_size`.
+
+    Raises:
+        SlabError: the budget leaves no entry, the pattern does not divide n, a Gram matrix is missing or not finite, or
+            a value does not fit into an FP16 scale.
+    """
+    weight = weight.float()
+    gram, held_out = required_gram(stats, "slab+"), stats.held_out
+    forms = possible_forms((weight.shape[0], weight.shape[1]), config)
+    if held_out is None:
+        return closed_form(weight, gram, config, forms[0])
+    sample = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
+    trials = {
+        (form, damping): output_error(sample, fed(sample, gram, config, form, damping), held_out)
+        for form in forms
+        for damping in DAMPINGS
+    }
+    form, damping = min(trials, key=lambda trial: trials[trial])
+    plain, best = closed_form(weight, gram, config, form), fed(weight, gram, config, form, damping)
+    return best if output_error(weight, best, held_out) < output_error(weight, plain, held_out) else plain
+
+
+def possible_forms(shape: tuple[int, int], config: CompressionConfig) -> list[Form]:
+    """What the budget can be spent on.
+
+    Raises:
+        SlabError: nothing would be kept, or the pattern does not divide n.
+    """
+    bits = config.magnitude_bits
+    if config.bits_per_weight is None:
+        return [Form(kept_per_row(shape, config, rank=1, signs=True), bits)]
+    budget, group_size = config.bits_per_weight, config.group_size
+    forms = [
+        Form(k, b)
+        for b in (range(1, LARGEST_BITS + 1) if bits is None else (bits,))
+        if (k := kept_within(shape, budget, b, group_size))
+    ]
+    if not forms:
+        least = 8 * coded_bytes(shape, 1, bits or 1, group_size) / (shape[0] * shape[1])
+        raise SlabError(
+            f"{budget} bits per weight keep no entry of a weight with shape {shape[0]}x{shape[1]}: use "
+            f"at least {math.ceil(100 * least) / 100}, or ignore this layer"
+        )
+    least_share, largest_share = SENSIBLE
+    return [form for form in forms if least_share <= form.kept / shape[1] <= largest_share][:MOST_TRIED] or forms[-1:]
+
+
+def closed_form(weight: Tensor, gram: Tensor, config: CompressionConfig, form: Form) -> Decomposition:
+    """Steps 1 and 2."""
+    norms = positive(gram.diagonal().sqrt())
+    start = weighted_slab(weight, norms, LayerStats(norms, 1, weight[:0]), config, form.kept)
+    if form.bits is None:
+        return start
+    grid = fit_grid(start.dense(), start.mask, norms, form.bits, config.group_size)
+    return on_grid(start, grid)
+
+
+def fed(weight: Tensor, gram: Tensor, config: CompressionConfig, form: Form, damping: float) -> Decomposition:
+    """Steps 1 to 4."""
+    start = closed_form(weight, gram, config, form)
+    swept = feedback(weight, gram, start, damping, choose=config.n_of_m is None)
+    return refit(weight, swept, damped(gram, damping))
+
+
+def positive(norms: Tensor) -> Tensor:
+    """Norms with those of dead inputs raised to the smallest of the others: they are divided by."""
+    live = norms[norms > 0]
+    return norms.clamp_min(live.min()) if len(live) else torch.ones_like(norms)
+
+
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """G + damping · mean(diag) · I."""
+    result = gram.clone()
+    result.diagonal().add_(damping * gram.diagonal().mean())
+    return result
+
+
+def output_error(weight: Tensor, approximation: Decomposition, gram: Tensor) -> float:
+    """Tr (W − Ŵ) G (W − Ŵ)ᵀ."""
+    difference = weight - approximation.dense()
+    return ((difference @ gram.to(weight)) * difference).sum().item()
+
+
+def on_grid(start: Decomposition, grid: ValueGrid) -> Decomposition:
+    """Step 2: kept entries rounded to the grid."""
+    columns = kept_columns(start.mask, start.kept)
+    magnitudes = grid.nearest(start.values.abs(), columns)
+    return replace(start, values=torch.copysign(magnitudes, start.values), grid=grid)
+
+
+def feedback(weight: Tensor, gram: Tensor, start: Decomposition, damping: float, *, choose: bool) -> Decomposition:
+    """Step 3: the sweep.
+
+    Args:
+        weight: W, [m, n] float32.
+        gram: G, [n, n].
+        start: gives u v, the grid if there is one, and how many entries each row keeps of which columns.
+        damping: of the sweep.
+        choose: whether positions are chosen anew within a block of columns (they must not where a pattern binds them).
+    """
+    grid = start.grid
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    background = low_rank(start.left, start.right)[:, order]
+    mask = start.mask[:, order]
+
+    def rounded(current: Tensor, columns: slice) -> Tensor:
+        if grid is None:
+            return current
+        return torch.copysign(grid.nearest(current.abs(), order[columns]), current)
+
+    def plan(block: Block) -> Callable[[int], Tensor]:
+        columns = slice(block.start, block.start + block.weight.shape[1])
+        if choose:
+            mask[:, columns] = _choose(block, background[:, columns], rounded(block.weight, columns), mask[:, columns])
+
+        def replace_column(j: int) -> Tensor:
+            column, at = block.weight[:, j], slice(block.start + j, block.start + j + 1)
+            kept = rounded(column[:, None], at)[:, 0]
+            return torch.where(mask[:, at][:, 0], kept, torch.copysign(background[:, at][:, 0], column))
+
+        return replace_column
+
+    swept = column_sweep(weight[:, order], gram[order][:, order], plan, BLOCK_SIZE, damping)
+    back = order.argsort()
+    dense, mask = swept[:, back], mask[:, back]
+    return replace(start, mask=mask, values=dense[mask].view(len(weight), start.kept), signs=dense < 0)
+
+
+def _choose(block: Block, background: Tensor, rounded: Tensor, mask: Tensor) -> Tensor:
+    """Of every row, as many entries as `mask` has there: those whose keeping helps most, [m, b] bool."""
+    lost = (block.weight.abs() - background).square()
+    kept = (block.weight - rounded).square()
+    gain = (lost - kept) / block.diagonal.square()
+    rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    return rank < mask.sum(dim=1, keepdim=True)
+
+
+def refit(weight: Tensor, start: Decomposition, gram: Tensor) -> Decomposition:
+    """Step 4: the best u, the best v for it, and the best u for that.
+
+    Args:
+        weight: W, [m, n] float32.
+        start: positions, signs and kept entries stay.
+        gram: G, [n, n], positive definite.
+    """
+    assert start.signs is not None
+    one = torch.ones((), device=weight.device)
+    signs = torch.where(start.signs, -one, one) * ~start.mask
+    kept = torch.zeros_like(weight).masked_scatter_(start.mask, start.values)
+    wanted = (weight - kept) @ gram
+    left, right = start.left[:, 0].float(), start.right[0].float()
+    left = _best_left(wanted, signs * right, gram, left)
+    parts = signs * left[:, None]
+    system = gram * (parts.T @ parts)
+    system.diagonal().add_(_REFIT_DAMPING * system.diagonal().mean().clamp_min(torch.finfo(weight.dtype).tiny))
+    right = torch.linalg.solve(system, (parts * wanted).sum(dim=0))
+    left = _best_left(wanted, signs * right, gram, left)
+    return replace(start, left=left[:, None], right=right[None])
+
+
+def _best_left(wanted: Tensor, patterns: Tensor, gram: Tensor, otherwise: Tensor) -> Tensor:
+    """Least-squares u, [m]; rows without anything to fit keep what they have."""
+    norms = ((patterns @ gram) * patterns).sum(dim=1)
+    fitted = (wanted * patterns).sum(dim=1) / norms
+    return torch.where(norms > 0, fitted, otherwise)

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slablm import SlabError
+from slablm.methods.budget import coded_bytes, kept_within, signs_in_codes
+from slablm.methods.decomposition import Decomposition
+from slablm.methods.grid import LARGEST_BITS, fit_grid
+from slablm.methods.select import kept_columns
+from slablm.packing import pack
+from slablm.packing.coded import pack_codes, unpack_codes
+
+
+@st.composite
+def coded(draw):
+    """Random decompositions with values on a grid: any shape, budget, number of bits, group and magnitude."""
+    m, n = draw(st.integers(1, 9)), draw(st.integers(1, 43))
+    k, bits, group_size = draw(st.integers(1, n)), draw(st.integers(1, LARGEST_BITS)), draw(st.integers(1, 50))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
+    mask = torch.rand(m, n, generator=generator).argsort(dim=1) < k
+    weight = torch.randn(m, n, generator=generator) * 10.0 ** draw(st.integers(-8, 2))
+    grid = fit_grid(weight, mask, torch.ones(n), bits, group_size)
+    kept = weight[mask].view(m, k)
+    magnitudes = grid.nearest(kept.abs(), kept_columns(mask, k))
+    return Decomposition(
+        mask=mask,
+        values=torch.copysign(magnitudes, kept),
+        left=torch.rand(m, 1, generator=generator),
+        right=torch.rand(1, n, generator=generator),
+        signs=weight < 0,
+        grid=grid,
+    )
+
+
+@given(st.integers(1, 5), st.integers(1, 30), st.integers(1, 8), st.integers(0, 1000))
+def test_codes_round_trip_bit_by_bit(m, k, bits, seed):
+    codes = torch.randint(0, 2**bits, (m, k), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    packed = pack_codes(codes, bits)
+    assert packed.shape == (m, -(-k * bits // 8))
+    for row, row_codes in zip(packed, codes, strict=True):
+        number = int.from_bytes(bytes(row.tolist()), "little")
+        assert number == sum(int(code) << (bits * i) for i, code in enumerate(row_codes))
+    assert torch.equal(unpack_codes(packed, bits, k), codes)
+
+
+@given(coded(), st.sampled_from([torch.float16, torch.bfloat16]))
+def test_parts_are_bit_exact(decomposition, dtype):
+    packed = pack(decomposition, dtype)
+    parts = packed.parts()
+    assert packed.nbytes == sum(tensor.nbytes for tensor in parts.values())
+    shape, k, grid = decomposition.shape, decomposition.kept, decomposition.grid
+    assert packed.nbytes == coded_bytes(shape, k, grid.bits, grid.group_size)
+    again = packed.spec.from_parts(parts)
+    assert again.spec == packed.spec
+    assert torch.equal(again.values, packed.values)
+    assert torch.equal(again.plane, packed.plane)
+    assert torch.equal(again.dense(), packed.dense())
+    for name, tensor in again.parts().items():
+        assert torch.equal(tensor, parts[name])
+    expected = Decomposition(
+        decomposition.mask,
+        decomposition.values.to(dtype),
+        decomposition.left.to(dtype),
+        decomposition.right.to(dtype),
+        decomposition.signs,
+    )
+    assert torch.equal(packed.dense(), expected.dense())
+
+
+@given(coded())
+def test_paper_bits_are_those_of_the_decomposition(decomposition):
+    assert pack(decomposition, torch.float16).spec.paper_bits == decomposition.bits()
+
+
+@given(st.integers(1, 40), st.integers(1, 200), st.integers(1, LARGEST_BITS), st.integers(1, 300), st.floats(0.5, 9))
+def test_a_budget_in_true_bits_is_used_up(m, n, bits, group_size, per_weight):
+    fitting = [k for k in range(1, n + 1) if 8 * coded_bytes((m, n), k, bits, group_size) <= per_weight * m * n]
+    assert kept_within((m, n), per_weight, bits, group_size) == max(fitting, default=0)
+
+
+@given(st.integers(1, 300), st.integers(1, LARGEST_BITS), st.data())
+def test_signs_lie_where_they_take_less(n, bits, data):
+    k = data.draw(st.integers(1, n))
+    in_codes = -(-n // 5) + -(-k * (bits + 1) // 8)
+    in_a_plane = 2 * -(-n // 8) + -(-k * bits // 8)
+    assert signs_in_codes(n, k, bits) == (in_codes <= in_a_plane)
+
+
+def test_true_size_of_three_bit_values():
+    weight, mask = torch.randn(64, 640), torch.rand(64, 640).argsort(dim=1) < 320
+    grid = fit_grid(weight, mask, torch.ones(640), 3, 128)
+    values = torch.copysign(grid.nearest(weight.abs(), torch.arange(640)), weight)[mask].view(64, 320)
+    decomposition = Decomposition(mask, values, torch.rand(64, 1), torch.rand(1, 640), weight < 0, grid)
+    # Two bitmaps, 320 codes of 3 bits, 5 scales and an offset in every row; the factors.
+    assert pack(decomposition, torch.float16).nbytes == 64 * (2 * 80 + 120 + 2 * 6) + 2 * (64 + 640)
+
+
+@pytest.mark.parametrize("kept", [10, 35])
+def test_corrupted_planes_are_refused(kept):
+    weight, mask = torch.randn(6, 40), torch.rand(6, 40).argsort(dim=1) < kept
+    grid = fit_grid(weight, mask, torch.ones(40), 2, 16)
+    decomposition = Decomposition(
+        mask, weight[mask].view(6, kept), torch.rand(6, 1), torch.rand(1, 40), weight < 0, grid
+    )
+    packed = pack(decomposition, torch.float16)
+    parts = packed.parts()
+    plane = parts["states" if packed.spec.sign_in_code else "positions"]
+    assert ("states" in parts) == (kept == 10)
+    plane[4, 2] = 1 if plane[4, 2] == 0 else 0
+    with pytest.raises(SlabError, match="layer: corrupted plane, row 4 keeps"):
+        packed.spec.from_parts(parts, "layer")
