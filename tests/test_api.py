@@ -4,6 +4,7 @@ from transformers import AutoModelForCausalLM
 
 import slablm
 from slablm import CompressionConfig, SlabError
+from slablm.inspection import inspect_folder
 
 
 def test_compress_by_folder_and_reload(tiny_folder, quick, tmp_path):
@@ -31,14 +32,43 @@ def test_tokenizer_is_found_where_the_model_came_from(tiny_folder, quick):
     assert model.is_quantized
 
 
-@pytest.mark.parametrize("method", ["slab", "wanda", "magnitude"])
-def test_saving_a_loaded_model_again_changes_nothing(tiny_model, tokenizer, quick, method, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "slab"},
+        {"method": "wanda"},
+        {"method": "magnitude"},
+        {"method": "slab+"},
+        {"method": "slab+", "bits_per_weight": 3.0},
+        {"method": "slab+", "bits_per_weight": 5.0, "group_size": 32},
+        {"method": "slab+", "magnitude_bits": 6, "value_dtype": "bfloat16"},
+    ],
+)
+def test_saving_a_loaded_model_again_changes_nothing(tiny_model, tokenizer, quick, settings, tmp_path):
     from dataclasses import replace
 
-    slablm.compress(tiny_model, replace(quick, method=method), tokenizer=tokenizer).save_pretrained(tmp_path / "a")
+    slablm.compress(tiny_model, replace(quick, **settings), tokenizer=tokenizer).save_pretrained(tmp_path / "a")
     AutoModelForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{"bits_per_weight": 3.0}, {"magnitude_bits": 4}])
+def test_few_bit_values_are_the_same_model_after_loading(tiny_model, tokenizer, quick, settings, tmp_path):
+    from dataclasses import replace
+
+    config = replace(quick, method="slab+", num_samples=4, **settings)
+    model = slablm.compress(tiny_model, config, tokenizer=tokenizer)
+    model.save_pretrained(tmp_path / "a")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    tokens = torch.arange(12)[None]
+    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    report = inspect_folder(tmp_path / "a")
+    if "bits_per_weight" in settings:
+        assert all(layer.bits_per_weight <= 3.0 for layer in report.layers)
+        assert len({layer.value_bits for layer in report.layers} - {16}) >= 1
+    else:
+        assert {layer.value_bits for layer in report.layers} == {4}
 
 
 def test_nan_in_a_weight_names_the_tensor(tiny_model, tokenizer, quick):

@@ -80,9 +80,18 @@ def test_every_type_gives_the_same_files_as_in_memory(stored, dtype, quick, tmp_
     assert_same_folders(tmp_path / "streamed", tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["wanda", "sparse", "sparse+scalar-binary"])
-def test_other_packed_forms(tiny_folder, method, quick, tmp_path):
-    config = replace(quick, method=method, ignore=("k_proj", "down_proj"))
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"method": "wanda"},
+        {"method": "sparse"},
+        {"method": "sparse+scalar-binary"},
+        {"method": "slab+"},
+        {"method": "slab+", "bits_per_weight": 4.0},
+    ],
+)
+def test_other_packed_forms(tiny_folder, settings, quick, tmp_path):
+    config = replace(quick, ignore=("k_proj", "down_proj"), **settings)
     compress_folder(str(tiny_folder), tmp_path / "streamed", config, RunOptions())
     in_memory(tiny_folder, tmp_path / "whole", config)
     assert_same_folders(tmp_path / "streamed", tmp_path / "whole")

@@ -7,6 +7,7 @@ The grid, for the paper's Table I by default:
 - every pruning method with every N:M pattern, at ratio 1 − N/M and no other. That is the ratio the pattern stands for:
   a plain pruner with 2:4 removes half of the weights whatever smaller ratio one asks for, and above it the pattern is
   hardly felt. So 2:4 and 4:8 are cells at 50 %, also when 0.5 is not among the ratios;
+- `slab+` also with every budget in true bits;
 - every quantizer (`rtn`, `gptq`) with every number of bits and every group size; ratio and pattern mean nothing to it.
 
 Every cell starts from the dense model, loaded anew, so that one model is in memory at a time. Results are appended to
@@ -47,6 +48,9 @@ NUMBERS_VERSION = 1
 _ORIGIN = ("_name_or_path", "_commit_hash", "architectures", "transformers_version")
 
 Step = Callable[[str, int, int], None]
+# The method whose size can be given in true bits.
+BY_TRUE_BITS = "slab+"
+
 OnCell = Callable[[Record, bool], None]
 
 
@@ -60,6 +64,7 @@ class Grid:
         patterns: ``unstructured`` and N:M patterns.
         value_bits: bits per code, of the quantizers.
         group_sizes: columns that share a scale, of the quantizers.
+        budgets: true bits per weight of further cells of `slab+`.
     """
 
     methods: tuple[str, ...]
@@ -67,6 +72,7 @@ class Grid:
     patterns: tuple[str, ...] = ("unstructured", "2:4", "4:8")
     value_bits: tuple[int, ...] = (3, 4, 8)
     group_sizes: tuple[int, ...] = (128,)
+    budgets: tuple[float, ...] = ()
 
     def cells(self, base: CompressionConfig) -> list[Cell]:
         """All cells in the order they are measured: dense, then setting by setting, every method of it.
@@ -83,6 +89,9 @@ class Grid:
         quantizers = [method for method in self.methods if method in QUANTIZERS]
         configs = [replace(base, method=method, **at) for at in self._pruner_settings() for method in pruners]
         configs += [replace(base, method=method, **at) for at in self._quantizer_settings() for method in quantizers]
+        if self.budgets and BY_TRUE_BITS not in self.methods:
+            raise SlabError(f"a budget in true bits is for method {BY_TRUE_BITS!r}: name it as well")
+        configs += [replace(base, method=BY_TRUE_BITS, bits_per_weight=budget) for budget in self.budgets]
         if not configs:
             raise SlabError("nothing to compare: name at least one method, and a ratio and pattern for it")
         # The same value given twice is one cell.

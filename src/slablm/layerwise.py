@@ -36,7 +36,7 @@ from slablm.distributed import ALONE, World, assign
 from slablm.errors import SlabError
 from slablm.float32 import fast_float32
 from slablm.memory import give_back
-from slablm.methods import NEEDS_GRAM, Decomposition, LayerStats, PrunedWeight, get_method
+from slablm.methods import NEEDS_GRAM, NEEDS_HELD_OUT, Decomposition, LayerStats, PrunedWeight, get_method
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.modules import SlabLinear
 from slablm.packing import PackedWeight, pack
@@ -45,7 +45,8 @@ from slablm.targets import Targets, find_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_PACKED_TENSORS = ("values", "left", "right", "plane")
+# One window in so many is kept back for the methods of `NEEDS_HELD_OUT`.
+HELD_OUT_SHARE = 8
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ class _Calibration:
             layers,
             lambda i: call(block, self._hidden[i]),
             self._all_windows,
-            with_gram=config.method in NEEDS_GRAM,
+            held_out=_held_out(config.method, self._all_windows),
             seed=config.seed,
             world=self._world,
         )
@@ -255,6 +256,13 @@ class _Calibration:
             output = self._calls[index](block, states)
             check_finite(output, f"the output of block {index}")
             self._hidden[i] = output
+
+
+def _held_out(method: str, windows: int) -> int | None:
+    """How many windows are kept back, at least one, but not the only one; None if there need not be a Gram matrix."""
+    if method not in NEEDS_GRAM:
+        return None
+    return max(windows // HELD_OUT_SHARE, min(1, windows - 1)) if method in NEEDS_HELD_OUT else 0
 
 
 def _compress_layers(
@@ -297,14 +305,13 @@ def _exchange(mine: FinishedBlock, names: Collection[str], world: World) -> Fini
     """The layers that all ranks have finished, in the order of `names`; with several ranks they must be packed."""
     if world.size == 1:
         return mine
-    tensors = {f"{name}.{part}": getattr(mine.packed[name], part) for name in mine.packed for part in _PACKED_TENSORS}
-    signs = {name: weight.signs for name, weight in mine.packed.items()}
+    specs = {name: weight.spec for name, weight in mine.packed.items()}
+    tensors = {f"{name}.{part}": t for name, weight in mine.packed.items() for part, t in weight.parts().items()}
     packed, reports = {}, {}
-    for (their_reports, their_signs), theirs in world.gather((mine.reports, signs), tensors):
+    for (their_reports, their_specs), theirs in world.gather((mine.reports, specs), tensors):
         for report in their_reports:
-            name = report.name
-            parts = {part: theirs[f"{name}.{part}"] for part in _PACKED_TENSORS}
-            packed[name] = PackedWeight(in_features=report.shape[1], signs=their_signs[name], **parts)
+            name, spec = report.name, their_specs[report.name]
+            packed[name] = spec.from_parts({part: theirs[f"{name}.{part}"] for part in spec.parts()}, name)
             reports[name] = report
     return FinishedBlock({name: packed[name] for name in names}, [reports[name] for name in names])
 

@@ -48,6 +48,8 @@ class Cell:
             return DENSE
         if self.method in QUANTIZERS:
             return f"{self.config.value_bits} bit, group {self.config.group_size}"
+        if self.config.bits_per_weight is not None:
+            return f"{self.config.bits_per_weight:g} bits"
         return f"{100 * self.config.ratio:.4g} % {self.config.pattern}"
 
     @property

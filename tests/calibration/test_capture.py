@@ -33,7 +33,7 @@ def test_statistics_accumulate_on_the_device():
     collector = StatsCollector(6, with_gram=True, device=torch.device("meta"))
     collector.add(torch.empty(1, 5, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
     collector.add(torch.empty(1, 7, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
-    assert collector._squares[0].device.type == collector._gram.device.type == "meta"
+    assert collector._squares[0].device.type == collector._grams["gram"].device.type == "meta"
     assert (collector._kept, collector._sample.shape) == (6, (512, 6))
 
 
@@ -97,7 +97,7 @@ class Toy(nn.Module):
 
 def toy_stats(toy, windows, layers=("q", "k", "out")):
     chosen = {name: getattr(toy, name) for name in layers}
-    return collect_stats(toy, chosen, lambda i: toy(windows[i]), len(windows), with_gram=True, seed=0)
+    return collect_stats(toy, chosen, lambda i: toy(windows[i]), len(windows), held_out=0, seed=0)
 
 
 @torch.no_grad()
@@ -111,6 +111,16 @@ def test_layers_with_one_input_share_its_statistics():
         assert stats[name].tokens == 15
         assert torch.allclose(stats[name].gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
         assert torch.allclose(stats[name].input_norms, rows.norm(dim=0))
+
+
+@torch.no_grad()
+def test_held_out_windows_have_a_gram_matrix_of_their_own():
+    toy, windows = Toy(), torch.randn(4, 1, 5, 8)
+    stats = collect_stats(toy, {"q": toy.q}, lambda i: toy(windows[i]), 4, held_out=1, seed=0)["q"]
+    fitted, kept_back = windows[:3].reshape(-1, 8), windows[3, 0]
+    assert torch.allclose(stats.gram, fitted.T @ fitted, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(stats.held_out, kept_back.T @ kept_back, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(stats.input_norms, windows.reshape(-1, 8).norm(dim=0))
 
 
 @torch.no_grad()
@@ -143,4 +153,4 @@ def test_inputs_shared_in_some_windows_only_are_refused():
         return toy(windows[index])
 
     with pytest.raises(SlabError, match="layer k shares its inputs with others in some windows only"):
-        collect_stats(toy, {"q": toy.q, "k": toy.k}, run, 2, with_gram=False, seed=0)
+        collect_stats(toy, {"q": toy.q, "k": toy.k}, run, 2, held_out=None, seed=0)

@@ -10,6 +10,8 @@ Per linear layer with inputs X, [tokens, n], a collector accumulates over the wi
 
     d_j = ‖X[:, j]‖₂      (all methods)          XᵀX      (methods with error feedback)
 
+(the latter perhaps twice: for the windows that are fitted, and for some that are kept back)
+
 and keeps a few randomly chosen rows of X for measuring the output error. The squares of every call are summed in
 float64 on their own, and these sums added up at the end in the order of the windows, whichever rank ran them: the
 norms are the same bits for any number of ranks.
@@ -32,6 +34,7 @@ from slablm.errors import SlabError
 from slablm.methods import LayerStats
 
 SAMPLED_TOKENS = 512
+GRAM, HELD_OUT = "gram", "held_out"
 
 
 @dataclass
@@ -166,17 +169,27 @@ class StatsCollector:
 
     def __init__(self, in_features: int, with_gram: bool, device: torch.device, samples: int = SAMPLED_TOKENS) -> None:
         self._squares: list[Tensor] = []
-        self._gram = torch.zeros(in_features, in_features, device=device) if with_gram else None
+        self._with_gram, self._empty = with_gram, partial(torch.zeros, in_features, in_features, device=device)
+        self._grams: dict[str, Tensor] = {}
         self._sample = torch.empty(samples, in_features, device=device)
         self._kept = 0
         self._tokens = 0
 
-    def add(self, inputs: Tensor, sampled: Tensor) -> None:
-        """Add inputs [..., n]; `sampled` are the numbers, modulo the rows, of those kept for the output error."""
+    def add(self, inputs: Tensor, sampled: Tensor, *, held_out: bool = False) -> None:
+        """Add the inputs of one call.
+
+        Args:
+            inputs: [..., n].
+            sampled: numbers, modulo the rows, of those kept for the output error.
+            held_out: whether they belong to the Gram matrix of the tokens that are kept back.
+        """
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
         self._squares.append(rows.square().sum(dim=0, dtype=torch.float64))
-        if self._gram is not None:
-            self._gram.addmm_(rows.T, rows)
+        if self._with_gram:
+            kind = HELD_OUT if held_out else GRAM
+            if kind not in self._grams:
+                self._grams[kind] = self._empty()
+            self._grams[kind].addmm_(rows.T, rows)
         kept, self._kept = self._kept, self._kept + len(sampled)
         if self._kept > len(self._sample):  # a layer that runs several times per window
             self._sample = torch.cat([self._sample, self._sample.new_empty(self._kept, self._sample.shape[1])])
@@ -187,8 +200,7 @@ class StatsCollector:
         """What there is so far: the number of tokens; squares [calls, n], rows [s, n] and perhaps XᵀX [n, n]."""
         if not self._tokens:
             return 0, {}
-        tensors = {"squares": torch.stack(self._squares), "rows": self._sample[: self._kept]}
-        return self._tokens, tensors if self._gram is None else tensors | {"gram": self._gram}
+        return self._tokens, {"squares": torch.stack(self._squares), "rows": self._sample[: self._kept]} | self._grams
 
     def stats(self, name: str) -> LayerStats:
         """The statistics so far; see `joined`."""
@@ -214,11 +226,13 @@ def joined(name: str, parts: Sequence[tuple[int, dict[str, Tensor]]]) -> LayerSt
             squares += row
     if not torch.isfinite(squares).all():
         raise SlabError(f"NaN or Inf in the inputs of layer {name}: check the weights, or use --dtype float32")
-    gram = seen[0].get("gram")
-    for tensors in seen[1:]:
-        gram = None if gram is None else gram + tensors["gram"]
-    tokens = sum(tokens for tokens, _ in parts)
-    return LayerStats(squares.sqrt().float(), tokens, torch.cat([tensors["rows"] for tensors in seen]), gram)
+    grams: dict[str, Tensor] = {}
+    for tensors in seen:
+        for kind in (GRAM, HELD_OUT):
+            if kind in tensors:
+                grams[kind] = grams[kind] + tensors[kind] if kind in grams else tensors[kind]
+    tokens, rows = sum(tokens for tokens, _ in parts), torch.cat([tensors["rows"] for tensors in seen])
+    return LayerStats(squares.sqrt().float(), tokens, rows, grams.get(GRAM), grams.get(HELD_OUT))
 
 
 class _AllSeen(Exception):  # noqa: N818 - no error: what is left of the block is of no interest
@@ -241,15 +255,15 @@ class _BlockWatch:
     def __init__(self, layers: dict[str, nn.Linear], with_gram: bool, samples: int) -> None:
         self._layers, self._with_gram, self._samples = layers, with_gram, samples
         self._collectors: dict[str, StatsCollector] = {}
-        self._sampled = torch.empty(0, dtype=torch.long)
+        self._sampled, self._held_out = torch.empty(0, dtype=torch.long), False
         self._inputs: dict[str, Tensor] = {}
         self._calls = 0
         self._windows = 0
         self._may_leave = False
 
-    def window(self, run: Callable[[], Tensor], sampled: Tensor) -> None:
-        """Run one window; `sampled` as in `StatsCollector.add`."""
-        self._sampled, self._calls = sampled, 0
+    def window(self, run: Callable[[], Tensor], sampled: Tensor, *, held_out: bool) -> None:
+        """Run one window; `sampled` and `held_out` as in `StatsCollector.add`."""
+        self._sampled, self._held_out, self._calls = sampled, held_out, 0
         with suppress(_AllSeen):
             run()
         if not self._windows:
@@ -273,7 +287,7 @@ class _BlockWatch:
         if twin is None or self._collectors[twin] is not collector:
             if any(self._collectors[other] is collector for other in self._inputs if other != name):
                 raise SlabError(f"layer {name} shares its inputs with others in some windows only: use --ignore {name}")
-            collector.add(inputs, self._sampled)
+            collector.add(inputs, self._sampled, held_out=self._held_out)
         self._inputs[name] = inputs
         self._calls += 1
         if self._may_leave and len(self._inputs) == len(self._layers):
@@ -314,7 +328,7 @@ def collect_stats(
     run: Callable[[int], Tensor],
     num_windows: int,
     *,
-    with_gram: bool,
+    held_out: int | None,
     seed: int,
     world: World = ALONE,
 ) -> dict[str, LayerStats]:
@@ -325,7 +339,7 @@ def collect_stats(
         layers: its target layers by full name.
         run: runs the block on window i, counted among those of this rank.
         num_windows: number of windows of all ranks.
-        with_gram: whether XᵀX is wanted.
+        held_out: how many windows, the last ones, are left out of XᵀX and get one of their own; None for no XᵀX.
         seed: seed of the choice of sampled rows.
         world: the ranks that divide the windows.
 
@@ -335,10 +349,11 @@ def collect_stats(
     Raises:
         SlabError: see `joined` and `_BlockWatch.see`.
     """
+    fitted = num_windows - (held_out or 0)
     generator = torch.Generator().manual_seed(seed)
     per_window = -(-SAMPLED_TOKENS // num_windows)
     mine = world.share(num_windows)
-    watch = _BlockWatch(layers, with_gram, per_window * len(mine))
+    watch = _BlockWatch(layers, held_out is not None, per_window * len(mine))
 
     def hook_for(name: str) -> Callable[..., None]:
         return lambda module, args: watch.see(name, args[0])
@@ -348,7 +363,7 @@ def collect_stats(
         for index in range(num_windows):
             sampled = torch.randint(1 << 30, (per_window,), generator=generator)
             if index in mine:
-                watch.window(partial(run, index - mine.start), sampled)
+                watch.window(partial(run, index - mine.start), sampled, held_out=index >= fitted)
     finally:
         for handle in handles:
             handle.remove()

@@ -35,6 +35,7 @@ def compare(
     ),
     bits: Annotated[str, typer.Option(help="Bits per code of the quantizers rtn and gptq.")] = "3,4,8",
     group_size: Annotated[str, typer.Option(help="Group sizes of the quantizers.")] = "128",
+    bits_per_weight: Annotated[str, typer.Option(help="True bits per weight of further cells of slab+.")] = "",
     calibration: Annotated[str, typer.Option(help="c4, wikitext2, self, builtin or a text file.")] = "c4",
     num_samples: Annotated[int, typer.Option(help="Calibration windows, the same for every method.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
@@ -62,6 +63,7 @@ def compare(
         tuple(_split(patterns)),
         tuple(_numbers(bits, int, "--bits")),
         tuple(_numbers(group_size, int, "--group-size")),
+        tuple(_numbers(bits_per_weight, float, "--bits-per-weight")),
     )
     chosen: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
     config = CompressionConfig(

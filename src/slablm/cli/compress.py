@@ -10,9 +10,12 @@ import typer
 
 from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, log, print_json, progress
 from slablm.cli.options import (
+    BitsPerWeight,
     Calibration,
+    GroupSize,
     IgnoredNames,
     Iterations,
+    MagnitudeBits,
     MaxMemory,
     MaxShardSize,
     Method,
@@ -32,6 +35,9 @@ def compress(
     out: Annotated[Path, typer.Argument(help="Folder for the compressed checkpoint.")],
     method: Method = "slab",
     ratio: Ratio = 0.5,
+    bits_per_weight: BitsPerWeight = None,
+    magnitude_bits: MagnitudeBits = None,
+    group_size: GroupSize = 128,
     pattern: PatternText = "unstructured",
     rank: Rank = 1,
     iterations: Iterations = 20,
@@ -66,6 +72,9 @@ def compress(
         config = CompressionConfig(
             method=method,
             ratio=ratio,
+            bits_per_weight=bits_per_weight,
+            magnitude_bits=magnitude_bits,
+            group_size=group_size,
             pattern=pattern,
             rank=rank,
             iterations=iterations,

@@ -6,8 +6,13 @@ from typing import Annotated
 
 import typer
 
-Method = Annotated[str, typer.Option(help="slab, wanda, magnitude or an arm of the ablation.")]
+Method = Annotated[str, typer.Option(help="slab, slab+, wanda, magnitude or an arm of the ablation.")]
 Ratio = Annotated[float, typer.Option(help="Compression ratio in the paper's accounting.")]
+BitsPerWeight = Annotated[
+    float | None, typer.Option(help="slab+: true bits per weight, instead of a ratio; chooses bits and kept entries.")
+]
+MagnitudeBits = Annotated[int | None, typer.Option(help="slab+: bits of a kept magnitude, 1 to 7.")]
+GroupSize = Annotated[int, typer.Option(help="slab+: columns that share a scale of the magnitudes.")]
 PatternText = Annotated[str, typer.Option(help="unstructured, 2:4, 4:8 or any N:M (N of every M survive).")]
 Rank = Annotated[int, typer.Option(help="Rank of the low-rank part.")]
 Iterations = Annotated[int, typer.Option(help="Rounds of alternating minimisation.")]

@@ -10,9 +10,12 @@ import typer
 
 from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, print_json
 from slablm.cli.options import (
+    BitsPerWeight,
     Calibration,
+    GroupSize,
     IgnoredNames,
     Iterations,
+    MagnitudeBits,
     MaxMemory,
     MaxShardSize,
     Method,
@@ -40,6 +43,9 @@ def plan(
     out: Annotated[Path, typer.Argument(help="Where the result would be; only its free space matters.")] = Path("out"),
     method: Method = "slab",
     ratio: Ratio = 0.5,
+    bits_per_weight: BitsPerWeight = None,
+    magnitude_bits: MagnitudeBits = None,
+    group_size: GroupSize = 128,
     pattern: PatternText = "unstructured",
     rank: Rank = 1,
     iterations: Iterations = 20,
@@ -70,6 +76,9 @@ def plan(
     config = CompressionConfig(
         method=method,
         ratio=ratio,
+        bits_per_weight=bits_per_weight,
+        magnitude_bits=magnitude_bits,
+        group_size=group_size,
         pattern=pattern,
         rank=rank,
         iterations=iterations,

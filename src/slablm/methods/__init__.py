@@ -14,13 +14,13 @@ from torch import Tensor
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods.ablation import LOWRANK_RANK, sparse, sparse_lowrank, sparse_scalar_binary
-from slablm.methods.budget import kept_per_row
+from slablm.methods.budget import RowBudget, kept_per_row
 from slablm.methods.decomposition import Decomposition, LayerStats
 from slablm.methods.pruning import magnitude, wanda
 from slablm.methods.quantizers import gptq, rtn
 from slablm.methods.results import PrunedWeight, QuantizedWeight
 from slablm.methods.slab import slab
-from slablm.methods.slab_plus import slab_plus
+from slablm.methods.slab_plus import possible_forms, slab_plus
 from slablm.methods.sparsegpt import sparsegpt
 
 Result = Decomposition | PrunedWeight | QuantizedWeight
@@ -57,6 +57,7 @@ __all__ = [
     "PrunedWeight",
     "QuantizedWeight",
     "Result",
+    "RowBudget",
     "get_method",
     "row_budget",
 ]
@@ -73,21 +74,24 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def row_budget(shape: tuple[int, int], config: CompressionConfig) -> tuple[int, int, bool]:
+def row_budget(shape: tuple[int, int], config: CompressionConfig) -> RowBudget:
     """What a packable method stores of a weight: it depends on the shape alone.
+
+    Only with a budget in true bits does `slab+` also look at the weight; all that it may choose take as many bytes, up
+    to rounding, and the first of these is returned.
 
     Args:
         shape: (m, n) of the weight.
-        config: `method`, `ratio`, `pattern` and `rank`.
-
-    Returns:
-        Entries k kept per row, rank r of the factors, and whether signs are stored.
+        config: `method`, `ratio` or `bits_per_weight`, `pattern`, `rank` and `magnitude_bits`.
 
     Raises:
         SlabError: the ratio leaves no entry, or the pattern does not divide n.
     """
+    if config.method == "slab+":
+        form = possible_forms(shape, config)[0]
+        return RowBudget(form.kept, 1, signs=True, bits=form.bits)
     if config.method in ("slab", "sparse+scalar-binary"):
         rank, signs = (min(config.rank, *shape) if config.method == "slab" else 1), True
     else:
         rank, signs = (LOWRANK_RANK if config.method == "sparse+lowrank" else 0), False
-    return kept_per_row(shape, config, rank, signs), min(rank, *shape), signs
+    return RowBudget(kept_per_row(shape, config, rank, signs), min(rank, *shape), signs)

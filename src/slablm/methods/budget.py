@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
+from dataclasses import dataclass
 
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
@@ -30,6 +31,23 @@ PAPER_VALUE_BITS = 16
 
 # floor(p n) must not lose an entry to the rounding of p: (1 − 0.9) · 10 is 0.9999999999999998 in binary.
 _ROUNDING = 1e-9
+
+
+@dataclass(frozen=True)
+class RowBudget:
+    """What is stored of a weight.
+
+    Attributes:
+        kept: entries k kept per row.
+        rank: rank r of the factors.
+        signs: whether signs are stored.
+        bits: bits of a magnitude on a grid; None for values in 16 bits.
+    """
+
+    kept: int
+    rank: int
+    signs: bool
+    bits: int | None = None
 
 
 def overhead(shape: tuple[int, int], rank: int, signs: bool) -> float:

@@ -14,7 +14,7 @@ import torch
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.memory import human_bytes, resident_bytes
-from slablm.methods import NEEDS_GRAM
+from slablm.methods import NEEDS_GRAM, NEEDS_HELD_OUT
 from slablm.planning.memory import Memory, Situation, plan_memory, spilled_bytes
 from slablm.planning.rehearsal import Rehearsal, rehearse
 from slablm.planning.size import Size, budgets, plan_size
@@ -130,7 +130,8 @@ def look_ahead(
         return None, problems
     device = torch.device(options.device)
     samples, ranks = _samples(config), options.world.size
-    rehearsal = rehearse(model, targets, config.seq_len, samples, device, with_gram=config.method in NEEDS_GRAM)
+    grams = (config.method in NEEDS_GRAM) + (config.method in NEEDS_HELD_OUT)
+    rehearsal = rehearse(model, targets, config.seq_len, samples, device, grams=grams)
     situation = Situation(
         itemsize=model.dtype.itemsize,
         stored_itemsize=known.stored_itemsize,

@@ -20,9 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from slablm.config import CompressionConfig
+from slablm.methods import NEEDS_GRAM
 from slablm.planning.rehearsal import Rehearsal, Work
 from slablm.planning.size import Size
 
+FLOAT32_BYTES = 4
+# n x n matrices of a column sweep beside the statistics: G in another order, its factor, the factor's inverse, the
+# identity, and G with damping.
+_SWEEP_MATRICES = 6
 # `check_finite` works on pieces of this many entries.
 _CHECKED_AT_ONCE = 1 << 24
 # Measured with SmolLM2's tokenizer: encodings, offsets and Python's integers.
@@ -156,12 +161,14 @@ def plan_memory(
 
 def largest_workspace(size: Size, config: CompressionConfig, situation: Situation) -> int:
     """Bytes beside the weight while the most expensive matrix is decomposed."""
+    sweep = _SWEEP_MATRICES * FLOAT32_BYTES if config.method in NEEDS_GRAM else 0
     return round(
         max(
             layer.weights
             * workspace_per_weight(
                 config.method, layer.kept_fraction, float32=situation.float32, accelerator=situation.accelerator
             )
+            + sweep * layer.shape[1] ** 2
             for layer in size.layers
         )
     )
@@ -176,6 +183,9 @@ def workspace_per_weight(method: str, kept_fraction: float, *, float32: bool, ac
     that in all rows takes 18 bytes. Gathering takes two int64 indices and a float32 per entry on
     the CPU, a place for every weight on accelerators.
 
+    `slab+` holds beside that what it started from, the sweep's transposed copy, errors and a mask: not measured as
+    closely.
+
     Args:
         method: name of the method.
         kept_fraction: k / n.
@@ -185,6 +195,8 @@ def workspace_per_weight(method: str, kept_fraction: float, *, float32: bool, ac
     gathered = 24 + 4 * kept_fraction if accelerator else 20 * kept_fraction
     if method in ("wanda", "magnitude", "sparse"):
         return 5 + gathered if float32 else max(18, 9 + gathered)
+    if method == "slab+":
+        return 54 + gathered
     return max(29, 25 + gathered)
 
 

@@ -139,7 +139,7 @@ _FLOPS: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for
 
 @torch.no_grad()
 def rehearse(
-    model: PreTrainedModel, targets: Targets, seq_len: int, samples: int, device: torch.device, *, with_gram: bool
+    model: PreTrainedModel, targets: Targets, seq_len: int, samples: int, device: torch.device, *, grams: int
 ) -> Rehearsal:
     """Run the calibration of one window, without values.
 
@@ -149,7 +149,7 @@ def rehearse(
         seq_len: tokens of the window.
         samples: rows kept for measuring the output error.
         device: compute device.
-        with_gram: whether XᵀX is collected.
+        grams: how many matrices XᵀX are collected of every layer, 0 to 2.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -172,7 +172,7 @@ def rehearse(
             modules = [model.get_submodule(name) for name in targets.names[index]]
             layers = [module for module in modules if isinstance(module, nn.Linear)]
             call = calls[index]
-            statistics = _measure(blocks[index], call, window, known, _collectors(layers, samples, with_gram))
+            statistics = _measure(blocks[index], call, window, known, _collectors(layers, samples, grams))
             propagation = _measure(blocks[index], call, window, known, lambda: [])
             runs.append(BlockRehearsal(count, weights, statistics, propagation))
         outside_bytes = sum({id(t): t.nbytes for t in tensors}.values())
@@ -205,7 +205,7 @@ def _measure(
     return Work(meter.peak, meter.heap_peak, left, flops.get_total_flops(), meter.touched)
 
 
-def _collectors(layers: list[nn.Linear], samples: int, with_gram: bool) -> Callable[[], list[Any]]:
+def _collectors(layers: list[nn.Linear], samples: int, grams: int) -> Callable[[], list[Any]]:
     """Hooks that collect statistics, once for layers that read the same tensor."""
 
     def watch() -> list[Any]:
@@ -214,8 +214,10 @@ def _collectors(layers: list[nn.Linear], samples: int, with_gram: bool) -> Calla
         def see(module: nn.Module, args: tuple[Any, ...]) -> None:
             if any(tensor is args[0] for tensor, _ in seen):
                 return
-            collector = StatsCollector(args[0].shape[-1], with_gram, args[0].device, samples)
-            collector.add(args[0], torch.zeros(min(samples, args[0].shape[-2]), dtype=torch.long))
+            collector = StatsCollector(args[0].shape[-1], grams > 0, args[0].device, samples)
+            for held_out in range(max(1, grams)):
+                sampled = torch.zeros(0 if held_out else min(samples, args[0].shape[-2]), dtype=torch.long)
+                collector.add(args[0], sampled, held_out=bool(held_out))
             seen.append((args[0], collector))
 
         return [(layer.register_forward_pre_hook(see), seen) for layer in layers]

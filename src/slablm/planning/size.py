@@ -17,7 +17,7 @@ from slablm import checkpoint, integrity
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.layerwise import LayerReport, replace_module, size_summary
-from slablm.methods import row_budget
+from slablm.methods import RowBudget, row_budget
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.modules import SlabLinear
 from slablm.packing import PackedSpec
@@ -70,11 +70,9 @@ class Size:
         return float(size_summary(self.layers)["compression_ratio"])
 
 
-def budgets(
-    model: nn.Module, targets: Targets, config: CompressionConfig
-) -> tuple[dict[str, tuple[int, int, bool]], list[str]]:
+def budgets(model: nn.Module, targets: Targets, config: CompressionConfig) -> tuple[dict[str, RowBudget], list[str]]:
     """What every layer stores, see `row_budget`; and one line per shape for which the settings are impossible."""
-    found: dict[str, tuple[int, int, bool]] = {}
+    found: dict[str, RowBudget] = {}
     problems: dict[tuple[int, int], str] = {}
     for name in (name for names in targets.names for name in names):
         shape = _shape(model, name)
@@ -87,7 +85,7 @@ def budgets(
 
 def plan_size(
     model: PreTrainedModel,
-    stored_as: dict[str, tuple[int, int, bool]],
+    stored_as: dict[str, RowBudget],
     config: CompressionConfig,
     max_shard_size: int,
 ) -> Size:
@@ -103,7 +101,7 @@ def plan_size(
 
     dtype: torch.dtype = getattr(torch, config.value_dtype or "")
     dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    layers = tuple(_empty_layer(model, name, budget, dtype) for name, budget in stored_as.items())
+    layers = tuple(_empty_layer(model, name, budget, dtype, config.group_size) for name, budget in stored_as.items())
     hf.describe(model, config, list(layers))
     state, groups = model.state_dict(), tensor_names(model)
     pieces = {names[0]: Piece.of(_stored(state[names[0]], dtype)) for names in groups}
@@ -125,15 +123,15 @@ def _shape(model: nn.Module, name: str) -> tuple[int, int]:
     return linear.out_features, linear.in_features
 
 
-def _empty_layer(model: nn.Module, name: str, budget: tuple[int, int, bool], dtype: torch.dtype) -> LayerReport:
+def _empty_layer(model: nn.Module, name: str, budget: RowBudget, dtype: torch.dtype, group_size: int) -> LayerReport:
     """Replace a layer by an empty packed one."""
-    (m, n), (kept, rank, signs) = _shape(model, name), budget
-    packed = PackedSpec(m, n, kept, rank, signs, dtype).empty("meta")
+    (m, n), coded = _shape(model, name), budget.bits is not None
+    spec = PackedSpec(m, n, budget.kept, budget.rank, budget.signs, dtype, budget.bits, group_size if coded else None)
     bias = model.get_submodule(name).bias
     assert bias is None or isinstance(bias, Tensor)
-    replace_module(model, name, SlabLinear(packed, bias))
-    paper_bits = PAPER_VALUE_BITS * (m * kept + rank * (m + n)) + signs * m * n
-    return LayerReport(name, (m, n), kept / n, paper_bits, 8 * packed.nbytes, _ERROR, 0.0)
+    replace_module(model, name, SlabLinear(spec, spec.empty("meta"), bias))
+    bits, width = budget.bits or PAPER_VALUE_BITS, spec.group_size
+    return LayerReport(name, (m, n), spec.kept / n, spec.paper_bits, 8 * spec.nbytes, _ERROR, 0.0, bits, width)
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

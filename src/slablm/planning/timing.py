@@ -17,7 +17,7 @@ from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.float32 import fast_float32
 from slablm.layerwise import compress_layer
-from slablm.methods import LayerStats, row_budget
+from slablm.methods import NEEDS_GRAM, LayerStats, row_budget
 from slablm.planning.rehearsal import Rehearsal
 from slablm.planning.size import Size
 
@@ -85,7 +85,9 @@ def _per_weight(shape: tuple[int, int], config: CompressionConfig, dtype: torch.
     except SlabError:  # factors cost more per weight in a slice than in the whole matrix
         rows = m
     weight = torch.randn(rows, n, device=device).to(dtype)
-    stats = LayerStats(torch.ones(n, device=device), 1, torch.randn(512, n, device=device))
+    sample = torch.randn(512, n, device=device)
+    gram = sample.T @ sample + torch.eye(n, device=device) if config.method in NEEDS_GRAM else None
+    stats = LayerStats(torch.ones(n, device=device), 1, sample, gram, gram)
     rounds = min(_ROUNDS, config.iterations)
 
     def run(iterations: int) -> float:
