@@ -48,7 +48,7 @@ def test_a_rehearsal_counts_what_a_block_takes(dtype):
     skeleton = empty_model(config, dtype)
     targets = select_targets(skeleton, CompressionConfig())
     cpu = torch.device("cpu")
-    (block,) = rehearse(skeleton, targets, 512, SAMPLED_TOKENS, cpu, with_gram=True).blocks
+    (block,) = rehearse(skeleton, targets, 512, SAMPLED_TOKENS, cpu, grams=1).blocks
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     assert block.count == 2
 
@@ -67,6 +67,6 @@ def test_a_rehearsal_counts_what_a_block_takes(dtype):
 def test_products_are_counted():
     skeleton = empty_model(tiny_config(), torch.float32)
     targets = select_targets(skeleton, CompressionConfig())
-    (block,) = rehearse(skeleton, targets, 128, 8, torch.device("cpu"), with_gram=False).blocks
+    (block,) = rehearse(skeleton, targets, 128, 8, torch.device("cpu"), grams=0).blocks
     weights = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 96
     assert block.propagation.flops == 2 * 128 * weights + 4 * 128 * 128 * 64
