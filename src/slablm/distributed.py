@@ -11,7 +11,7 @@ weights, which every rank needs to run its windows through the compressed block.
 The numbers do not depend on the number of ranks. Windows never meet before their sums are formed, and the exchange
 hands over the sums of every single call, which all ranks then add up in the order of the windows, as one process does.
 A matrix is decomposed by one rank as one process would. So the result has the same bits (on the same kind of CPU or
-GPU and with the same number of threads, as ever). Only XᵀX, which no method that can be packed needs, is added up per
+GPU and with the same number of threads, as ever). Only XᵀX, of the methods in `NEEDS_GRAM`, is added up per
 rank first, and therefore agrees to float32 rounding.
 
 When a rank ends too early, the others find their connection closed, or torchrun sends them SIGTERM. Either becomes a
