@@ -1,4 +1,8 @@
+import re
+from pathlib import Path
+
 import pytest
+import torch
 
 from slablm import SlabError
 from slablm.memory import human_bytes, parse_bytes, peak_resident_bytes
@@ -30,3 +34,19 @@ def test_human_sizes_can_be_read_back():
 
 def test_peak_memory_is_that_of_a_python_with_torch():
     assert peak_resident_bytes() > 50_000_000
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_an_empty_model_takes_no_memory():
+    """Weights that exist for a moment must not pile up: under a limit on memory a deep model could not be opened."""
+    from slablm.streaming import empty_model
+    from tests.conftest import tiny_config
+
+    def data():
+        return int(re.search(r"VmData:\s+(\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+    config = tiny_config(hidden_size=1536, intermediate_size=4096, num_hidden_layers=24)
+    before = data()
+    model = empty_model(config, torch.float16)
+    assert sum(parameter.nbytes for parameter in model.parameters()) > 1_000_000_000
+    assert data() - before < 150_000_000

@@ -6,11 +6,16 @@ import ctypes
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
 from slablm.errors import SlabError
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+_SMALL_PIECE = 64 << 10
+_LARGEST_ON_HEAP = 32 << 20
 
 
 def peak_resident_bytes() -> int | None:
@@ -43,16 +48,31 @@ def give_back() -> None:
     glibc keeps blocks below 32 MB for later. When tensors of several sizes take turns, as in a model, what it keeps
     fits the next one badly and grows: by 100 MB over a few layers where the largest tensor has 12 MB.
     """
-    if (trim := _malloc_trim()) is not None:
+    if (trim := _c_function("malloc_trim")) is not None:
         trim(0)
 
 
+@contextmanager
+def mapped_apart() -> Iterator[None]:
+    """Within it, glibc maps all but small pieces one by one, so that each goes back as soon as it is freed.
+
+    For code that takes large pieces for a moment and small ones for good: on a heap the small ones would come to lie
+    behind the large ones, and what is in front of them could not be given back.
+    """
+    limit = _c_function("mallopt")
+    if limit is not None:
+        limit(_MMAP_THRESHOLD, _SMALL_PIECE)
+    try:
+        yield
+    finally:
+        if limit is not None:  # where glibc's own rule soon arrives, and it cannot be switched on again
+            limit(_MMAP_THRESHOLD, _LARGEST_ON_HEAP)
+
+
 @cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    # Not every C library has it.
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+def _c_function(name: str) -> Callable[..., int] | None:
+    """A function of glibc; not every C library has it."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
 
 
 def human_bytes(count: float) -> str:

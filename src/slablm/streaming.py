@@ -32,6 +32,7 @@ from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.journal import Journal, block_key, outside_key
 from slablm.layerwise import BlockStore, FinishedBlock, LayerReport, check_finite, rounded
+from slablm.memory import mapped_apart
 from slablm.packing import PackedSpec
 from slablm.shards import WAY_OUT, Piece
 from slablm.targets import Targets, find_blocks
@@ -149,7 +150,8 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
-    with init_empty_weights(include_buffers=False):
+    # Every weight exists for a moment, before it goes to the meta device.
+    with mapped_apart(), init_empty_weights(include_buffers=False):
         build: Any = AutoModelForCausalLM.from_config
         model: PreTrainedModel = build(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
     model.tie_weights()  # the context above makes a tensor of its own for every name

@@ -78,7 +78,7 @@ def test_unknown_value_bits_are_refused():
 def test_more_kept_entries_than_an_offset_can_count_are_refused():
     spec = PackedSpec(1, 70_000, 65_536, 0, False, torch.float16)
     with pytest.raises(SlabError, match="q_proj keeps 65536 entries per row, the GPU kernels go up to 65535"):
-        to_gpu(spec.empty(), name="q_proj")
+        to_gpu(spec.from_parts(spec.empty()), name="q_proj")
 
 
 def test_eight_bit_values_do_not_go_back():
