@@ -35,7 +35,7 @@ from slablm.config import CompressionConfig
 from slablm.distributed import ALONE, World, assign
 from slablm.errors import SlabError
 from slablm.float32 import fast_float32
-from slablm.memory import give_back
+from slablm.memory import give_back, mapped_apart
 from slablm.methods import NEEDS_GRAM, NEEDS_HELD_OUT, Decomposition, LayerStats, PrunedWeight, get_method
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.modules import SlabLinear
@@ -45,6 +45,8 @@ from slablm.targets import Targets, find_blocks
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# Blocks and the buffers of a decomposition come and go while smaller things stay: larger ones are kept off the heap.
+_HEAP_PIECE = 4 << 20
 # One window in so many is kept back for the methods of `NEEDS_HELD_OUT`.
 HELD_OUT_SHARE = 8
 
@@ -192,7 +194,8 @@ def compress_blocks(
     for index, block in enumerate(blocks):
         layers = {name: _linear(model, name) for name in targets.names[index]}
         if calibrated is not None:
-            store.load(index)
+            with mapped_apart(above=_HEAP_PIECE):
+                store.load(index)
         if index < store.done:
             finished = store.finished(index) if world.first else FinishedBlock()
             for report in finished.reports:
@@ -203,7 +206,8 @@ def compress_blocks(
         else:
             assert calibrated is not None
             stats = calibrated.stats(index, layers, config)
-            finished = _compress_layers(layers, stats, config, note, world)
+            with mapped_apart(above=_HEAP_PIECE):
+                finished = _compress_layers(layers, stats, config, note, world)
         reports += finished.reports
         if calibrated is not None:
             calibrated.propagate(index, block)

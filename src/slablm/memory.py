@@ -14,7 +14,6 @@ from pathlib import Path
 from slablm.errors import SlabError
 
 _MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
-_SMALL_PIECE = 64 << 10
 _LARGEST_ON_HEAP = 32 << 20
 
 
@@ -53,15 +52,18 @@ def give_back() -> None:
 
 
 @contextmanager
-def mapped_apart() -> Iterator[None]:
+def mapped_apart(above: int = 64 << 10) -> Iterator[None]:
     """Within it, glibc maps all but small pieces one by one, so that each goes back as soon as it is freed.
 
     For code that takes large pieces for a moment and small ones for good: on a heap the small ones would come to lie
     behind the large ones, and what is in front of them could not be given back.
+
+    Args:
+        above: bytes from which a piece is not small. Every piece that is mapped costs a call and its pages anew.
     """
     limit = _c_function("mallopt")
     if limit is not None:
-        limit(_MMAP_THRESHOLD, _SMALL_PIECE)
+        limit(_MMAP_THRESHOLD, above)
     try:
         yield
     finally:
