@@ -35,11 +35,12 @@ COLOURS = (
     ("#b8860b", "#e3bd4b"),
     ("#5f6b00", "#b3c043"),
     ("#a6262b", "#f27c80"),
+    ("#2b3a67", "#9fb0e8"),
 )
 INK, GRID = ("#1c1d1f", "#e6e6e3"), ("#d9dadc", "#3a3d42")
 # Bars of the dense model, on both backgrounds: error bars in ink show on it.
 GREY = "#8f949b"
-MARKERS = "os^DvPX<>"
+MARKERS = "os^DvPX<>*"
 FILLS = ("full", "none", "left", "top")
 UNSTRUCTURED = "unstructured"
 # 5 inches become 360 CSS pixels on a phone, where 10 points are still 8.
