@@ -7,7 +7,18 @@ from slablm import SlabError
 from slablm.config import CompressionConfig
 from slablm.methods import LayerStats, get_method
 from slablm.methods.budget import coded_bytes, kept_per_row
-from slablm.methods.slab_plus import Form, closed_form, damped, fed, output_error, possible_forms, refit, slab_plus
+from slablm.methods.slab_plus import (
+    Form,
+    closed_form,
+    damped,
+    descent,
+    fed,
+    feedback,
+    output_error,
+    possible_forms,
+    refit,
+    slab_plus,
+)
 
 
 def correlated(m=24, n=40, tokens=400, seed=0):
@@ -75,7 +86,8 @@ def test_a_budget_in_true_bits_is_kept(m, n, group_size, per_weight, seed):
 @pytest.mark.parametrize("bits", [None, 2])
 def test_rows_keep_as_many_entries_as_the_form_says(bits):
     weight, gram, _ = correlated()
-    result = fed(weight, gram, CompressionConfig(method="slab+", group_size=16), Form(13, bits), 0.01)
+    start = closed_form(weight, gram, CompressionConfig(method="slab+", group_size=16), Form(13, bits))
+    result = fed(weight, gram, start, 0.01, choose=True)
     assert (result.mask.sum(dim=1) == 13).all()
     assert torch.equal(result.dense()[result.mask].view(24, 13), result.values)
 
@@ -101,6 +113,19 @@ def test_refit_is_the_least_squares_solution():
         nudged = result.left + 0.01 * result.left.abs().mean() * torch.randn(24, 1, generator=generator)
         other = type(result)(result.mask, result.values, nudged, result.right, result.signs)
         assert slow_error(weight, other.dense(), gram) > least
+
+
+@pytest.mark.parametrize("bits", [None, 3])
+def test_descent_lowers_the_error_of_the_sweep(bits):
+    weight, gram, _ = correlated()
+    trusted = damped(gram, 0.01)
+    start = closed_form(weight, gram, CompressionConfig(method="slab+", group_size=16), Form(13, bits))
+    swept = refit(weight, feedback(weight, gram, start, 0.01, choose=False), trusted)
+    lower = descent(weight, trusted, swept, choose=False)
+    assert torch.equal(lower.mask, start.mask)
+    assert slow_error(weight, lower.dense(), trusted) < 0.98 * slow_error(weight, swept.dense(), trusted)
+    assert (swept.left >= 0).all()
+    assert (swept.right >= 0).all()
 
 
 def test_output_error_is_the_quadratic_form():

@@ -16,9 +16,11 @@ diagonal, d_j² = G_jj, and only to choose what is kept.
        u_i = t_i G b_i / b_i G b_i,              b_i the row of ± v_j where not kept, t_i the row of W − kept entries
        (G ⊙ PᵀP) v = Σ_i p_i ⊙ (t_i G),          p_i the row of ± u_i where not kept
 
-5. *Held-out choice.* G is an estimate from some tokens; feedback fits their noise too. On a sample of rows, step 3 is
-   tried with each of `DAMPINGS`; what wins is done with all rows, and is the result if its error on tokens that were
-   held back is less than that of steps 1 and 2 alone. So on those tokens feedback never does harm.
+5. *Descent.* `DESCENTS` times: every entry is looked at again with all others known (`descent`), by the rules of step
+   3, then u and v are fitted again. Of all steps after the first sweep this gives most.
+6. *Held-out choice.* G is an estimate from some tokens; feedback fits their noise too. On a sample of rows, steps 3 to
+   5 are tried with each of `DAMPINGS`; what wins is done with all rows, and is the result if its error on tokens that
+   were held back is less than that of steps 1 and 2 alone. So on those tokens feedback never does harm.
 
 A budget in true bits (`CompressionConfig.bits_per_weight`) leaves open how many entries are kept, and in how many bits:
 few fine ones or many coarse ones. The fewest bits with which a share in `SENSIBLE` is kept are tried, and one and two
@@ -38,13 +40,15 @@ from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods.budget import coded_bytes, kept_per_row, kept_within
 from slablm.methods.decomposition import Decomposition, LayerStats, low_rank
+from slablm.methods.descent import descent_sweep
 from slablm.methods.grid import LARGEST_BITS, ValueGrid, fit_grid
 from slablm.methods.select import kept_columns
 from slablm.methods.slab import alternate, leading_factors, start_basis
-from slablm.methods.sweep import BLOCK_SIZE, Block, column_sweep, required_gram
+from slablm.methods.sweep import BLOCK_SIZE, Block, Plan, column_sweep, required_gram
 
-# Shares of the mean diagonal that are added to G for the sweep: little trust in G, and less.
-DAMPINGS = (0.01, 0.1)
+# Shares of the mean diagonal that are added to G: little trust in G, and more. Forms are compared with the first.
+DAMPINGS = (0.1, 0.01)
+DESCENTS = 4
 # Share of kept entries that a budget may lead to, and how many numbers of bits are tried within it.
 SENSIBLE = (0.2, 0.97)
 MOST_TRIED = 3
@@ -102,14 +106,33 @@ def slab_plus(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> D
     if held_out is None:
         return closed_form(weight, gram, config, forms[0])
     sample = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
-    trials = {
-        (form, damping): output_error(sample, fed(sample, gram, config, form, damping), held_out)
-        for form in forms
-        for damping in DAMPINGS
-    }
-    form, damping = min(trials, key=lambda trial: trials[trial])
-    plain, best = closed_form(weight, gram, config, form), fed(weight, gram, config, form, damping)
+    form, damping = _best_trial(sample, gram, held_out, config, forms)
+    plain = closed_form(weight, gram, config, form)
+    best = fed(weight, gram, plain, damping, choose=config.n_of_m is None)
     return best if output_error(weight, best, held_out) < output_error(weight, plain, held_out) else plain
+
+
+def _best_trial(
+    sample: Tensor, gram: Tensor, held_out: Tensor, config: CompressionConfig, forms: list[Form]
+) -> tuple[Form, float]:
+    """The form and the damping with the smallest error of some rows on held-out tokens: first the one, then the other.
+
+    Args:
+        sample: rows of W, [s, n].
+        gram: G, [n, n].
+        held_out: of the tokens that decide, [n, n].
+        config: as for `slab_plus`.
+        forms: what to choose from.
+    """
+
+    def error(form: Form, damping: float) -> float:
+        start = closed_form(sample, gram, config, form)
+        return output_error(sample, fed(sample, gram, start, damping, choose=config.n_of_m is None), held_out)
+
+    errors = {(form, DAMPINGS[0]): error(form, DAMPINGS[0]) for form in forms}
+    form, _ = min(errors, key=errors.__getitem__)
+    errors |= {(form, damping): error(form, damping) for damping in DAMPINGS[1:]}
+    return min(errors, key=errors.__getitem__)
 
 
 def possible_forms(shape: tuple[int, int], config: CompressionConfig) -> list[Form]:
@@ -147,11 +170,21 @@ def closed_form(weight: Tensor, gram: Tensor, config: CompressionConfig, form: F
     return on_grid(start, grid)
 
 
-def fed(weight: Tensor, gram: Tensor, config: CompressionConfig, form: Form, damping: float) -> Decomposition:
-    """Steps 1 to 4."""
-    start = closed_form(weight, gram, config, form)
-    swept = feedback(weight, gram, start, damping, choose=config.n_of_m is None)
-    return refit(weight, swept, damped(gram, damping))
+def fed(weight: Tensor, gram: Tensor, start: Decomposition, damping: float, *, choose: bool) -> Decomposition:
+    """Steps 3 to 5.
+
+    Args:
+        weight: W, [m, n] float32.
+        gram: G, [n, n].
+        start: gives u v, the grid if there is one, and how many entries each row keeps of which columns.
+        damping: share of the mean diagonal that is added to G.
+        choose: whether positions are chosen anew within a block of columns (they must not where a pattern binds them).
+    """
+    trusted = damped(gram, damping)
+    result = refit(weight, feedback(weight, gram, start, damping, choose=choose), trusted)
+    for _ in range(DESCENTS):
+        result = refit(weight, descent(weight, trusted, result, choose=choose), trusted)
+    return result
 
 
 def positive(norms: Tensor) -> Tensor:
@@ -181,19 +214,32 @@ def on_grid(start: Decomposition, grid: ValueGrid) -> Decomposition:
 
 
 def feedback(weight: Tensor, gram: Tensor, start: Decomposition, damping: float, *, choose: bool) -> Decomposition:
-    """Step 3: the sweep.
+    """Step 3: the sweep with error feedback; arguments as of `fed`."""
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    background, mask = low_rank(start.left, start.right)[:, order], start.mask[:, order]
+    plan = _plan(background, mask, start.grid, order, choose=choose)
+    swept = column_sweep(weight[:, order], gram[order][:, order], plan, BLOCK_SIZE, damping)
+    back = order.argsort()
+    return _from_dense(start, swept[:, back], mask[:, back])
+
+
+def descent(weight: Tensor, gram: Tensor, start: Decomposition, *, choose: bool) -> Decomposition:
+    """Step 5, without the refit: one sweep of coordinate descent; arguments as of `fed`, but a damped G."""
+    background, mask = low_rank(start.left, start.right), start.mask.clone()
+    plan = _plan(background, mask, start.grid, torch.arange(len(gram), device=gram.device), choose=choose)
+    return _from_dense(start, descent_sweep(weight, start.dense(), gram, plan), mask)
+
+
+def _plan(background: Tensor, mask: Tensor, grid: ValueGrid | None, order: Tensor, *, choose: bool) -> Plan:
+    """What a column becomes in either sweep.
 
     Args:
-        weight: W, [m, n] float32.
-        gram: G, [n, n].
-        start: gives u v, the grid if there is one, and how many entries each row keeps of which columns.
-        damping: of the sweep.
-        choose: whether positions are chosen anew within a block of columns (they must not where a pattern binds them).
+        background: |u v| in the order of the sweep, [m, n].
+        mask: kept positions in the same order, [m, n] bool; those that are chosen anew are written into it.
+        grid: of the kept entries.
+        order: the column of the weight behind each column of the sweep, [n].
+        choose: see `fed`.
     """
-    grid = start.grid
-    order = gram.diagonal().argsort(descending=True, stable=True)
-    background = low_rank(start.left, start.right)[:, order]
-    mask = start.mask[:, order]
 
     def rounded(current: Tensor, columns: slice) -> Tensor:
         if grid is None:
@@ -212,10 +258,12 @@ def feedback(weight: Tensor, gram: Tensor, start: Decomposition, damping: float,
 
         return replace_column
 
-    swept = column_sweep(weight[:, order], gram[order][:, order], plan, BLOCK_SIZE, damping)
-    back = order.argsort()
-    dense, mask = swept[:, back], mask[:, back]
-    return replace(start, mask=mask, values=dense[mask].view(len(weight), start.kept), signs=dense < 0)
+    return plan
+
+
+def _from_dense(start: Decomposition, dense: Tensor, mask: Tensor) -> Decomposition:
+    """A decomposition with other kept entries and signs."""
+    return replace(start, mask=mask, values=dense[mask].view(len(dense), start.kept), signs=dense < 0)
 
 
 def _choose(block: Block, background: Tensor, rounded: Tensor, mask: Tensor) -> Tensor:
@@ -247,7 +295,9 @@ def refit(weight: Tensor, start: Decomposition, gram: Tensor) -> Decomposition:
     system.diagonal().add_(_REFIT_DAMPING * system.diagonal().mean().clamp_min(torch.finfo(weight.dtype).tiny))
     right = torch.linalg.solve(system, (parts * wanted).sum(dim=0))
     left = _best_left(wanted, signs * right, gram, left)
-    return replace(start, left=left[:, None], right=right[None])
+    # Factors stay non-negative, as in the paper: a minus in u v is one in the signs.
+    minus = ((left < 0)[:, None] ^ (right < 0)) & ~start.mask
+    return replace(start, left=left.abs()[:, None], right=right.abs()[None], signs=start.signs ^ minus)
 
 
 def _best_left(wanted: Tensor, patterns: Tensor, gram: Tensor, otherwise: Tensor) -> Tensor:
