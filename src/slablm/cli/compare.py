@@ -114,8 +114,7 @@ def run(
     cells = grid.cells(config)
     tasks.identity()
     require_matplotlib()
-    if loading.is_compressed(source):
-        raise SlabError(f"{source} is already compressed by slablm: start from the dense model")
+    loading.check_dense(source)
     results = ResultsFile(out / RESULTS)
     quiet_libraries()
     log.print(f"Loading {source}")
