@@ -18,20 +18,18 @@ from slablm.shards import Piece, TensorFile
 
 
 @dataclass(frozen=True)
-class Inspection:
-    """Contents of a checkpoint.
+class SizeOnDisk:
+    """Compressed layers and the files that hold them.
 
     Attributes:
-        layers: one report per compressed layer (`seconds` is 0: time is not stored).
+        layers: one report per compressed layer.
         header_bytes: bytes of all safetensors headers, digests included.
         file_bytes: bytes of all safetensors files.
-        settings: the compression settings.
     """
 
     layers: tuple[LayerReport, ...]
     header_bytes: int
     file_bytes: int
-    settings: dict[str, Any]
 
     @property
     def weights(self) -> int:
@@ -47,6 +45,17 @@ class Inspection:
     def compression_ratio(self) -> float:
         """The paper's compression ratio over all compressed layers."""
         return float(size_summary(self.layers)["compression_ratio"])
+
+
+@dataclass(frozen=True)
+class Inspection(SizeOnDisk):
+    """Contents of a checkpoint; the layers' `seconds` are 0, as time is not stored.
+
+    Attributes:
+        settings: the compression settings.
+    """
+
+    settings: dict[str, Any]
 
     @property
     def kept_fraction(self) -> float:

@@ -122,6 +122,16 @@ def is_compressed(source: str) -> bool:
     return isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == "slab"
 
 
+def check_dense(source: str) -> None:
+    """Refuse a checkpoint of slablm where a dense model is wanted.
+
+    Raises:
+        SlabError: with the way out.
+    """
+    if is_compressed(source):
+        raise SlabError(f"{source} is already compressed by slablm: start from the dense model")
+
+
 def check_device(device: str) -> None:
     """Refuse a device that torch cannot use here.
 

@@ -34,7 +34,7 @@ from slablm.errors import SlabError
 from slablm.inspection import read_quantization_config
 from slablm.journal import Journal, open_journal, unfinished_folder
 from slablm.layerwise import LayerReport, Progress, compress_blocks
-from slablm.loading import is_compressed
+from slablm.loading import check_dense, is_compressed
 from slablm.memory import give_back, human_bytes
 from slablm.planning.checks import preflight
 from slablm.shards import sync, sync_folder
@@ -118,8 +118,7 @@ def compress_folder(
             f"{config.num_samples} calibration windows cannot be divided among {world.size} ranks: "
             f"use --num-samples {world.size} or more, or fewer ranks"
         )
-    if is_compressed(source):
-        raise SlabError(f"{source} is already compressed by slablm: start from the dense model")
+    check_dense(source)
     if not world.first:
         return _help(source, out, config, options)
     checkpoint.remove_abandoned(out)

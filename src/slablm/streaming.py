@@ -114,19 +114,17 @@ def _skeleton(where: str, dtype: str, weights: dict[str, Piece], options: dict[s
     """The model without its weights as `from_pretrained` would set it up, or why it has to be read as a whole.
 
     Raises:
-        SlabError: a tensor is missing in the files, or has another shape than the model wants.
+        SlabError: see `why_whole`.
     """
     from transformers import AutoConfig, GenerationConfig
 
     wanted = loading.wanted_dtype(dtype, gguf=False)
     config = AutoConfig.from_pretrained(where, **options)
     if wanted == "auto":
-        wanted = config.dtype
-        if wanted is None:
-            types = {tensor.dtype for tensor in map(Piece.meta, weights.values()) if tensor.is_floating_point()}
-            if len(types) != 1:
-                return None, "its config names no dtype and its files hold several"
-            wanted = types.pop()
+        types = own_dtypes(config, weights)
+        if len(types) != 1:
+            return None, "its config names no dtype and its files hold several"
+        wanted = types[0]
     model = empty_model(config, wanted, trust_remote_code=options["trust_remote_code"])
     model.config.name_or_path = where
     if model.can_generate():
@@ -136,7 +134,14 @@ def _skeleton(where: str, dtype: str, weights: dict[str, Piece], options: dict[s
             model.generation_config = GenerationConfig.from_pretrained(
                 where, config_file_name="config.json", _from_model_config=True, revision=options["revision"]
             )
-    return model, _why_not(model, weights)
+    return model, why_whole(model, weights)
+
+
+def own_dtypes(config: Any, weights: dict[str, Piece]) -> list[torch.dtype]:
+    """The type that a model's config names; without one, those in its files, the first one in front."""
+    if config.dtype is not None:
+        return [config.dtype]
+    return list(dict.fromkeys(t.dtype for t in map(Piece.meta, weights.values()) if t.is_floating_point()))
 
 
 def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -158,11 +163,15 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
     return model
 
 
-def _why_not(model: PreTrainedModel, weights: dict[str, Piece]) -> str:
+def why_whole(model: PreTrainedModel, weights: dict[str, Piece]) -> str:
     """Why the files' tensors cannot just be put into the model under their names; empty if they can.
 
+    Args:
+        model: on the meta device.
+        weights: where each tensor lies.
+
     Raises:
-        SlabError: see `_skeleton`.
+        SlabError: a tensor is missing in the files, or has another shape than the model wants.
     """
     prefix, _ = find_blocks(model)
     missing = []
@@ -337,19 +346,9 @@ class StreamedBlocks(BlockStore):
 
 def _spec(report: LayerReport, parts: dict[str, Tensor]) -> PackedSpec:
     """What the packed parts of a layer are."""
-    m, n = report.shape
-    rank, dtype, coded = parts["left"].shape[1], parts["left"].dtype, report.group_size is not None
-    signs = coded or "states" in parts
-    return PackedSpec(
-        m,
-        n,
-        round(report.kept_fraction * n),
-        rank,
-        signs,
-        dtype,
-        report.value_bits if coded else None,
-        report.group_size,
-    )
+    (m, n), left, coded = report.shape, parts["left"], report.group_size is not None
+    kept, bits = round(report.kept_fraction * n), report.value_bits if coded else None
+    return PackedSpec(m, n, kept, left.shape[1], coded or "states" in parts, left.dtype, bits, report.group_size)
 
 
 def _is_parameter(model: nn.Module, name: str) -> bool:

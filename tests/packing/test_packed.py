@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -27,13 +29,8 @@ def decompositions(draw):
 @given(decompositions(), st.sampled_from([torch.float16, torch.bfloat16]))
 def test_packing_is_bit_exact(decomposition, dtype):
     packed = pack(decomposition, dtype)
-    rounded = Decomposition(
-        decomposition.mask,
-        decomposition.values.to(dtype),
-        decomposition.left.to(dtype),
-        decomposition.right.to(dtype),
-        decomposition.signs,
-    )
+    parts = {part: getattr(decomposition, part).to(dtype) for part in ("values", "left", "right")}
+    rounded = replace(decomposition, **parts)
     assert torch.equal(packed.dense(), rounded.dense())
     assert torch.equal(packed.unpack().dense(), rounded.dense())
     again = pack(packed.unpack(), dtype)

@@ -172,6 +172,14 @@ def test_compress_checks_first(what, value, message, tiny_folder, quick, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_an_unfinished_run_has_written_is_not_needed_again(tiny_folder, quick):
+    outlook = planned(tiny_folder, quick).outlook
+    tight = replace(outlook, disk=replace(outlook.disk, free_bytes=outlook.disk.needed_bytes - 10))
+    (problem,) = tight.problems(torch.device("cpu"), present_bytes=9)
+    assert problem.startswith("the disk has")
+    assert tight.problems(torch.device("cpu"), present_bytes=10) == []
+
+
 def test_a_folder_without_a_config(tmp_path):
     with pytest.raises(SlabError, match=r"holds no config\.json"):
         planned(tmp_path, CompressionConfig())

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
+from slablm.cli import options
 from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, log, print_json, print_table, progress
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
@@ -26,6 +27,7 @@ RESULTS = "results.jsonl"
 
 
 def compare(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or 'smollm2'.")],
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, report.html and plots.")],
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "slab,wanda,sparsegpt",
@@ -36,20 +38,20 @@ def compare(
     bits: Annotated[str, typer.Option(help="Bits per code of the quantizers rtn and gptq.")] = "3,4,8",
     group_size: Annotated[str, typer.Option(help="Group sizes of the quantizers.")] = "128",
     bits_per_weight: Annotated[str, typer.Option(help="True bits per weight of further cells of slab+.")] = "",
-    calibration: Annotated[str, typer.Option(help="c4, wikitext2, self, builtin or a text file.")] = "c4",
+    calibration: options.Calibration = "c4",
     num_samples: Annotated[int, typer.Option(help="Calibration windows, the same for every method.")] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    seq_len: options.SeqLen = 2048,
     text: Annotated[str, typer.Option(help="Evaluation: wikitext2, c4, builtin or a text file.")] = "wikitext2",
     max_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate on the first windows only.")] = None,
     eval_seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per evaluation window; as --seq-len.")] = None,
     tasks: Annotated[str, typer.Option(help="Zero-shot tasks of lm-eval, separated by commas.")] = "",
     task_file: Annotated[list[Path] | None, typer.Option(help="A local task file; repeat for several.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
-    targets: Annotated[list[str] | None, typer.Option(help="Modules to compress; repeat for several.")] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Modules to leave dense; repeat for several.")] = None,
+    targets: options.TargetNames = None,
+    ignore: options.IgnoredNames = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of everything that is sampled.")] = 0,
+    seed: options.Seed = 0,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -65,15 +67,7 @@ def compare(
         tuple(_numbers(group_size, int, "--group-size")),
         tuple(_numbers(bits_per_weight, float, "--bits-per-weight")),
     )
-    chosen: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
-    config = CompressionConfig(
-        calibration=calibration,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        ignore=tuple(ignore or ()),
-        seed=seed,
-        **chosen,
-    )
+    config = options.config(context, "calibration", "num_samples", "seq_len", "targets", "ignore", "seed")
     records = run(
         model, out, grid, config, text=text, max_windows=max_windows, eval_seq_len=eval_seq_len or seq_len,
         tasks=Tasks(tuple(_split(tasks)), tuple(task_file or ()), limit), dtype=dtype, device=device,
@@ -120,8 +114,7 @@ def run(
     cells = grid.cells(config)
     tasks.identity()
     require_matplotlib()
-    if loading.is_compressed(source):
-        raise SlabError(f"{source} is already compressed by slablm: start from the dense model")
+    loading.check_dense(source)
     results = ResultsFile(out / RESULTS)
     quiet_libraries()
     log.print(f"Loading {source}")

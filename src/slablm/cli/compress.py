@@ -8,52 +8,36 @@ from typing import Annotated, Any
 
 import typer
 
+from slablm.cli import options
 from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, log, print_json, progress
-from slablm.cli.options import (
-    BitsPerWeight,
-    Calibration,
-    GroupSize,
-    IgnoredNames,
-    Iterations,
-    MagnitudeBits,
-    MaxMemory,
-    MaxShardSize,
-    Method,
-    NumSamples,
-    PatternText,
-    Rank,
-    Ratio,
-    SeqLen,
-    TargetNames,
-    ValueDtype,
-)
 from slablm.config import CompressionConfig
 
 
 def compress(
+    context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or 'smollm2'.")],
     out: Annotated[Path, typer.Argument(help="Folder for the compressed checkpoint.")],
-    method: Method = "slab",
-    ratio: Ratio = 0.5,
-    bits_per_weight: BitsPerWeight = None,
-    magnitude_bits: MagnitudeBits = None,
-    group_size: GroupSize = 128,
-    pattern: PatternText = "unstructured",
-    rank: Rank = 1,
-    iterations: Iterations = 20,
-    calibration: Calibration = "c4",
-    num_samples: NumSamples = 128,
-    seq_len: SeqLen = 2048,
-    targets: TargetNames = None,
-    ignore: IgnoredNames = None,
+    method: options.Method = "slab",
+    ratio: options.Ratio = 0.5,
+    bits_per_weight: options.BitsPerWeight = None,
+    magnitude_bits: options.MagnitudeBits = None,
+    group_size: options.GroupSize = 128,
+    pattern: options.PatternText = "unstructured",
+    rank: options.Rank = 1,
+    iterations: options.Iterations = 20,
+    calibration: options.Calibration = "c4",
+    num_samples: options.NumSamples = 128,
+    seq_len: options.SeqLen = 2048,
+    targets: options.TargetNames = None,
+    ignore: options.IgnoredNames = None,
     dtype: Dtype = "auto",
-    value_dtype: ValueDtype = None,
+    value_dtype: options.ValueDtype = None,
     device: Device = "cpu",
-    seed: Annotated[int, typer.Option(help="Seed of everything that is sampled.")] = 0,
+    seed: options.Seed = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that OUT already holds.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run into OUT, if there is one.")] = False,
-    max_memory: MaxMemory = None,
-    max_shard_size: MaxShardSize = "50GB",
+    max_memory: options.MaxMemory = None,
+    max_shard_size: options.MaxShardSize = "50GB",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -68,24 +52,7 @@ def compress(
     from slablm.memory import parse_bytes
 
     with join(device) as world:
-        settings: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
-        config = CompressionConfig(
-            method=method,
-            ratio=ratio,
-            bits_per_weight=bits_per_weight,
-            magnitude_bits=magnitude_bits,
-            group_size=group_size,
-            pattern=pattern,
-            rank=rank,
-            iterations=iterations,
-            calibration=calibration,
-            num_samples=num_samples,
-            seq_len=seq_len,
-            ignore=tuple(ignore or ()),
-            value_dtype=value_dtype,
-            seed=seed,
-            **settings,
-        )
+        config = options.config(context)
         result = run(
             model, out, config, overwrite=overwrite, resume=resume or world.restarted, dtype=dtype, device=device,
             revision=revision, trust_remote_code=trust_remote_code, world=world,
@@ -100,14 +67,14 @@ def compress(
         _print_summary(result)
 
 
-def run(source: str, out: Path, config: CompressionConfig, **options: Any) -> dict[str, Any]:
+def run(source: str, out: Path, config: CompressionConfig, **chosen: Any) -> dict[str, Any]:
     """Compress into a folder with a progress bar; returns what ``--json`` prints (nothing on ranks other than 0).
 
     Args:
         source: the dense model.
         out: target folder.
         config: settings.
-        options: fields of `slablm.runs.RunOptions`.
+        chosen: fields of `slablm.runs.RunOptions`.
 
     Raises:
         SlabError: any bad input. Cheap checks come before the model is read.
@@ -119,7 +86,7 @@ def run(source: str, out: Path, config: CompressionConfig, **options: Any) -> di
 
     start = time.perf_counter()
     quiet_libraries()
-    run_options = RunOptions(**options)
+    run_options = RunOptions(**chosen)
     if not run_options.world.first:
         compress_folder(source, out, config, run_options)
         return {}

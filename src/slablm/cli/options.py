@@ -1,10 +1,13 @@
-"""Options that `compress` and `plan` share."""
+"""Options that verbs share, and the settings made from them."""
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated
 
 import typer
+
+from slablm.config import CompressionConfig
 
 Method = Annotated[str, typer.Option(help="slab, slab+, wanda, magnitude or an arm of the ablation.")]
 Ratio = Annotated[float, typer.Option(help="Compression ratio in the paper's accounting.")]
@@ -22,6 +25,7 @@ SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
 TargetNames = Annotated[list[str] | None, typer.Option("--targets", help="Modules to compress; repeat for several.")]
 IgnoredNames = Annotated[list[str] | None, typer.Option("--ignore", help="Modules to leave dense; repeat for several.")]
 ValueDtype = Annotated[str | None, typer.Option(help="Stored values: float16 or bfloat16.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
 MaxMemory = Annotated[
     str | None,
     typer.Option(
@@ -29,3 +33,18 @@ MaxMemory = Annotated[
     ),
 ]
 MaxShardSize = Annotated[str, typer.Option(help="Largest file of weights in OUT, such as 5GB.")]
+
+
+def config(context: typer.Context, *names: str) -> CompressionConfig:
+    """The settings that a verb was given; what was left open is the default.
+
+    Args:
+        context: the verb's; its options are called like the settings.
+        names: which settings; by default all that the verb has options for.
+
+    Raises:
+        SlabError: a setting is out of range.
+    """
+    names = names or tuple(field.name for field in fields(CompressionConfig) if field.name in context.params)
+    given = {name: context.params[name] for name in names}
+    return CompressionConfig(**{name: value for name, value in given.items() if value not in (None, (), [])})

@@ -8,26 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slablm.cli import options
 from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, print_json
-from slablm.cli.options import (
-    BitsPerWeight,
-    Calibration,
-    GroupSize,
-    IgnoredNames,
-    Iterations,
-    MagnitudeBits,
-    MaxMemory,
-    MaxShardSize,
-    Method,
-    NumSamples,
-    PatternText,
-    Rank,
-    Ratio,
-    SeqLen,
-    TargetNames,
-    ValueDtype,
-)
-from slablm.config import CompressionConfig
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,28 +19,29 @@ if TYPE_CHECKING:
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[
         str, typer.Argument(help="Hub id, local folder (config.json is enough), .gguf file or 'smollm2'.")
     ],
     out: Annotated[Path, typer.Argument(help="Where the result would be; only its free space matters.")] = Path("out"),
-    method: Method = "slab",
-    ratio: Ratio = 0.5,
-    bits_per_weight: BitsPerWeight = None,
-    magnitude_bits: MagnitudeBits = None,
-    group_size: GroupSize = 128,
-    pattern: PatternText = "unstructured",
-    rank: Rank = 1,
-    iterations: Iterations = 20,
-    calibration: Calibration = "c4",
-    num_samples: NumSamples = 128,
-    seq_len: SeqLen = 2048,
-    targets: TargetNames = None,
-    ignore: IgnoredNames = None,
+    method: options.Method = "slab",
+    ratio: options.Ratio = 0.5,
+    bits_per_weight: options.BitsPerWeight = None,
+    magnitude_bits: options.MagnitudeBits = None,
+    group_size: options.GroupSize = 128,
+    pattern: options.PatternText = "unstructured",
+    rank: options.Rank = 1,
+    iterations: options.Iterations = 20,
+    calibration: options.Calibration = "c4",
+    num_samples: options.NumSamples = 128,
+    seq_len: options.SeqLen = 2048,
+    targets: options.TargetNames = None,
+    ignore: options.IgnoredNames = None,
     dtype: Dtype = "auto",
-    value_dtype: ValueDtype = None,
+    value_dtype: options.ValueDtype = None,
     device: Device = "cpu",
-    max_memory: MaxMemory = None,
-    max_shard_size: MaxShardSize = "50GB",
+    max_memory: options.MaxMemory = None,
+    max_shard_size: options.MaxShardSize = "50GB",
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
@@ -72,24 +55,8 @@ def plan(
     from slablm.planning.plan import plan as make_plan
     from slablm.runs import RunOptions
 
-    settings: dict[str, Any] = {"targets": tuple(targets)} if targets else {}
-    config = CompressionConfig(
-        method=method,
-        ratio=ratio,
-        bits_per_weight=bits_per_weight,
-        magnitude_bits=magnitude_bits,
-        group_size=group_size,
-        pattern=pattern,
-        rank=rank,
-        iterations=iterations,
-        calibration=calibration,
-        num_samples=num_samples,
-        seq_len=seq_len,
-        ignore=tuple(ignore or ()),
-        value_dtype=value_dtype,
-        **settings,
-    )
-    options = RunOptions(
+    config = options.config(context)
+    run_options = RunOptions(
         dtype=dtype,
         device=device,
         revision=revision,
@@ -98,7 +65,7 @@ def plan(
         max_shard_size=parse_bytes(max_shard_size, "--max-shard-size"),
     )
     quiet_libraries()
-    result = make_plan(model, config, options=options, out=out)
+    result = make_plan(model, config, options=run_options, out=out)
     if json:
         print_json(result.to_dict())
     else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from slablm.api import with_value_dtype
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.memory import human_bytes, resident_bytes
@@ -63,6 +64,7 @@ class Known:
         stored_itemsize: bytes of a weight in them.
         base_bytes: memory of the process without the model.
         other_bytes: files of the result besides weights and config: tokenizer and so on.
+        present_bytes: what an unfinished run has put on the disk already.
     """
 
     whole: bool
@@ -70,6 +72,7 @@ class Known:
     stored_itemsize: int
     base_bytes: int
     other_bytes: int = 0
+    present_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,10 @@ class Outlook:
     memory: Memory
     disk: Disk
 
-    def problems(self, device: torch.device) -> list[str]:
+    def problems(self, device: torch.device, present_bytes: int) -> list[str]:
         """What makes the run impossible on this machine, one line each."""
         found = []
-        if self.disk.needed_bytes > self.disk.free_bytes:
+        if self.disk.needed_bytes > self.disk.free_bytes + present_bytes:
             found.append(
                 f"the disk has {human_bytes(self.disk.free_bytes)} free where OUT is to be, "
                 f"{human_bytes(self.disk.needed_bytes)} are needed: free some, or choose another folder"
@@ -153,7 +156,7 @@ def look_ahead(
         free_bytes=free_bytes(out),
     )
     outlook = Outlook(rehearsal, size, memory, disk)
-    return outlook, outlook.problems(device)
+    return outlook, outlook.problems(device, known.present_bytes)
 
 
 def preflight(dense: DenseModel, config: CompressionConfig, options: RunOptions, out: Path, present: int) -> None:
@@ -176,10 +179,10 @@ def preflight(dense: DenseModel, config: CompressionConfig, options: RunOptions,
     resident = resident_bytes() or 0
     dense_bytes = sum(p.nbytes for p in model.parameters()) if dense.whole_because else 0
     itemsize = max((p.meta().dtype.itemsize for p in dense.weights.values()), default=model.dtype.itemsize)
-    outlook, problems = look_ahead(
+    _, problems = look_ahead(
         model,
         select_targets(model, config),
-        with_value_type(config, model),
+        with_value_dtype(config, model),
         replace(options, device=str(dense.device)),  # among ranks it is the rank's own
         out,
         Known(
@@ -187,19 +190,11 @@ def preflight(dense: DenseModel, config: CompressionConfig, options: RunOptions,
             file_bytes=sum(f.stat().st_size for f in dense.files),
             stored_itemsize=itemsize,
             base_bytes=max(0, resident - dense_bytes),
+            present_bytes=present,
         ),
     )
-    if outlook is not None and outlook.disk.needed_bytes <= outlook.disk.free_bytes + present:
-        problems = [line for line in problems if not line.startswith("the disk has")]
     if problems:
         raise SlabError(problems[0])
-
-
-def with_value_type(config: CompressionConfig, model: PreTrainedModel) -> CompressionConfig:
-    """The settings with the value type filled in."""
-    from slablm.api import with_value_dtype
-
-    return with_value_dtype(config, model)
 
 
 def free_bytes(out: Path) -> int:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from slablm import checkpoint, integrity
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.layerwise import LayerReport, replace_module, size_summary
+from slablm.inspection import SizeOnDisk
+from slablm.layerwise import LayerReport, replace_module
 from slablm.methods import RowBudget, row_budget
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.modules import SlabLinear
@@ -33,41 +34,20 @@ _ERROR = 0.123456  # errors have six decimals in config.json; now and then one i
 
 
 @dataclass(frozen=True)
-class Size:
-    """Sizes of a result.
+class Size(SizeOnDisk):
+    """Sizes of a result; error and time of the layers are not known.
 
     Attributes:
-        layers: one report per layer; error and time are not known.
         dense_bytes: bytes of the dense model's tensors, in the type it is calibrated in.
         stored: bytes of each stored tensor, by name.
-        header_bytes: bytes of all safetensors headers.
-        file_bytes: bytes of all safetensors files.
-        files: number of them.
+        files: number of safetensors files.
         config_bytes: bytes of config.json and, with several files, their index.
     """
 
-    layers: tuple[LayerReport, ...]
     dense_bytes: int
     stored: dict[str, int]
-    header_bytes: int
-    file_bytes: int
     files: int
     config_bytes: int
-
-    @property
-    def weights(self) -> int:
-        """Number of weights in the layers to compress."""
-        return sum(layer.weights for layer in self.layers)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """True bits per target weight, headers included, as `slablm inspect` counts them."""
-        return (sum(layer.true_bits for layer in self.layers) + 8 * self.header_bytes) / self.weights
-
-    @property
-    def compression_ratio(self) -> float:
-        """The paper's compression ratio over all layers."""
-        return float(size_summary(self.layers)["compression_ratio"])
 
 
 def budgets(model: nn.Module, targets: Targets, config: CompressionConfig) -> tuple[dict[str, RowBudget], list[str]]:
@@ -114,7 +94,7 @@ def plan_size(
     if shards.is_sharded:
         config_bytes += len(json.dumps(shards.tensor_to_filename, indent=2))
     file_bytes = sum(stored.values()) + header_bytes
-    return Size(layers, dense_bytes, stored, header_bytes, file_bytes, len(files), config_bytes)
+    return Size(layers, header_bytes, file_bytes, dense_bytes, stored, len(files), config_bytes)
 
 
 def _shape(model: nn.Module, name: str) -> tuple[int, int]:

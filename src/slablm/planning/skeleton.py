@@ -18,7 +18,7 @@ from slablm import loading, sources
 from slablm.checkpoint import CONFIG
 from slablm.errors import SlabError
 from slablm.shards import Piece
-from slablm.streaming import _why_not, empty_model
+from slablm.streaming import empty_model, own_dtypes, why_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,8 +59,7 @@ def open_skeleton(source: str, dtype: str, revision: str | None, *, trust_remote
     """
     from transformers import AutoConfig
 
-    if loading.is_compressed(source):
-        raise SlabError(f"{source} is already compressed by slablm: start from the dense model")
+    loading.check_dense(source)
     where, gguf = loading.locate(source)
     if Path(where).is_dir() and not gguf and not (Path(where) / CONFIG).is_file():
         raise SlabError(f"{where} holds no {CONFIG}: it is no model folder")
@@ -71,7 +70,8 @@ def open_skeleton(source: str, dtype: str, revision: str | None, *, trust_remote
         config = AutoConfig.from_pretrained(where, **options, **gguf)
         if getattr(config, "quantization_config", None) is not None and not gguf:
             raise SlabError("the model is already quantized: start from the unquantized model")
-        wanted = _dtype(config, weights) if wanted == "auto" else wanted
+        if wanted == "auto":
+            wanted = next(iter(own_dtypes(config, weights)), torch.float32)
         model = empty_model(config, wanted, trust_remote_code=trust_remote_code)
         model.config.name_or_path = where
     notes = []
@@ -80,7 +80,7 @@ def open_skeleton(source: str, dtype: str, revision: str | None, *, trust_remote
     tokenizer = _tokenizer(where, options | gguf)
     if tokenizer is None:
         notes.append("no tokenizer here: its memory and its files are not counted")
-    whole = "GGUF files are read as a whole" if gguf else _why_not(model, weights) if weights else ""
+    whole = "GGUF files are read as a whole" if gguf else why_whole(model, weights) if weights else ""
     itemsize = max((p.meta().dtype.itemsize for p in weights.values()), default=wanted.itemsize)
     return Skeleton(model, tokenizer, whole, sum(f.stat().st_size for f in files), itemsize, tuple(notes))
 
@@ -103,15 +103,6 @@ def _offline(where: str) -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
-
-
-def _dtype(config: Any, weights: dict[str, Piece]) -> torch.dtype:
-    """As `slablm.streaming` decides; float32 if neither config nor files tell."""
-    if config.dtype is not None:
-        dtype: torch.dtype = config.dtype
-        return dtype
-    types = [t.dtype for t in map(Piece.meta, weights.values()) if t.is_floating_point()]
-    return types[0] if types else torch.float32
 
 
 def _tokenizer(where: str, options: dict[str, Any]) -> Any:
