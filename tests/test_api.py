@@ -65,7 +65,9 @@ def test_few_bit_values_are_the_same_model_after_loading(tiny_model, tokenizer, 
     assert torch.equal(again(tokens).logits, model(tokens).logits)
     report = inspect_folder(tmp_path / "a")
     if "bits_per_weight" in settings:
-        assert all(layer.bits_per_weight <= 3.0 for layer in report.layers)
+        sizes = [layer.bits_per_weight for layer in report.layers]
+        mean = sum(layer.true_bits for layer in report.layers) / sum(layer.weights for layer in report.layers)
+        assert min(sizes) < 2.9 < mean <= 3.0 < max(sizes)  # uneven, and what was asked for in total
         assert len({layer.value_bits for layer in report.layers} - {16}) >= 1
     else:
         assert {layer.value_bits for layer in report.layers} == {4}

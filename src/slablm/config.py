@@ -17,6 +17,7 @@ ALL_LINEAR = "all-linear"
 CALIBRATION_SOURCES = ("c4", "wikitext2", "self", "builtin")
 VALUE_DTYPES = ("float16", "bfloat16")
 FEW_BITS = ("bits_per_weight", "magnitude_bits")
+LARGEST_BUDGET = 9.0
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,8 @@ class CompressionConfig:
         rank: rank r of the low-rank matrix W_L.
         iterations: rounds s of the alternating minimisation.
         bits_per_weight: true bits per weight of the packed tensors; with `slab+` it takes the place of `ratio`, and
-            kept entries and their bits are chosen for each layer.
+            kept entries and their bits are chosen for each layer. It is the mean within each block: layers get more or
+            less as the block is sensitive to them.
         magnitude_bits: bits of a kept entry's magnitude, 1 to 7; used by `slab+` only (None: values in 16 bits).
         value_bits: bits of a code, 2 to 8; used by the quantizers (`rtn`, `gptq`) only.
         group_size: columns of a row that share a scale; used with the two above only.
@@ -120,8 +122,10 @@ class CompressionConfig:
             raise SlabError(f"magnitude_bits must lie between 1 and 7, got {self.magnitude_bits}")
         if self.bits_per_weight is None:
             return
-        if not 1 < self.bits_per_weight <= 9:
-            raise SlabError(f"bits_per_weight must lie above 1 and not above 9, got {self.bits_per_weight}")
+        if not 1 < self.bits_per_weight <= LARGEST_BUDGET:
+            raise SlabError(
+                f"bits_per_weight must lie above 1 and not above {LARGEST_BUDGET:g}, got {self.bits_per_weight}"
+            )
         if self.pattern != "unstructured":
             raise SlabError(
                 f"bits_per_weight chooses how many entries are kept: with pattern {self.pattern} use a ratio"

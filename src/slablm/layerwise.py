@@ -20,10 +20,11 @@ a time.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,13 +32,16 @@ from torch import Tensor, nn
 
 from slablm.calibration.activations import Activations
 from slablm.calibration.capture import capture_block_calls, collect_stats
+from slablm.calibration.sensitivity import sensitivities
 from slablm.config import CompressionConfig
 from slablm.distributed import ALONE, World, assign
 from slablm.errors import SlabError
 from slablm.float32 import fast_float32
 from slablm.memory import give_back, mapped_apart
 from slablm.methods import NEEDS_GRAM, NEEDS_HELD_OUT, Decomposition, LayerStats, PrunedWeight, get_method
+from slablm.methods.allocation import Demand, allot, log_error
 from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.methods.slab_plus import sensible_budgets
 from slablm.modules import SlabLinear
 from slablm.packing import PackedWeight, pack
 from slablm.targets import Targets, find_blocks
@@ -49,6 +53,8 @@ if TYPE_CHECKING:
 _HEAP_PIECE = 4 << 20
 # One window in so many is kept back for the methods of `NEEDS_HELD_OUT`.
 HELD_OUT_SHARE = 8
+# With a budget in true bits: the first tokens of the first windows show how sensitive a block is to each layer.
+PROBES, PROBE_TOKENS = 2, 512
 
 
 @dataclass(frozen=True)
@@ -190,7 +196,7 @@ def compress_blocks(
             on_layer(next(count), total, report)
 
     # A run that was stopped while it put its result together has nothing left to calibrate.
-    calibrated = _Calibration(model, blocks, windows, store, world) if store.done < len(blocks) else None
+    calibrated = _Calibration(model, blocks, windows, config, store, world) if store.done < len(blocks) else None
     for index, block in enumerate(blocks):
         layers = {name: _linear(model, name) for name in targets.names[index]}
         if calibrated is not None:
@@ -205,9 +211,11 @@ def compress_blocks(
                 _use_approximations(layers, finished.packed)
         else:
             assert calibrated is not None
-            stats = calibrated.stats(index, layers, config)
+            sensitivity = calibrated.sensitivity(index, layers)
+            stats = calibrated.stats(index, layers)
             with mapped_apart(above=_HEAP_PIECE):
-                finished = _compress_layers(layers, stats, config, note, world)
+                configs = world.tell(_layer_configs(layers, stats, sensitivity, config))
+                finished = _compress_layers(layers, stats, configs, note, world)
         reports += finished.reports
         if calibrated is not None:
             calibrated.propagate(index, block)
@@ -224,22 +232,43 @@ class _Calibration:
         model: the model.
         blocks: its decoder blocks.
         windows: token ids of all ranks, [windows, seq_len].
+        config: method and settings.
         store: gives the first blocks and the buffer.
         world: the ranks that divide the windows.
     """
 
     def __init__(
-        self, model: PreTrainedModel, blocks: nn.ModuleList, windows: Tensor, store: BlockStore, world: World
+        self,
+        model: PreTrainedModel,
+        blocks: nn.ModuleList,
+        windows: Tensor,
+        config: CompressionConfig,
+        store: BlockStore,
+        world: World,
     ) -> None:
-        self._blocks, self._world, self._all_windows = blocks, world, len(windows)
+        self._blocks, self._config, self._world, self._all_windows = blocks, config, world, len(windows)
         mine = world.share(len(windows))
+        probes = windows[:PROBES, :PROBE_TOKENS]
         windows = windows[mine.start : mine.stop]
         with store.outside():
             self._hidden, self._calls = capture_block_calls(
                 model, blocks, windows, model.device, load=store.load, hidden=store.activations(len(windows))
             )
+            # Calls of their own: masks and positions are as long as the window.
+            self._probes, self._probe_calls = (
+                (Activations(0), [])
+                if config.bits_per_weight is None
+                else capture_block_calls(model, blocks, probes, model.device, load=store.load)
+            )
 
-    def stats(self, index: int, layers: dict[str, nn.Linear], config: CompressionConfig) -> dict[str, LayerStats]:
+    def sensitivity(self, index: int, layers: dict[str, nn.Linear]) -> dict[str, float]:
+        """How sensitive a block is to its target layers, by name; empty where budgets are even."""
+        if not len(self._probes):
+            return {}
+        block, call = self._blocks[index], self._probe_calls[index]
+        return sensitivities(layers, lambda states: call(block, states), self._probes, self._config.seed)
+
+    def stats(self, index: int, layers: dict[str, nn.Linear]) -> dict[str, LayerStats]:
         """Statistics of a block's target layers, by name; the hidden states stay in front of the block."""
         if not layers:
             return {}
@@ -249,8 +278,8 @@ class _Calibration:
             layers,
             lambda i: call(block, self._hidden[i]),
             self._all_windows,
-            held_out=_held_out(config.method, self._all_windows),
-            seed=config.seed,
+            held_out=_held_out(self._config.method, self._all_windows),
+            seed=self._config.seed,
             world=self._world,
         )
 
@@ -260,6 +289,8 @@ class _Calibration:
             output = self._calls[index](block, states)
             check_finite(output, f"the output of block {index}")
             self._hidden[i] = output
+        for i, states in enumerate(self._probes):
+            self._probes[i] = self._probe_calls[index](block, states)
 
 
 def _held_out(method: str, windows: int) -> int | None:
@@ -269,10 +300,29 @@ def _held_out(method: str, windows: int) -> int | None:
     return max(windows // HELD_OUT_SHARE, min(1, windows - 1)) if method in NEEDS_HELD_OUT else 0
 
 
+def _layer_configs(
+    layers: dict[str, nn.Linear], stats: dict[str, LayerStats], sensitivity: dict[str, float], config: CompressionConfig
+) -> dict[str, CompressionConfig]:
+    """Settings of each layer of a block: a budget in true bits is the mean of what the layers get."""
+    budget = config.bits_per_weight
+    if budget is None or not sensitivity:
+        return dict.fromkeys(layers, config)
+    unknown = math.exp(sum(map(math.log, sensitivity.values())) / len(sensitivity))
+    demands = []
+    for name, layer in layers.items():
+        gram = stats[name].gram
+        assert gram is not None
+        least, most = sensible_budgets((layer.out_features, layer.in_features), config.group_size)
+        importance = math.log2(sensitivity.get(name, unknown)) + log_error(layer.weight, gram / stats[name].tokens)
+        demands.append(Demand(layer.weight.numel(), importance, min(least, budget), max(most, budget)))
+    budgets = allot(budget, demands)
+    return {name: replace(config, bits_per_weight=bits) for name, bits in zip(layers, budgets, strict=True)}
+
+
 def _compress_layers(
     layers: dict[str, nn.Linear],
     stats: dict[str, LayerStats],
-    config: CompressionConfig,
+    configs: dict[str, CompressionConfig],
     note: Callable[[LayerReport], None],
     world: World,
 ) -> FinishedBlock:
@@ -289,7 +339,7 @@ def _compress_layers(
         if name in others:
             continue
         # Statistics of a layer are dropped with it: a Gram matrix is larger than the weight.
-        report, approximation, weight = compress_layer(name, layer.weight, stats.pop(name), config)
+        report, approximation, weight = compress_layer(name, layer.weight, stats.pop(name), configs[name])
         layer.weight.data = approximation.to(layer.weight.dtype)
         if weight is not None:
             finished.packed[name] = weight

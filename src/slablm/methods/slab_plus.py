@@ -36,7 +36,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from slablm.config import CompressionConfig
+from slablm.config import LARGEST_BUDGET, CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods.budget import coded_bytes, kept_per_row, kept_within
 from slablm.methods.decomposition import Decomposition, LayerStats, low_rank
@@ -158,6 +158,19 @@ def possible_forms(shape: tuple[int, int], config: CompressionConfig) -> list[Fo
         )
     least_share, largest_share = SENSIBLE
     return [form for form in forms if least_share <= form.kept / shape[1] <= largest_share][:MOST_TRIED] or forms[-1:]
+
+
+def sensible_budgets(shape: tuple[int, int], group_size: int) -> tuple[float, float]:
+    """Fewest and most true bits per weight at which the form makes sense, none beyond what the settings allow.
+
+    Args:
+        shape: (m, n).
+        group_size: columns that share a scale.
+    """
+    (m, n), (least_share, largest_share) = shape, SENSIBLE
+    least = coded_bytes(shape, math.ceil(least_share * n), 1, group_size)
+    most = coded_bytes(shape, math.floor(largest_share * n), LARGEST_BITS, group_size)
+    return 8 * least / (m * n), min(8 * most / (m * n), LARGEST_BUDGET)
 
 
 def closed_form(weight: Tensor, gram: Tensor, config: CompressionConfig, form: Form) -> Decomposition:
