@@ -1,0 +1,118 @@
+"""What each part of `slab+` gives, and the time it takes: the parts added one after the other.
+
+The first arm is the paper's algorithm with as many bits as it takes; the others have a budget in true bits. Seconds are
+of the compression, calibration included, one thread or as many as OMP_NUM_THREADS says; their ratio to the paper's
+algorithm is printed beside them. The arms run one after the other in one process.
+
+    python benchmarks/options.py smollm2 --calibration c4-sample.txt --text wikitext2-test.txt
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+from unittest.mock import patch
+
+import torch
+import typer
+from pareto import FIRST_UNSEEN, SEQ_LEN
+
+from slablm import layerwise, loading
+from slablm.api import prepare_model
+from slablm.calibration.text import calibration_windows, load_text, windows_from_text
+from slablm.config import CompressionConfig
+from slablm.evaluation.perplexity import perplexity
+from slablm.layerwise import compress_blocks, replace_module, size_summary
+from slablm.methods import slab_plus
+from slablm.modules import SlabLinear
+from slablm.targets import select_targets
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One variant.
+
+    Attributes:
+        name: what it adds to the one before.
+        settings: differences of the settings.
+        patches: (module, attribute, value) to take parts away.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    patches: list[tuple[Any, str, Any]] = field(default_factory=list)
+
+
+def arms(bits: float) -> list[Arm]:
+    """From the paper's algorithm to all of `slab+`, at `bits` true bits per weight."""
+    budget = {"method": "slab+", "bits_per_weight": bits}
+    even = (layerwise, "sensitivities", lambda *args: {})
+    no_feedback = (layerwise, "NEEDS_HELD_OUT", frozenset())
+    no_descent = (slab_plus, "DESCENTS", 0)
+    return [
+        Arm("slab 50 %, 16-bit values", {"method": "slab"}),
+        Arm("slab+ 50 %, 16-bit values, no descent", {"method": "slab+"}, [no_descent]),
+        Arm("slab+ 50 %, 16-bit values", {"method": "slab+"}),
+        Arm("weighted factors and grid", budget, [even, no_feedback]),
+        Arm("+ error feedback and refit", budget, [even, no_descent]),
+        Arm("+ descent", budget, [even]),
+        Arm("+ uneven budgets (slab+)", budget),
+    ]
+
+
+def main(
+    source: str,
+    calibration: Annotated[Path, typer.Option()],
+    text: Annotated[Path, typer.Option()],
+    bits: float = 3.5,
+    num_samples: int = 8,
+    windows: int = 4,
+    only: Annotated[list[int] | None, typer.Option(help="Numbers of arms, from 0.")] = None,
+) -> None:
+    """Print one JSON line per arm."""
+    base = CompressionConfig(calibration=str(calibration), num_samples=num_samples, seq_len=SEQ_LEN)
+    paper = None
+    for number, arm in enumerate(arms(bits)):
+        if only and number not in only:
+            continue
+        result = measure(source, arm, base, text, windows)
+        paper = paper or result["seconds"]
+        print(json.dumps({"arm": arm.name, **result, "ratio": round(result["seconds"] / paper, 2)}), flush=True)
+
+
+def measure(source: str, arm: Arm, base: CompressionConfig, text: Path, windows: int) -> dict[str, Any]:
+    """Compress and evaluate."""
+    model, tokenizer = loading.load(source)
+    config = CompressionConfig(**{**base.to_dict(), **arm.settings})
+    targets = select_targets(model, config)
+    config = prepare_model(model, targets, config)
+    calibrating = calibration_windows(model, tokenizer, config)
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        for module, attribute, value in arm.patches:
+            stack.enter_context(patch.object(module, attribute, value))
+        reports = compress_blocks(model, targets, calibrating, config)
+    seconds = time.perf_counter() - start
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SlabLinear):
+            replace_module(model, name, layer.unpacked(torch.float32))
+    same = windows_from_text(
+        load_text(config.calibration, split="calibration"), tokenizer, SEQ_LEN, FIRST_UNSEEN + windows, "calibration"
+    )[FIRST_UNSEEN:]
+    other = windows_from_text(load_text(str(text), split="evaluation"), tokenizer, SEQ_LEN, windows, str(text))
+    errors = [report.output_error for report in reports]
+    return {
+        "bits_per_weight": round(size_summary(reports)["bits_per_weight"], 3),
+        "calibration_text": round(perplexity(model, same).value, 3),
+        "evaluation_text": round(perplexity(model, other).value, 3),
+        "mean_layer_error": round(sum(errors) / len(errors), 4),
+        "seconds": round(seconds, 1),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
