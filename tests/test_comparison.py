@@ -279,3 +279,12 @@ def test_a_missing_task_file():
 
     with pytest.raises(SlabError, match=r"task file nowhere\.jsonl cannot be read"):
         Tasks(files=(Path("nowhere.jsonl"),)).identity()
+
+
+def test_a_changed_method_is_measured_again_and_no_other(conditions, monkeypatch):
+    cells = [Cell(replace(BASE, method=method)) for method in ("slab+", "slab")] + [Cell(None)]
+    before = [cell_key(cell, conditions) for cell in cells]
+    monkeypatch.setitem(comparison.METHOD_VERSIONS, "slab+", comparison.METHOD_VERSIONS["slab+"] + 1)
+    after = [cell_key(cell, conditions) for cell in cells]
+    assert before[0] != after[0]
+    assert before[1:] == after[1:]

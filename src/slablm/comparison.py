@@ -12,7 +12,8 @@ The grid, for the paper's Table I by default:
 
 Every cell starts from the dense model, loaded anew, so that one model is in memory at a time. Results are appended to
 a file as they come (`slablm.records`); a cell whose key is there already is not computed again. The key is a digest of
-all that changes the numbers: settings, weights, calibration and evaluation tokens, tasks, and `NUMBERS_VERSION`.
+all that changes the numbers: settings, weights, calibration and evaluation tokens, tasks, `NUMBERS_VERSION` and
+`METHOD_VERSIONS`.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 # To be raised whenever a change of the methods or of the evaluation changes results, or the form of a record changes:
 # old cells are then measured again.
 NUMBERS_VERSION = 1
+# The same for a change of one method alone.
+METHOD_VERSIONS = {"slab+": 2}
 _ORIGIN = ("_name_or_path", "_commit_hash", "architectures", "transformers_version")
 
 Step = Callable[[str, int, int], None]
@@ -182,6 +185,7 @@ def cell_key(cell: Cell, conditions: Conditions) -> str:
         {
             "numbers": NUMBERS_VERSION,
             "settings": settings,
+            **({"method": METHOD_VERSIONS[cell.method]} if cell.method in METHOD_VERSIONS else {}),
             "model": conditions.model_digest,
             "calibration": integrity.digest(conditions.calibration) if cell.config else None,
             "evaluation": integrity.digest(conditions.evaluation),
