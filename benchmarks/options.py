@@ -19,11 +19,11 @@ from unittest.mock import patch
 
 import torch
 import typer
-from pareto import FIRST_UNSEEN, SEQ_LEN
+from pareto import SEQ_LEN, Texts, evaluation_windows
 
 from slablm import layerwise, loading
 from slablm.api import prepare_model
-from slablm.calibration.text import calibration_windows, load_text, windows_from_text
+from slablm.calibration.text import calibration_windows
 from slablm.config import CompressionConfig
 from slablm.evaluation.perplexity import perplexity
 from slablm.layerwise import compress_blocks, replace_module, size_summary
@@ -79,12 +79,12 @@ def main(
     for number, arm in enumerate(arms(bits)):
         if only and number not in only:
             continue
-        result = measure(source, arm, base, text, windows)
+        result = measure(source, arm, base, Texts(calibration, text, windows))
         paper = paper or result["seconds"]
         print(json.dumps({"arm": arm.name, **result, "ratio": round(result["seconds"] / paper, 2)}), flush=True)
 
 
-def measure(source: str, arm: Arm, base: CompressionConfig, text: Path, windows: int) -> dict[str, Any]:
+def measure(source: str, arm: Arm, base: CompressionConfig, texts: Texts) -> dict[str, Any]:
     """Compress and evaluate."""
     model, tokenizer = loading.load(source)
     config = CompressionConfig(**{**base.to_dict(), **arm.settings})
@@ -100,10 +100,7 @@ def measure(source: str, arm: Arm, base: CompressionConfig, text: Path, windows:
     for name, layer in list(model.named_modules()):
         if isinstance(layer, SlabLinear):
             replace_module(model, name, layer.unpacked(torch.float32))
-    same = windows_from_text(
-        load_text(config.calibration, split="calibration"), tokenizer, SEQ_LEN, FIRST_UNSEEN + windows, "calibration"
-    )[FIRST_UNSEEN:]
-    other = windows_from_text(load_text(str(text), split="evaluation"), tokenizer, SEQ_LEN, windows, str(text))
+    same, other = evaluation_windows(tokenizer, texts)
     errors = [report.output_error for report in reports]
     return {
         "bits_per_weight": round(size_summary(reports)["bits_per_weight"], 3),

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
 from slablm import loading
 from slablm.calibration.text import calibration_windows, load_text, windows_from_text
@@ -75,27 +76,29 @@ def parse(spec: str, base: CompressionConfig) -> CompressionConfig:
     return replace(base, **settings)
 
 
+def evaluation_windows(tokenizer: Any, texts: Texts) -> tuple[Tensor, Tensor]:
+    """Token ids, [windows, SEQ_LEN] each: windows behind those that calibrate, and the first of the other text."""
+    same = load_text(str(texts.calibration), split="calibration")
+    other = load_text(str(texts.evaluation), split="evaluation")
+    last = FIRST_UNSEEN + texts.windows
+    return (
+        windows_from_text(same, tokenizer, SEQ_LEN, last, str(texts.calibration))[FIRST_UNSEEN:],
+        windows_from_text(other, tokenizer, SEQ_LEN, texts.windows, str(texts.evaluation)),
+    )
+
+
 def measure(source: str, configs: Sequence[CompressionConfig], texts: Texts, results: ResultsFile) -> None:
     """Append what is missing to the results; the dense model comes first."""
     model, tokenizer = loading.load(source)
-    unseen = windows_from_text(
-        load_text(str(texts.calibration), split="calibration"),
-        tokenizer,
-        SEQ_LEN,
-        FIRST_UNSEEN + texts.windows,
-        str(texts.calibration),
-    )[FIRST_UNSEEN:]
-    other = windows_from_text(
-        load_text(str(texts.evaluation), split="evaluation"), tokenizer, SEQ_LEN, texts.windows, str(texts.evaluation)
-    )
+    digest, evaluation = model_digest(model), torch.cat(evaluation_windows(tokenizer, texts))
     for config in configs:
         assert config.num_samples <= FIRST_UNSEEN
         conditions = Conditions(
             load=lambda: loading.load(source)[0],
             tokenizer=tokenizer,
-            model_digest=model_digest(model),
+            model_digest=digest,
             calibration=calibration_windows(model, tokenizer, config),
-            evaluation=torch.cat([unseen, other]),
+            evaluation=evaluation,
             tasks=Tasks(),
             description={
                 "model": source,

@@ -124,10 +124,11 @@ def _best_trial(
         config: as for `slab_plus`.
         forms: what to choose from.
     """
+    starts = {form: closed_form(sample, gram, config, form) for form in forms}
 
     def error(form: Form, damping: float) -> float:
-        start = closed_form(sample, gram, config, form)
-        return output_error(sample, fed(sample, gram, start, damping, choose=config.n_of_m is None), held_out)
+        result = fed(sample, gram, starts[form], damping, choose=config.n_of_m is None)
+        return output_error(sample, result, held_out)
 
     errors = {(form, DAMPINGS[0]): error(form, DAMPINGS[0]) for form in forms}
     form, _ = min(errors, key=errors.__getitem__)
