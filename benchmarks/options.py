@@ -13,6 +13,7 @@ import json
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -21,13 +22,13 @@ import torch
 import typer
 from pareto import SEQ_LEN, Texts, evaluation_windows
 
-from slablm import layerwise, loading
+from slablm import loading
 from slablm.api import prepare_model
+from slablm.calibration import stream
 from slablm.calibration.text import calibration_windows
 from slablm.config import CompressionConfig
 from slablm.evaluation.perplexity import perplexity
 from slablm.layerwise import compress_blocks, replace_module, size_summary
-from slablm.methods import slab_plus
 from slablm.modules import SlabLinear
 from slablm.targets import select_targets
 
@@ -50,17 +51,20 @@ class Arm:
 def arms(bits: float) -> list[Arm]:
     """From the paper's algorithm to all of `slab+`, at `bits` true bits per weight."""
     budget = {"method": "slab+", "bits_per_weight": bits}
-    even = (layerwise, "sensitivities", lambda *args: {})
-    no_feedback = (layerwise, "NEEDS_HELD_OUT", frozenset())
-    no_descent = (slab_plus, "DESCENTS", 0)
+    even = (stream, "sensitivities", lambda *args: {})
+    no_feedback = (stream, "NEEDS_HELD_OUT", frozenset())
+    # The package has a function of the same name.
+    no_descent = (import_module("slablm.methods.slab_plus"), "DESCENTS", 0)
     return [
         Arm("slab 50 %, 16-bit values", {"method": "slab"}),
         Arm("slab+ 50 %, 16-bit values, no descent", {"method": "slab+"}, [no_descent]),
         Arm("slab+ 50 %, 16-bit values", {"method": "slab+"}),
-        Arm("weighted factors and grid", budget, [even, no_feedback]),
+        # Without feedback there are no trials either: the bits that these have chosen for most layers.
+        Arm("weighted factors and grid", {**budget, "magnitude_bits": 3}, [even, no_feedback]),
         Arm("+ error feedback and refit", budget, [even, no_descent]),
         Arm("+ descent", budget, [even]),
         Arm("+ uneven budgets (slab+)", budget),
+        Arm("+ refinement (--refine)", budget | {"refine": True}),
     ]
 
 

@@ -9,6 +9,13 @@ def test_json_round_trip():
     assert CompressionConfig.from_dict(config.to_dict()) == config
 
 
+def test_refinement_is_named_only_where_it_is_on():
+    """Settings, and the keys of results made from them, are what they were before there was refinement."""
+    assert "refine" not in CompressionConfig().to_dict()
+    config = CompressionConfig(refine=True)
+    assert CompressionConfig.from_dict(config.to_dict()) == config
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

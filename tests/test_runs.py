@@ -12,6 +12,7 @@ from slablm import SlabError, checkpoint, layerwise, loading, streaming
 from slablm.api import compress_model
 from slablm.calibration.text import calibration_windows
 from slablm.card import model_card
+from slablm.distributed import World
 from slablm.inspection import inspect_folder
 from slablm.journal import Journal
 from slablm.runs import RunOptions, compress_folder
@@ -88,6 +89,7 @@ def test_every_type_gives_the_same_files_as_in_memory(stored, dtype, quick, tmp_
         {"method": "sparse+scalar-binary"},
         {"method": "slab+"},
         {"method": "slab+", "bits_per_weight": 4.0},
+        {"method": "slab+", "bits_per_weight": 4.0, "refine": True},
     ],
 )
 def test_other_packed_forms(tiny_folder, settings, quick, tmp_path):
@@ -188,6 +190,27 @@ def stop_after(layers):
 
 def unfinished(folder):
     return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
+
+
+def test_resume_in_front_of_a_block_that_is_refined(tiny_folder, quick, tmp_path):
+    config = replace(quick, refine=True)
+    compress_folder(str(tiny_folder), tmp_path / "straight", config, RunOptions())
+    with pytest.raises(Stop):
+        compress_folder(str(tiny_folder), tmp_path / "out", config, RunOptions(), stop_after(10))
+    result = compress_folder(str(tiny_folder), tmp_path / "out", config, RunOptions(resume=True))
+    assert result.resumed_blocks == 1
+    assert_same_folders(tmp_path / "out", tmp_path / "straight")
+    compress_folder(str(tiny_folder), tmp_path / "plain", quick, RunOptions())
+    errors = [[layer.output_error for layer in inspect_folder(tmp_path / name).layers] for name in ("plain", "out")]
+    assert errors[0] != errors[1]
+
+
+def test_several_ranks_do_not_refine(tiny_folder, quick, tmp_path):
+    with pytest.raises(SlabError, match="--refine needs a single process, not 2 ranks"):
+        compress_folder(
+            str(tiny_folder), tmp_path / "out", replace(quick, refine=True), RunOptions(world=World(size=2))
+        )
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt_neox"])

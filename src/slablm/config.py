@@ -68,6 +68,7 @@ class CompressionConfig:
         targets: modules to compress: ``"all-linear"``, a module name or name suffix, or ``"re:"`` and a pattern.
         ignore: modules to leave dense, same syntax; wins over `targets`.
         value_dtype: stored type of values and factors, ``float16`` or ``bfloat16`` (None: by the model's dtype).
+        refine: whether the numbers of each block's layers are refined together (`slablm.refinement`).
         seed: seed of everything that is sampled.
 
     Raises:
@@ -89,6 +90,7 @@ class CompressionConfig:
     targets: tuple[str, ...] = (ALL_LINEAR,)
     ignore: tuple[str, ...] = ()
     value_dtype: str | None = None
+    refine: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -137,9 +139,10 @@ class CompressionConfig:
         return Pattern.parse(self.pattern)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready types; those of `slab+` only where they are set."""
+        """The settings as JSON-ready types; those of `slab+` and refinement only where they are set."""
         settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        return {key: value for key, value in settings.items() if value is not None or key not in FEW_BITS}
+        unset = {key for key in FEW_BITS if settings[key] is None} | ({"refine"} if not self.refine else set())
+        return {key: value for key, value in settings.items() if key not in unset}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CompressionConfig:

@@ -5,6 +5,7 @@ front of it produce, so that every layer is fitted to what it will really see:
 
     for each block:  run it dense on all windows, collecting statistics
                      decompose its linear layers
+                     refine them together, if that is asked for
                      run it compressed on all windows; the outputs are the next block's inputs
 
 Where a block's weights come from, and where the finished block goes, is up to a `BlockStore`. With the plain one the
@@ -31,19 +32,19 @@ import torch
 from torch import Tensor, nn
 
 from slablm.calibration.activations import Activations
-from slablm.calibration.capture import capture_block_calls, collect_stats
-from slablm.calibration.sensitivity import sensitivities
+from slablm.calibration.stream import Calibration
 from slablm.config import CompressionConfig
 from slablm.distributed import ALONE, World, assign
 from slablm.errors import SlabError
 from slablm.float32 import fast_float32
 from slablm.memory import give_back, mapped_apart
-from slablm.methods import NEEDS_GRAM, NEEDS_HELD_OUT, Decomposition, LayerStats, PrunedWeight, get_method
+from slablm.methods import Decomposition, LayerStats, PrunedWeight, get_method
 from slablm.methods.allocation import Demand, allot, log_error
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.methods.slab_plus import sensible_budgets
 from slablm.modules import SlabLinear
 from slablm.packing import PackedWeight, pack
+from slablm.refinement import refine
 from slablm.targets import Targets, find_blocks
 
 if TYPE_CHECKING:
@@ -51,10 +52,6 @@ if TYPE_CHECKING:
 
 # Blocks and the buffers of a decomposition come and go while smaller things stay: larger ones are kept off the heap.
 _HEAP_PIECE = 4 << 20
-# One window in so many is kept back for the methods of `NEEDS_HELD_OUT`.
-HELD_OUT_SHARE = 8
-# With a budget in true bits: the first tokens of the first windows show how sensitive a block is to each layer.
-PROBES, PROBE_TOKENS = 2, 512
 
 
 @dataclass(frozen=True)
@@ -175,7 +172,8 @@ def compress_blocks(
         targets: the layers, from `select_targets`.
         windows: calibration token ids of all ranks, [windows, seq_len].
         config: method and settings.
-        on_layer: called after each layer with (layers done, layers in all, report).
+        on_layer: called after each layer with (layers done, layers in all, report); refinement comes later, and only
+            the reports that are returned know of it.
         store: where blocks come from and go to.
         world: the ranks that divide the work; of more than one, all get the same blocks.
 
@@ -196,8 +194,8 @@ def compress_blocks(
             on_layer(next(count), total, report)
 
     # A run that was stopped while it put its result together has nothing left to calibrate.
-    calibrated = _Calibration(model, blocks, windows, config, store, world) if store.done < len(blocks) else None
-    for index, block in enumerate(blocks):
+    calibrated = Calibration(model, blocks, windows, config, store, world) if store.done < len(blocks) else None
+    for index in range(len(blocks)):
         layers = {name: _linear(model, name) for name in targets.names[index]}
         if calibrated is not None:
             with mapped_apart(above=_HEAP_PIECE):
@@ -213,91 +211,20 @@ def compress_blocks(
             assert calibrated is not None
             sensitivity = calibrated.sensitivity(index, layers)
             stats = calibrated.stats(index, layers)
+            dense = _DenseBlock.of(index, layers, stats, calibrated) if config.refine else None
             with mapped_apart(above=_HEAP_PIECE):
                 configs = world.tell(_layer_configs(layers, stats, sensitivity, config))
                 finished = _compress_layers(layers, stats, configs, note, world)
+            if dense is not None:
+                finished = dense.refined(finished, calibrated, config.seed)
+                _use_approximations(layers, finished.packed)
         reports += finished.reports
         if calibrated is not None:
-            calibrated.propagate(index, block)
+            calibrated.propagate(index)
         for name, weight in finished.packed.items():
             replace_module(model, name, SlabLinear.from_packed(weight, layers[name].bias))
         store.finish(index, finished)
     return reports
-
-
-class _Calibration:
-    """The calibration windows of this rank on their way through the blocks.
-
-    Args:
-        model: the model.
-        blocks: its decoder blocks.
-        windows: token ids of all ranks, [windows, seq_len].
-        config: method and settings.
-        store: gives the first blocks and the buffer.
-        world: the ranks that divide the windows.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        blocks: nn.ModuleList,
-        windows: Tensor,
-        config: CompressionConfig,
-        store: BlockStore,
-        world: World,
-    ) -> None:
-        self._blocks, self._config, self._world, self._all_windows = blocks, config, world, len(windows)
-        mine = world.share(len(windows))
-        probes = windows[:PROBES, :PROBE_TOKENS]
-        windows = windows[mine.start : mine.stop]
-        with store.outside():
-            self._hidden, self._calls = capture_block_calls(
-                model, blocks, windows, model.device, load=store.load, hidden=store.activations(len(windows))
-            )
-            # Calls of their own: masks and positions are as long as the window.
-            self._probes, self._probe_calls = (
-                (Activations(0), [])
-                if config.bits_per_weight is None
-                else capture_block_calls(model, blocks, probes, model.device, load=store.load)
-            )
-
-    def sensitivity(self, index: int, layers: dict[str, nn.Linear]) -> dict[str, float]:
-        """How sensitive a block is to its target layers, by name; empty where budgets are even."""
-        if not len(self._probes):
-            return {}
-        block, call = self._blocks[index], self._probe_calls[index]
-        return sensitivities(layers, lambda states: call(block, states), self._probes, self._config.seed)
-
-    def stats(self, index: int, layers: dict[str, nn.Linear]) -> dict[str, LayerStats]:
-        """Statistics of a block's target layers, by name; the hidden states stay in front of the block."""
-        if not layers:
-            return {}
-        block, call = self._blocks[index], self._calls[index]
-        return collect_stats(
-            block,
-            layers,
-            lambda i: call(block, self._hidden[i]),
-            self._all_windows,
-            held_out=_held_out(self._config.method, self._all_windows),
-            seed=self._config.seed,
-            world=self._world,
-        )
-
-    def propagate(self, index: int, block: nn.Module) -> None:
-        """Run a block, whose weights are Ŵ by now, on all windows."""
-        for i, states in enumerate(self._hidden):
-            output = self._calls[index](block, states)
-            check_finite(output, f"the output of block {index}")
-            self._hidden[i] = output
-        for i, states in enumerate(self._probes):
-            self._probes[i] = self._probe_calls[index](block, states)
-
-
-def _held_out(method: str, windows: int) -> int | None:
-    """How many windows are kept back, at least one, but not the only one; None if there need not be a Gram matrix."""
-    if method not in NEEDS_GRAM:
-        return None
-    return max(windows // HELD_OUT_SHARE, min(1, windows - 1)) if method in NEEDS_HELD_OUT else 0
 
 
 def _layer_configs(
@@ -353,6 +280,49 @@ def _compress_layers(
         if report.name in others:
             note(report)
     return finished
+
+
+@dataclass(frozen=True)
+class _DenseBlock:
+    """What refinement has to know of a block after its layers were replaced.
+
+    Attributes:
+        index: which block.
+        layers: its target layers by full name; they hold Ŵ by the time of `refined`.
+        weights: their dense weights.
+        stats: statistics of their inputs, without Gram matrices.
+        outputs: hidden states behind the dense block, for every piece.
+    """
+
+    index: int
+    layers: dict[str, nn.Linear]
+    weights: dict[str, Tensor]
+    stats: dict[str, LayerStats]
+    outputs: Activations
+
+    @classmethod
+    def of(
+        cls, index: int, layers: dict[str, nn.Linear], stats: dict[str, LayerStats], calibrated: Calibration
+    ) -> _DenseBlock:
+        """Look at a block while it is dense."""
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        small = {name: replace(known, gram=None, held_out=None) for name, known in stats.items()}
+        return cls(index, layers, weights, small, calibrated.dense_outputs(index))
+
+    def refined(self, finished: FinishedBlock, calibrated: Calibration, seed: int) -> FinishedBlock:
+        """The block's layers after refinement, with the errors that they have now."""
+
+        def run(weights: dict[str, Tensor], states: Tensor) -> Tensor:
+            given = {self.layers[name]: weight.to(self.weights[name].dtype) for name, weight in weights.items()}
+            return calibrated.run_with(self.index, given, states)
+
+        packed = refine(finished.packed, run, calibrated.pieces, self.outputs, seed)
+        reports = []
+        for report in finished.reports:
+            name = report.name
+            error = self.stats[name].output_error(self.weights[name], packed[name].dense())
+            reports.append(replace(report, output_error=error))
+        return FinishedBlock(packed, reports)
 
 
 def _exchange(mine: FinishedBlock, names: Collection[str], world: World) -> FinishedBlock:
@@ -433,19 +403,6 @@ def value_dtype(config: CompressionConfig, model_dtype: torch.dtype) -> torch.dt
         assert isinstance(dtype, torch.dtype)
         return dtype
     return torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float16
-
-
-def check_finite(tensor: Tensor, what: str) -> None:
-    """Refuse NaN and Inf.
-
-    Raises:
-        SlabError: naming `what`.
-    """
-    # In parts: the comparison makes several tensors of the size of what it is given, and an embedding is large.
-    if not all(torch.isfinite(part).all() for part in torch.split(tensor.detach().reshape(-1), 1 << 24)):
-        raise SlabError(
-            f"NaN or Inf in {what}: the checkpoint is damaged, or its dtype overflows (try --dtype float32)"
-        )
 
 
 def rounded(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:

@@ -49,8 +49,10 @@ class Cell:
         if self.method in QUANTIZERS:
             return f"{self.config.value_bits} bit, group {self.config.group_size}"
         if self.config.bits_per_weight is not None:
-            return f"{self.config.bits_per_weight:g} bits"
-        return f"{100 * self.config.ratio:.4g} % {self.config.pattern}"
+            size = f"{self.config.bits_per_weight:g} bits"
+        else:
+            size = f"{100 * self.config.ratio:.4g} % {self.config.pattern}"
+        return f"{size}, refined" if self.config.refine else size
 
     @property
     def label(self) -> str:

@@ -30,8 +30,9 @@ from slablm import loading, sources
 from slablm.calibration.activations import Activations
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
+from slablm.finite import check_finite
 from slablm.journal import Journal, block_key, outside_key
-from slablm.layerwise import BlockStore, FinishedBlock, LayerReport, check_finite, rounded
+from slablm.layerwise import BlockStore, FinishedBlock, LayerReport, rounded
 from slablm.memory import mapped_apart
 from slablm.packing import PackedSpec
 from slablm.shards import WAY_OUT, Piece

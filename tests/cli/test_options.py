@@ -29,13 +29,14 @@ VERBS = {
     ("verb", "settings"),
     [(verb, {}) for verb in VERBS]
     + [("compress", SETTINGS | SEED), ("plan", SETTINGS), ("compare", SHARED | SEED)]
-    + [("compress", FEW_BITS), ("plan", FEW_BITS)],
+    + [("compress", FEW_BITS), ("plan", FEW_BITS), ("compress", {"refine": True})],
 )
 def test_settings(verb, settings):
     function, *arguments = VERBS[verb]
     for name, value in settings.items():
+        option = f"--{name.replace('_', '-')}"
         for one in value if isinstance(value, tuple) else [value]:
-            arguments += [f"--{name.replace('_', '-')}", one]
+            arguments += [option] if one is True else [option, one]
     with mock.patch(function, side_effect=SystemExit) as called:
         slablm(verb, *arguments)
     assert CompressionConfig(**settings) in called.call_args.args

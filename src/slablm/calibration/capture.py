@@ -44,7 +44,7 @@ class BlockCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """Run the block on hidden states [1, seq_len, hidden_size] and return the new ones."""
         output = block(hidden, *self.args, **self.kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output

@@ -33,6 +33,7 @@ def compress(
     dtype: Dtype = "auto",
     value_dtype: options.ValueDtype = None,
     device: Device = "cpu",
+    refine: options.Refine = False,
     seed: options.Seed = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a model that OUT already holds.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run into OUT, if there is one.")] = False,

@@ -25,6 +25,9 @@ SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
 TargetNames = Annotated[list[str] | None, typer.Option("--targets", help="Modules to compress; repeat for several.")]
 IgnoredNames = Annotated[list[str] | None, typer.Option("--ignore", help="Modules to leave dense; repeat for several.")]
 ValueDtype = Annotated[str | None, typer.Option(help="Stored values: float16 or bfloat16.")]
+Refine = Annotated[
+    bool, typer.Option("--refine", help="Then refine each block as a whole, by a few steps of Adam; takes longer.")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
 MaxMemory = Annotated[
     str | None,

@@ -30,7 +30,7 @@ CLIPS = (1.0, 0.9, 0.8)
 SCALE_BITS = 16
 _LARGEST_SCALE = 65504.0
 LARGEST_BITS = 7
-_SMALLEST_SCALE = 2.0**-14  # the smallest normal FP16; also the scale of a group in which nothing is kept
+SMALLEST_SCALE = 2.0**-14  # the smallest normal FP16; also the scale of a group in which nothing is kept
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ def _fit_scales(kept: Tensor, importance: Tensor, largest: Tensor, offset: float
     top = 2**bits - 1
     best_error, best_scales = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
     for clip in CLIPS:
-        scales = (clip * largest / (offset + top)).clamp_min(_SMALLEST_SCALE).half().float()
+        scales = (clip * largest / (offset + top)).clamp_min(SMALLEST_SCALE).half().float()
         codes = (kept / scales[..., None] - offset).round_().clamp_(0, top)
         error = (codes.add_(offset).mul_(scales[..., None]).sub_(kept).square_() * importance).sum(dim=2)
         better = error < best_error

@@ -1,0 +1,171 @@
+"""The calibration windows on their way through the blocks.
+
+Up to three streams of hidden states walk side by side, and every block is run on all of them:
+
+    windows   all tokens; from them come the statistics of every layer
+    probes    with a budget in true bits: the first tokens of the first windows, to see how sensitive a block is to
+              each of its layers (`slablm.calibration.sensitivity`)
+    pieces    with refinement: shorter pieces of the windows, for its steps (`slablm.refinement`)
+
+Each has calls of its own, as masks and positions are as long as what is run.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from slablm.calibration.activations import Activations
+from slablm.calibration.capture import capture_block_calls, collect_stats
+from slablm.calibration.sensitivity import sensitivities
+from slablm.config import CompressionConfig
+from slablm.distributed import World
+from slablm.finite import check_finite
+from slablm.methods import NEEDS_GRAM, NEEDS_HELD_OUT, LayerStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from slablm.layerwise import BlockStore
+
+# One window in so many is kept back for the methods of `NEEDS_HELD_OUT`.
+HELD_OUT_SHARE = 8
+PROBES, PROBE_TOKENS = 2, 512
+PIECES, PIECE_TOKENS = 72, 512
+
+
+class Stream:
+    """Hidden states of some windows, and how each block is called on them.
+
+    Args:
+        model: the model.
+        blocks: its decoder blocks.
+        windows: token ids, [windows, tokens]; none for a stream that is not needed.
+        store: gives the first blocks.
+        hidden: the buffer; by default all in RAM.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: nn.ModuleList,
+        windows: Tensor,
+        store: BlockStore,
+        hidden: Activations | None = None,
+    ) -> None:
+        self._blocks = blocks
+        self.hidden, self.calls = (
+            capture_block_calls(model, blocks, windows, model.device, load=store.load, hidden=hidden)
+            if len(windows)
+            else (Activations(0), [])
+        )
+
+    def run(self, index: int, states: Tensor) -> Tensor:
+        """Block `index` on hidden states in front of it, [1, tokens, hidden_size]."""
+        return self.calls[index](self._blocks[index], states)
+
+    def propagate(self, index: int) -> None:
+        """Go past a block, whose weights are Ŵ by now."""
+        for i, states in enumerate(self.hidden):
+            output = self.run(index, states)
+            check_finite(output, f"the output of block {index}")
+            self.hidden[i] = output
+
+
+class Calibration:
+    """The streams of this rank.
+
+    Args:
+        model: the model.
+        blocks: its decoder blocks.
+        windows: token ids of all ranks, [windows, seq_len].
+        config: method and settings.
+        store: gives the first blocks and the buffer.
+        world: the ranks that divide the windows.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        blocks: nn.ModuleList,
+        windows: Tensor,
+        config: CompressionConfig,
+        store: BlockStore,
+        world: World,
+    ) -> None:
+        self._blocks, self._config, self._world, self._all_windows = blocks, config, world, len(windows)
+        mine = world.share(len(windows))
+        probes = windows[: PROBES if config.bits_per_weight is not None else 0, :PROBE_TOKENS]
+        pieces = _pieces(windows) if config.refine else windows[:0]
+        windows = windows[mine.start : mine.stop]
+        with store.outside():
+            self._windows = Stream(model, blocks, windows, store, store.activations(len(windows)))
+            self._probes = Stream(model, blocks, probes, store)
+            self._pieces = Stream(model, blocks, pieces, store)
+
+    @property
+    def pieces(self) -> Activations:
+        """Hidden states of the pieces in front of the current block."""
+        return self._pieces.hidden
+
+    def sensitivity(self, index: int, layers: dict[str, nn.Linear]) -> dict[str, float]:
+        """How sensitive a block is to its target layers, by name; empty where budgets are even."""
+        if not len(self._probes.hidden):
+            return {}
+        return sensitivities(
+            layers, lambda states: self._probes.run(index, states), self._probes.hidden, self._config.seed
+        )
+
+    def stats(self, index: int, layers: dict[str, nn.Linear]) -> dict[str, LayerStats]:
+        """Statistics of a block's target layers, by name; the hidden states stay in front of the block."""
+        if not layers:
+            return {}
+        return collect_stats(
+            self._blocks[index],
+            layers,
+            lambda i: self._windows.run(index, self._windows.hidden[i]),
+            self._all_windows,
+            held_out=_held_out(self._config.method, self._all_windows),
+            seed=self._config.seed,
+            world=self._world,
+        )
+
+    def dense_outputs(self, index: int) -> Activations:
+        """Hidden states behind a block that is still dense, for every piece."""
+        outputs = Activations(len(self.pieces))
+        for states in self.pieces:
+            outputs.append(self._pieces.run(index, states))
+        return outputs
+
+    def run_with(self, index: int, weights: dict[nn.Linear, Tensor], states: Tensor) -> Tensor:
+        """A block on one piece, with other weights in some of its layers, and differentiable in them."""
+        block = self._blocks[index]
+        given = {f"{name}.weight": weights[m] for name, m in block.named_modules() if m in weights}
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return functional_call(block, given, args, kwargs)
+
+        return self._pieces.calls[index](run, states)
+
+    def propagate(self, index: int) -> None:
+        """Run a block, whose weights are Ŵ by now, on everything."""
+        for stream in (self._windows, self._probes, self._pieces):
+            stream.propagate(index)
+
+
+def _pieces(windows: Tensor) -> Tensor:
+    """At most `PIECES` pieces of at most `PIECE_TOKENS` tokens, from all over the windows, in their order."""
+    length = min(PIECE_TOKENS, windows.shape[1])
+    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    count = min(PIECES, len(pieces))
+    return pieces[torch.arange(count) * len(pieces) // count]
+
+
+def _held_out(method: str, windows: int) -> int | None:
+    """How many windows are kept back, at least one, but not the only one; None if there need not be a Gram matrix."""
+    if method not in NEEDS_GRAM:
+        return None
+    return max(windows // HELD_OUT_SHARE, min(1, windows - 1)) if method in NEEDS_HELD_OUT else 0
