@@ -57,6 +57,7 @@ def arms(bits: float) -> list[Arm]:
     no_descent = (import_module("slablm.methods.slab_plus"), "DESCENTS", 0)
     return [
         Arm("slab 50 %, 16-bit values", {"method": "slab"}),
+        Arm("slab+ 50 %, 16-bit values, weighted factors alone", {"method": "slab+"}, [no_feedback]),
         Arm("slab+ 50 %, 16-bit values, no descent", {"method": "slab+"}, [no_descent]),
         Arm("slab+ 50 %, 16-bit values", {"method": "slab+"}),
         # Without feedback there are no trials either: the bits that these have chosen for most layers.

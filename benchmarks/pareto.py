@@ -161,28 +161,39 @@ def plot(records: Sequence[Record], path: Path) -> None:
     most = max((record.cell.config.num_samples for record in records if record.cell.config), default=0)
     figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for panel, part, title in zip(panels, (0, 1), ("C4, unseen windows", "WikiText-2"), strict=True):
-        for method in sorted({record.cell.method for record in records}):
-            points = sorted(
-                (record.bits_per_weight, halves(record)[part].value)
-                for record in records
-                if record.cell.method == method and (record.cell.config is None or plotted(record.cell.config, most))
-            )
-            if method == "dense":
+        curves: dict[str, list[tuple[float, float]]] = {}
+        for record in records:
+            if (name := curve(record, most)) is not None:
+                curves.setdefault(name, []).append((record.bits_per_weight, halves(record)[part].value))
+        for name, points in sorted(curves.items()):
+            if name == "dense":
                 panel.axhline(points[0][1], color="black", linewidth=0.8, linestyle="--", label="dense, 16 bits")
-            elif points:
-                panel.plot(*zip(*points, strict=True), marker="o", markersize=4, linewidth=1, label=method)
+            else:
+                panel.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linewidth=1, label=name)
         panel.set(title=title, xlabel="true bits per weight", ylabel="perplexity", xscale="log", yscale="log")
         panel.set_xticks([2.5, 3, 3.5, 4, 4.5, 6, 8.6], ["2.5", "3", "3.5", "4", "4.5", "6", "8.6"], minor=False)
         panel.set_xticks([], minor=True)
-        panel.set_yticks([25, 30, 40, 60, 100], ["25", "30", "40", "60", "100"])
+        panel.set_yticks([20, 25, 30, 40, 60, 100, 200, 300], ["20", "25", "30", "40", "60", "100", "200", "300"])
         panel.set_yticks([], minor=True)
-        panel.legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def plotted(config: CompressionConfig, windows: int) -> bool:
-    """Whether a cell is a point of the plot: of the Pareto table, not of the grid of ratios and patterns."""
-    return config.num_samples == windows and config.pattern == "unstructured" and config.ratio == 0.5
+def curve(record: Record, most: int) -> str | None:
+    """Which line of the plot a cell is a point of, if any.
+
+    Args:
+        record: the cell.
+        most: calibration windows of cells that are plotted; rounding uses none, so any number will do.
+    """
+    method, config = record.cell.method, record.cell.config
+    if config is None:
+        return method
+    if (config.num_samples != most and method != "rtn") or config.pattern != "unstructured":
+        return None
+    if method == "slab+" and config.bits_per_weight is None:
+        return "slab+ --ratio, 16-bit values"
+    return f"{method} --refine" if config.refine else method
 
 
 if __name__ == "__main__":
