@@ -139,3 +139,16 @@ def test_the_seed_decides_and_nothing_is_left_in_the_block():
         assert torch.equal(first[name].values, second[name].values)
         assert not torch.equal(first[name].values, other[name].values)
     assert layer.bias.grad is None
+
+
+def test_a_yardstick_stays_as_it_is(tiny_model, tokenizer, quick):
+    """It has no packed form; a comparison may still be given these settings."""
+    from slablm.calibration.text import calibration_windows
+    from slablm.layerwise import compress_blocks
+    from slablm.targets import select_targets
+
+    config = replace(quick, method="rtn", refine=True)
+    windows = calibration_windows(tiny_model, tokenizer, config)
+    reports = compress_blocks(tiny_model, select_targets(tiny_model, config), windows, config)
+    assert len(reports) == 14
+    assert all(report.output_error > 0 for report in reports)

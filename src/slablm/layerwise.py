@@ -215,7 +215,7 @@ def compress_blocks(
             with mapped_apart(above=_HEAP_PIECE):
                 configs = world.tell(_layer_configs(layers, stats, sensitivity, config))
                 finished = _compress_layers(layers, stats, configs, note, world)
-            if dense is not None:
+            if dense is not None and finished.packed:  # a yardstick has nothing that could be refined
                 finished = dense.refined(finished, calibrated, config.seed)
                 _use_approximations(layers, finished.packed)
         reports += finished.reports
