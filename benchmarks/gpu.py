@@ -178,7 +178,7 @@ def block_table(options: argparse.Namespace) -> None:
 
 def decomposition_table(shapes: list[tuple[int, int]]) -> None:
     print("\ndecomposition, 50 %, 20 iterations; torch refuses any wait of the host meanwhile")
-    config, total = CompressionConfig(), 0.0
+    config, total = CompressionConfig("slab"), 0.0
     for m, n in shapes:
         weight = torch.randn(m, n, device=DEVICE, dtype=torch.bfloat16)
         stats = LayerStats(torch.rand(n, device=DEVICE) + 0.1, 0, torch.empty(0, n, device=DEVICE))

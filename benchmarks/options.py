@@ -4,6 +4,9 @@ The first arm is the paper's algorithm with as many bits as it takes; the others
 of the compression, calibration included, one thread or as many as OMP_NUM_THREADS says; their ratio to the paper's
 algorithm is printed beside them. The arms run one after the other in one process.
 
+A method that fits the calibration tokens can miss all others. So the mean error of the layers is printed twice: on the
+calibration windows, and on two windows of the same text that calibrate nothing. Quantizers stand at the end.
+
     python benchmarks/options.py smollm2 --calibration c4-sample.txt --text wikitext2-test.txt
 """
 
@@ -28,7 +31,7 @@ from slablm.calibration import stream
 from slablm.calibration.text import calibration_windows
 from slablm.config import CompressionConfig
 from slablm.evaluation.perplexity import perplexity
-from slablm.layerwise import compress_blocks, replace_module, size_summary
+from slablm.layerwise import compress_blocks, error_summary, replace_module, size_summary
 from slablm.modules import SlabLinear
 from slablm.targets import select_targets
 
@@ -66,6 +69,8 @@ def arms(bits: float) -> list[Arm]:
         Arm("+ descent", budget, [even]),
         Arm("+ uneven budgets (slab+)", budget),
         Arm("+ refinement (--refine)", budget | {"refine": True}),
+        Arm("rounding, 4 bit, group 128", {"method": "rtn", "value_bits": 4, "group_size": 128}),
+        Arm("GPTQ, 4 bit, group 128", {"method": "gptq", "value_bits": 4, "group_size": 128}),
     ]
 
 
@@ -85,8 +90,9 @@ def main(
         if only and number not in only:
             continue
         result = measure(source, arm, base, Texts(calibration, text, windows))
-        paper = paper or result["seconds"]
-        print(json.dumps({"arm": arm.name, **result, "ratio": round(result["seconds"] / paper, 2)}), flush=True)
+        paper = result["seconds"] if number == 0 else paper
+        ratio = None if paper is None else round(result["seconds"] / paper, 2)
+        print(json.dumps({"arm": arm.name, **result, "ratio": ratio}), flush=True)
 
 
 def measure(source: str, arm: Arm, base: CompressionConfig, texts: Texts) -> dict[str, Any]:
@@ -106,12 +112,12 @@ def measure(source: str, arm: Arm, base: CompressionConfig, texts: Texts) -> dic
         if isinstance(layer, SlabLinear):
             replace_module(model, name, layer.unpacked(torch.float32))
     same, other = evaluation_windows(tokenizer, texts)
-    errors = [report.output_error for report in reports]
+    errors = error_summary(reports)
     return {
         "bits_per_weight": round(size_summary(reports)["bits_per_weight"], 3),
         "calibration_text": round(perplexity(model, same).value, 3),
         "evaluation_text": round(perplexity(model, other).value, 3),
-        "mean_layer_error": round(sum(errors) / len(errors), 4),
+        **{name: None if error is None else round(error, 4) for name, error in errors.items()},
         "seconds": round(seconds, 1),
     }
 

@@ -104,7 +104,7 @@ def quick(text_file):
     """Settings that compress the tiny model in a second."""
     from slablm import CompressionConfig
 
-    return CompressionConfig(calibration=str(text_file), num_samples=4, seq_len=32, iterations=4)
+    return CompressionConfig("slab", calibration=str(text_file), num_samples=4, seq_len=32, iterations=4)
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +114,7 @@ def compressed_folder(tmp_path_factory, tiny_folder, text_file):
     from slablm.config import CompressionConfig
 
     out = tmp_path_factory.mktemp("compressed") / "out"
-    config = CompressionConfig(calibration=str(text_file), num_samples=4, seq_len=32, iterations=4)
+    config = CompressionConfig("slab", calibration=str(text_file), num_samples=4, seq_len=32, iterations=4)
     run(str(tiny_folder), out, config, overwrite=False)
     return out
 

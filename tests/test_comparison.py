@@ -23,8 +23,8 @@ def conditions(tiny_folder, tokenizer):
         return AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
 
     generator = torch.Generator().manual_seed(3)
-    tokens = torch.randint(2, 258, (9, 32), generator=generator)
-    return Conditions(load, tokenizer, model_digest(load()), tokens[:4], tokens[4:], Tasks(), {"model": "tiny"})
+    tokens = torch.randint(2, 258, (11, 32), generator=generator)
+    return Conditions(load, tokenizer, model_digest(load()), tokens[:6], tokens[6:], Tasks(), {"model": "tiny"})
 
 
 def measure(cells, conditions, results):
@@ -107,6 +107,8 @@ def test_a_cell_is_what_compressing_and_evaluating_gives(finished, conditions, g
     reports = compress_model(model, select_targets(model, BASE), conditions.calibration, slab.cell.config)
     assert perplexity(model, conditions.evaluation) == slab.perplexity
     assert slab.layer_errors == {report.name: report.output_error for report in reports}
+    assert slab.unseen_errors == {report.name: report.unseen_error for report in reports}
+    assert slab.unseen_errors.keys() == slab.layer_errors.keys()
     sizes = size_summary(reports)
     assert (slab.compression_ratio, slab.bits_per_weight) == (sizes["compression_ratio"], sizes["bits_per_weight"])
     assert slab.ratio_to_dense == slab.perplexity.value / records[0].perplexity.value
@@ -116,7 +118,7 @@ def test_the_dense_cell_is_the_untouched_model(finished, conditions):
     dense = finished[0][0]
     assert dense.perplexity == perplexity(conditions.load(), conditions.evaluation)
     assert (dense.compression_ratio, dense.bits_per_weight, dense.ratio_to_dense) == (0, 16, 1)
-    assert dense.layer_errors == {}
+    assert dense.layer_errors == dense.unseen_errors == {}
 
 
 def test_yardsticks_are_measured_too(finished):
@@ -149,6 +151,26 @@ def test_only_what_is_missing_is_measured(finished, conditions, grid, tmp_path):
     wider = replace(grid, methods=("slab", "sparsegpt", "gptq", "rtn"))
     _, measured = measure(wider.cells(BASE), conditions, ResultsFile(path))
     assert measured == [False, False, *[True] * 5]
+
+
+def test_windows_that_calibrate_nothing_do_not_change_a_cell(conditions, grid, tmp_path):
+    cell, without = grid.cells(BASE)[1], replace(conditions, calibration=conditions.calibration[:4])
+    assert cell_key(cell, conditions) == cell_key(cell, without)
+    (with_them,), (alone,) = (
+        measure([cell], some, ResultsFile(tmp_path / f"{len(some.calibration)}.jsonl"))[0]
+        for some in (conditions, without)
+    )
+    assert with_them.perplexity == alone.perplexity
+    assert with_them.layer_errors == alone.layer_errors
+    assert with_them.unseen_errors
+    assert alone.unseen_errors == {}
+
+
+def test_records_of_before_have_no_errors_on_unseen_text(finished):
+    data = finished[0][1].to_dict()
+    del data["unseen_errors"]
+    old = Record.from_dict(data)
+    assert (old.unseen_error, old.layer_error) == (None, finished[0][1].layer_error)
 
 
 def test_records_survive_their_file(finished):

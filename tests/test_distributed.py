@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from itertools import product
 from pathlib import Path
@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from slablm import SlabError
-from slablm.calibration.capture import collect_stats
+from slablm.calibration.capture import Use, collect_stats
 from slablm.distributed import ALONE, World, _start_name, assign, join
 from slablm.runs import RunOptions, compress_folder
 from tests.test_runs import assert_same_folders, build
@@ -71,7 +71,7 @@ class Threads(World):
     barrier: threading.Barrier | None = None
 
     def gather(self, notes, tensors):
-        self.table[self.rank] = (notes, dict(tensors))
+        self.table[self.rank] = (notes, {name: tensor.clone() for name, tensor in tensors.items()})
         self.barrier.wait(30)
         return list(self.table)
 
@@ -96,13 +96,20 @@ def test_statistics_are_those_of_one_process(size, rare):
     if rare[0] == "same":  # shared in some windows only is refused, by one process as well
         rare = ["same"] * 5
     windows = torch.randn(5, 1, 7, 6, generator=torch.Generator().manual_seed(0))
+    uses = [Use.FIT, Use.FIT, Use.FIT, Use.HOLD_BACK, Use.MEASURE]
 
     def stats(world):
         block = Routed()  # hooks of several threads would meet on one
         layers = {"a": block.a, "b": block.b, "rare": block.rare}
         start = world.share(5).start
         return collect_stats(
-            block, layers, lambda i: block(windows[start + i], rare[start + i]), 5, held_out=2, seed=0, world=world
+            block,
+            layers,
+            lambda i: block(windows[start + i], rare[start + i]),
+            uses,
+            with_gram=True,
+            seed=0,
+            world=world,
         )
 
     wanted = stats(ALONE)
@@ -122,11 +129,10 @@ def test_statistics_are_those_of_one_process(size, rare):
             assert torch.equal(mine[name].input_norms, one.input_norms)
             assert torch.equal(mine[name].sample, one.sample)
             assert mine[name].tokens == one.tokens
-            for kind in ("gram", "held_out"):
-                theirs, wanted_gram = getattr(mine[name], kind), getattr(one, kind)
-                assert (theirs is None) == (wanted_gram is None)
-                if theirs is not None:
-                    torch.testing.assert_close(theirs, wanted_gram, rtol=1e-5, atol=1e-5)
+            for kind in ("gram", "held_out", "unseen"):
+                theirs, wanted_tensor = getattr(mine[name], kind), getattr(one, kind)
+                assert (theirs is None) == (wanted_tensor is None)
+                assert theirs is None or torch.equal(theirs, wanted_tensor)
         assert mine["a"] is mine["b"]
 
 
@@ -208,7 +214,7 @@ def launch(processes, tmp_path):
 @pytest.fixture
 def settings(text_file):
     """The options of the fixture `quick`."""
-    return ["--calibration", text_file, "--num-samples", 4, "--seq-len", 32, "--iterations", 4]
+    return ["--method", "slab", "--calibration", text_file, "--num-samples", 4, "--seq-len", 32, "--iterations", 4]
 
 
 def errors(logs):
@@ -218,12 +224,20 @@ def errors(logs):
 
 @pytest.mark.parametrize(
     ("family", "size", "more"),
-    [("llama", 2, []), ("llama-tied", 3, ["--max-memory", "1B"]), ("gpt_neox", 2, []), ("llama", 3, ["--rank", "2"])],
+    [
+        ("llama", 2, {}),
+        ("llama-tied", 3, {"max_memory": "1B"}),
+        ("gpt_neox", 2, {}),
+        ("llama", 3, {"rank": 2}),
+        ("llama", 2, {"method": "slab+", "bits_per_weight": 5.0}),
+        ("llama", 3, {"method": "slab+"}),
+    ],
 )
 def test_any_number_of_ranks_gives_the_files_of_one_process(launch, settings, quick, tmp_path, family, size, more):
     """So the masks are identical, and the values. gpt_neox is read as a whole."""
     source, out = build(tmp_path / "dense", family), tmp_path / "out"
-    config = quick if "--rank" not in more else type(quick)(**quick.to_dict() | {"rank": 2})
+    config = replace(quick, **{name: value for name, value in more.items() if name != "max_memory"})
+    more = [part for name, value in more.items() for part in (f"--{name.replace('_', '-')}", value)]
     compress_folder(str(source), tmp_path / "one", config, RunOptions())
     codes, logs = launch(size, "compress", source, out, *settings, *more)
     assert codes == [0] * size

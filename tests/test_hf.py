@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM
 
 from slablm import SlabError, SlabLinear, kernels
 from slablm.hf import SlabQuantizationConfig
+from slablm.inspection import inspect_folder
+from slablm.layerwise import error_summary
 
 
 def run_python(code):
@@ -90,6 +92,19 @@ def test_a_format_from_the_future_is_refused(damaged):
     folder = damaged(lambda config: config.update(format_version=99))
     with pytest.raises(SlabError, match="format version 99 is not supported.*upgrade slablm"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_format_2_has_no_errors_on_unseen_text(damaged, compressed_folder):
+    def age(config):
+        config["format_version"] = 2
+        for module in config["modules"].values():
+            assert module.pop("unseen_error") > 0
+
+    folder = damaged(age)
+    old, new = (AutoModelForCausalLM.from_pretrained(path) for path in (folder, compressed_folder))
+    assert torch.equal(old(torch.tensor([[5, 6, 7]])).logits, new(torch.tensor([[5, 6, 7]])).logits)
+    assert [layer.unseen_error for layer in inspect_folder(folder).layers] == [None] * 14
+    assert error_summary(inspect_folder(folder).layers)["unseen_error"] is None
 
 
 def test_unknown_entries_are_refused(damaged):

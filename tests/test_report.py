@@ -55,6 +55,7 @@ def record(method, loss, bits, *, windows=6, accuracy=None, **settings):
         perplexity=Perplexity(losses, 31),
         ratio_to_dense=math.exp(statistics.fmean(losses) - 3),
         layer_errors={name: 0.1 + 0.2 * noise.random() for name in layers} if config else {},
+        unseen_errors=dict.fromkeys(layers, 0.4321) if config else {},
         seconds={"load": 0.1, "compress": 12.3, "perplexity": 0.2},
         peak_memory_bytes=None,
         versions={"slablm": "0.1.0", "torch": "2.13"},

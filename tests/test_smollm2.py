@@ -20,6 +20,7 @@ from slablm.calibration.text import calibration_windows, load_text, windows_from
 from slablm.evaluation import perplexity
 from slablm.generation import continue_text
 from slablm.inspection import inspect_folder
+from slablm.layerwise import error_summary, size_summary
 from slablm.targets import select_targets
 
 pytestmark = [
@@ -49,7 +50,7 @@ def windows(dense_folder, shared_data):
 
 @pytest.fixture(scope="module")
 def config(shared_data):
-    return CompressionConfig(calibration=str(shared_data / "c4-sample.txt"), num_samples=8, seq_len=2048)
+    return CompressionConfig("slab", calibration=str(shared_data / "c4-sample.txt"), num_samples=8, seq_len=2048)
 
 
 def compressed(folder, config):
@@ -87,6 +88,20 @@ def test_slab_at_50_percent(dense_folder, windows, config, tmp_path):
     assert len(text) > len("Once upon a time")
 
 
+def test_the_default_is_better_than_the_papers_algorithm(dense_folder, windows, config):
+    """At equal size; four of the blocks and few windows, to be done in a minute."""
+    some = dataclasses.replace(config, num_samples=4, targets=(r"re:.*layers\.1[0-3]\..*",))
+    results = {}
+    for method in (CompressionConfig().method, "slab"):
+        model, _, reports = compressed(dense_folder, dataclasses.replace(some, method=method))
+        errors = error_summary(reports)
+        results[method] = (perplexity(model, windows[:2]).value, errors["unseen_error"], size_summary(reports))
+    (better, better_error, size), (paper, paper_error, same_size) = results["slab+"], results["slab"]
+    assert size == same_size
+    assert better < paper
+    assert better_error < 0.9 * paper_error
+
+
 def test_two_runs_are_identical(dense_folder, config, tmp_path):
     quick = dataclasses.replace(config, num_samples=2, seq_len=256)
     for name in ("a", "b"):
@@ -121,6 +136,7 @@ def straight(dense_folder, shared_data, tmp_path_factory):
 
 
 def start_compression(model, out, shared_data):
-    command = [sys.executable, "-m", "slablm", "compress", model, out, "--resume", "--iterations", "3"]
-    command += ["--calibration", shared_data / "c4-sample.txt", "--num-samples", "2", "--seq-len", "128"]
+    command = [sys.executable, "-m", "slablm", "compress", model, out, "--resume", "--method", "slab"]
+    command += ["--iterations", "3", "--calibration", shared_data / "c4-sample.txt"]
+    command += ["--num-samples", "2", "--seq-len", "128"]
     return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

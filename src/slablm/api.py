@@ -32,7 +32,7 @@ def compress(
 
     Args:
         model: a transformers model (changed in place) or anything `slablm.loading.load` takes.
-        config: settings; the default is SLaB at 50 %.
+        config: settings; the default is `slab+` at 50 %.
         tokenizer: needed to cut calibration text; by default loaded from where the model came from.
         on_layer: called after each layer with (layers done, layers in all, `LayerReport`).
 
@@ -127,7 +127,8 @@ def decompose(
     Args:
         weight: W, [out_features, in_features] = [m, n].
         input_norms: d, ‖X[:, j]‖₂ of the calibration inputs, [n]; all ones by default.
-        config: settings; or name them one by one in `settings` (``ratio=0.6, rank=2``).
+        config: settings, by default of the paper's SLaB, as `slab+` needs more than norms; or name them one by one in
+            `settings` (``ratio=0.6, rank=2``).
         settings: fields of `CompressionConfig`, on top of `config`.
 
     Returns:
@@ -137,7 +138,7 @@ def decompose(
     Raises:
         SlabError: wrong shapes, NaN or Inf, or an impossible ratio or pattern.
     """
-    config = replace(config or CompressionConfig(), **settings)
+    config = replace(config or CompressionConfig(method="slab"), **settings)
     if weight.ndim != 2:
         raise SlabError(f"weight must be a matrix, got shape {tuple(weight.shape)}")
     n = weight.shape[1]

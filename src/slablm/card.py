@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from slablm.layerwise import LayerReport, size_summary
+from slablm.layerwise import LayerReport, error_summary, size_summary
 from slablm.memory import human_bytes
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ tags: [slablm, slab, compressed, sparse, low-rank]
 ---
 # {{ title }}, compressed by slablm
 
-`{{ base }}`, compressed without retraining by method **{{ config.method }}** at ratio {{ config.ratio }}
+`{{ base }}`, compressed without retraining by method **{{ config.method }}** {{ size }}
 with [slablm](https://pypi.org/project/slablm/) {{ version }}.
 
 | | |
@@ -30,7 +30,10 @@ with [slablm](https://pypi.org/project/slablm/) {{ version }}.
 | compression ratio (paper's accounting) | {{ "%.4f" | format(ratio) }} |
 | true bits per weight (packed tensors over target weights) | {{ "%.3f" | format(bits) }} |
 | compressed layers | {{ layers }} ({{ "%.1f" | format(weights / 1e6) }} M weights, {{ packed }}) |
-| mean relative output error on calibration inputs | {{ "%.4f" | format(error) }} |
+| mean relative output error on calibration text | {{ "%.4f" | format(errors.output_error) }} |
+{% if errors.unseen_error is not none -%}
+| the same on text that calibrated nothing | {{ "%.4f" | format(errors.unseen_error) }} |
+{% endif -%}
 {% for key, value in settings.items() -%}
 | `{{ key }}` | {{ value }} |
 {% endfor %}
@@ -64,7 +67,7 @@ def model_card(
         left_dense: matrices inside the blocks that were left dense, with the reason.
         version: version of slablm.
     """
-    summary = size_summary(reports)
+    summary, budget = size_summary(reports), config.bits_per_weight
     title = source.rstrip("/").rpartition("/")[2]
     environment = jinja2.Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
     return environment.from_string(TEMPLATE).render(
@@ -74,13 +77,14 @@ def model_card(
         title=title,
         version=version,
         config=config,
+        size=f"at ratio {config.ratio}" if budget is None else f"with a budget of {budget:g} true bits per weight",
         settings=_shown_settings(config),
         ratio=summary["compression_ratio"],
         bits=summary["bits_per_weight"],
         layers=len(reports),
         weights=summary["weights"],
         packed=human_bytes(summary["packed_bytes"]),
-        error=sum(report.output_error for report in reports) / len(reports),
+        errors=error_summary(reports),
         left_dense=left_dense,
     )
 

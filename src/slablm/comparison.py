@@ -149,7 +149,7 @@ class Conditions:
         load: gives the dense model, new each time, in eval mode.
         tokenizer: the model's.
         model_digest: from `model_digest`.
-        calibration: token ids, [windows, seq_len].
+        calibration: token ids, [windows, seq_len], from `calibration_windows`.
         evaluation: token ids, [windows, seq_len].
         tasks: zero-shot tasks.
         description: model, texts and so on in words, for the records.
@@ -181,13 +181,14 @@ def cell_key(cell: Cell, conditions: Conditions) -> str:
     """
     settings = cell.config.to_dict() if cell.config else {}
     settings.pop("calibration", None)
+    calibrating = conditions.calibration[: cell.config.num_samples] if cell.config else None
     return _digest(
         {
             "numbers": NUMBERS_VERSION,
             "settings": settings,
             **({"method": METHOD_VERSIONS[cell.method]} if cell.method in METHOD_VERSIONS else {}),
             "model": conditions.model_digest,
-            "calibration": integrity.digest(conditions.calibration) if cell.config else None,
+            "calibration": None if calibrating is None else integrity.digest(calibrating),
             "evaluation": integrity.digest(conditions.evaluation),
             "tasks": conditions.tasks.identity(),
         }
@@ -255,6 +256,7 @@ def _measure(cell: Cell, key: str, conditions: Conditions, dense: Record | None,
         perplexity=result,
         ratio_to_dense=result.value / dense.perplexity.value if dense else 1.0,
         layer_errors={report.name: report.output_error for report in reports},
+        unseen_errors={r.name: r.unseen_error for r in reports if r.unseen_error is not None},
         seconds=clock.laps,
         peak_memory_bytes=peak_resident_bytes(),
         versions=versions(),

@@ -50,7 +50,8 @@ class CompressionConfig:
     """Settings of one compression run.
 
     Args:
-        method: name of the algorithm, a key of `slablm.methods.METHODS`.
+        method: name of the algorithm, a key of `slablm.methods.METHODS`. ``slab`` is the paper's; ``slab+``, with the
+            same form and size, was better in all that was measured (docs/results.md), and takes more time and memory.
         ratio: the paper's compression ratio CR in (0, 1): the share of the FP16 bits that is removed. The paper counts
             values, sign bits and factors; positions are free (the true size is reported beside it, always).
         pattern: ``"unstructured"`` or ``"N:M"``, N of every M consecutive inputs survive at most.
@@ -75,7 +76,7 @@ class CompressionConfig:
         SlabError: a setting is out of range; the message names it.
     """
 
-    method: str = "slab"
+    method: str = "slab+"
     ratio: float = 0.5
     pattern: str = "unstructured"
     rank: int = 1
@@ -119,7 +120,7 @@ class CompressionConfig:
             if getattr(self, name) is not None and self.method != "slab+":
                 raise SlabError(f"{name} needs method 'slab+', got {self.method!r}")
         if self.method == "slab+" and self.rank != 1:
-            raise SlabError(f"method 'slab+' has rank 1, got rank {self.rank}")
+            raise SlabError(f"method 'slab+' has rank 1, got rank {self.rank}: use method 'slab'")
         if self.magnitude_bits is not None and not 1 <= self.magnitude_bits <= 7:
             raise SlabError(f"magnitude_bits must lie between 1 and 7, got {self.magnitude_bits}")
         if self.bits_per_weight is None:

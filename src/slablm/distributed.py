@@ -9,10 +9,9 @@ weights, which every rank needs to run its windows through the compressed block.
     run own windows through the result;  rank 0 writes the block into the journal
 
 The numbers do not depend on the number of ranks. Windows never meet before their sums are formed, and the exchange
-hands over the sums of every single call, which all ranks then add up in the order of the windows, as one process does.
-A matrix is decomposed by one rank as one process would. So the result has the same bits (on the same kind of CPU or
-GPU and with the same number of threads, as ever). Only XᵀX, of the methods in `NEEDS_GRAM`, is added up per
-rank first, and therefore agrees to float32 rounding.
+hands over sums that all ranks then add up as one process does: squares call by call in the order of the windows, XᵀX by
+the nodes of a tree (`slablm.calibration.pairwise`). A matrix is decomposed by one rank as one process would. So the
+result has the same bits (on the same kind of CPU or GPU and with the same number of threads, as ever).
 
 When a rank ends too early, the others find their connection closed, or torchrun sends them SIGTERM. Either becomes a
 `LostRankError`, and one of them says so.

@@ -46,6 +46,7 @@ class ModuleSpec:
         rank: rank of the factors.
         signs: ternary states (True) or a bitmap of positions (False).
         output_error: relative output error measured while compressing.
+        unseen_error: the same on text that calibrated nothing; None if it was not measured.
         value_bits: bits of a code if the values lie on a grid, else None.
         group_size: columns that share a scale of the grid, else None.
     """
@@ -54,6 +55,7 @@ class ModuleSpec:
     rank: int
     signs: bool
     output_error: float
+    unseen_error: float | None = None
     value_bits: int | None = None
     group_size: int | None = None
 
@@ -64,7 +66,7 @@ class ModuleSpec:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; without a grid, that of format version 1."""
+        """JSON-ready form; what a layer does not have is left out."""
         return {key: value for key, value in asdict(self).items() if value is not None}
 
 
@@ -246,8 +248,16 @@ def describe(model: PreTrainedModel, config: CompressionConfig, reports: list[La
     for report in reports:
         layer = model.get_submodule(report.name)
         assert isinstance(layer, SlabLinear)
-        spec, error = layer.spec, round(report.output_error, 6)
-        modules[report.name] = ModuleSpec(spec.kept, spec.rank, spec.signs, error, spec.value_bits, spec.group_size)
+        spec, unseen = layer.spec, report.unseen_error
+        modules[report.name] = ModuleSpec(
+            spec.kept,
+            spec.rank,
+            spec.signs,
+            round(report.output_error, 6),
+            None if unseen is None else round(unseen, 6),
+            spec.value_bits,
+            spec.group_size,
+        )
     quantization_config = SlabQuantizationConfig(modules, config.value_dtype or "", config)
     model.config.quantization_config = quantization_config
     return quantization_config

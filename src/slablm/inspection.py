@@ -79,6 +79,7 @@ class Inspection(SizeOnDisk):
                     "bits_per_weight": layer.bits_per_weight,
                     "compression_ratio": layer.compression_ratio,
                     "output_error": layer.output_error,
+                    "unseen_error": layer.unseen_error,
                 }
                 for layer in self.layers
             ],
@@ -115,6 +116,7 @@ def inspect_folder(folder: Path) -> Inspection:
                 true_bits=8 * sum(_piece(pieces, f"{name}.{part}", folder).nbytes for part in stored.parts()),
                 output_error=spec.output_error,
                 seconds=0.0,
+                unseen_error=spec.unseen_error,
                 value_bits=spec.value_bits or PAPER_VALUE_BITS,
                 group_size=spec.group_size,
             )

@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,6 +67,7 @@ class LayerReport:
         true_bits: size with everything a reader needs.
         output_error: ‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F on sampled calibration inputs.
         seconds: time of the decomposition.
+        unseen_error: the same on inputs from text that calibrated nothing; None if there was no such text.
         value_bits: bits of a kept entry: 16, or those of a code of a grid.
         group_size: columns that share a scale of the grid; None without one.
     """
@@ -77,6 +79,7 @@ class LayerReport:
     true_bits: int
     output_error: float
     seconds: float
+    unseen_error: float | None = None
     value_bits: int = PAPER_VALUE_BITS
     group_size: int | None = None
 
@@ -152,6 +155,19 @@ def size_summary(reports: Sequence[LayerReport]) -> dict[str, Any]:
     }
 
 
+def error_summary(reports: Sequence[LayerReport]) -> dict[str, float | None]:
+    """Means over the compressed layers: `output_error`, and `unseen_error` where every layer has one.
+
+    Args:
+        reports: one per compressed layer.
+    """
+    unseen = [report.unseen_error for report in reports if report.unseen_error is not None]
+    return {
+        "output_error": fmean(report.output_error for report in reports),
+        "unseen_error": fmean(unseen) if len(unseen) == len(reports) else None,
+    }
+
+
 @torch.no_grad()
 @fast_float32()
 def compress_blocks(
@@ -170,7 +186,8 @@ def compress_blocks(
     Args:
         model: the dense model, in eval mode.
         targets: the layers, from `select_targets`.
-        windows: calibration token ids of all ranks, [windows, seq_len].
+        windows: token ids for all ranks, [windows, seq_len]: the first `config.num_samples` calibrate; with any that
+            follow only errors are measured.
         config: method and settings.
         on_layer: called after each layer with (layers done, layers in all, report); refinement comes later, and only
             the reports that are returned know of it.
@@ -320,8 +337,9 @@ class _DenseBlock:
         reports = []
         for report in finished.reports:
             name = report.name
-            error = self.stats[name].output_error(self.weights[name], packed[name].dense())
-            reports.append(replace(report, output_error=error))
+            stats, weight, refined = self.stats[name], self.weights[name], packed[name].dense()
+            error, unseen = stats.output_error(weight, refined), stats.unseen_error(weight, refined)
+            reports.append(replace(report, output_error=error, unseen_error=unseen))
         return FinishedBlock(packed, reports)
 
 
@@ -390,6 +408,7 @@ def compress_layer(
         true_bits=true_bits,
         output_error=stats.output_error(weight, approximation),
         seconds=seconds,
+        unseen_error=stats.unseen_error(weight, approximation),
         value_bits=PAPER_VALUE_BITS if grid is None else grid.bits,
         group_size=None if grid is None else grid.group_size,
     )

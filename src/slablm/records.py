@@ -15,6 +15,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from slablm.config import CompressionConfig
@@ -73,6 +74,7 @@ class Record:
         perplexity: loss of every window.
         ratio_to_dense: perplexity over the dense model's.
         layer_errors: relative output error on calibration inputs, by full layer name.
+        unseen_errors: the same on text that calibrated nothing; empty where that was not measured.
         seconds: time of each step.
         peak_memory_bytes: largest resident set of the process until the end of the cell; None if unknown.
         versions: of slablm, torch, transformers and python.
@@ -87,10 +89,21 @@ class Record:
     perplexity: Perplexity
     ratio_to_dense: float
     layer_errors: dict[str, float]
+    unseen_errors: dict[str, float]
     seconds: dict[str, float]
     peak_memory_bytes: int | None
     versions: dict[str, str]
     accuracies: dict[str, dict[str, Any]] | None = None
+
+    @property
+    def layer_error(self) -> float | None:
+        """Mean of `layer_errors`."""
+        return fmean(self.layer_errors.values()) if self.layer_errors else None
+
+    @property
+    def unseen_error(self) -> float | None:
+        """Mean of `unseen_errors`."""
+        return fmean(self.unseen_errors.values()) if self.unseen_errors else None
 
     @property
     def average_accuracy(self) -> float | None:
@@ -120,6 +133,7 @@ class Record:
             },
             "accuracies": self.accuracies,
             "layer_errors": self.layer_errors,
+            "unseen_errors": self.unseen_errors,
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "versions": self.versions,
@@ -138,6 +152,7 @@ class Record:
             perplexity=Perplexity(tuple(perplexity["window_losses"]), perplexity["tokens_per_window"]),
             ratio_to_dense=perplexity["ratio_to_dense"],
             layer_errors=data["layer_errors"],
+            unseen_errors=data.get("unseen_errors", {}),  # older records have none
             seconds=data["seconds"],
             peak_memory_bytes=data["peak_memory_bytes"],
             versions=data["versions"],

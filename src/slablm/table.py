@@ -46,6 +46,8 @@ class Row:
             "perplexity": record.perplexity.value,
             "stderr": _number(record.perplexity.stderr),
             "ratio_to_dense": record.ratio_to_dense,
+            "layer_error": record.layer_error,
+            "unseen_layer_error": record.unseen_error,
             "reference": self.reference,
             "log_loss_difference": _difference(self.loss),
             "average_accuracy": record.average_accuracy,
@@ -168,6 +170,11 @@ def show_perplexity(record: Record) -> str:
     digits = 0 if perplexity.value >= 1000 else 1 if perplexity.value >= 100 else 2
     value = f"{perplexity.value:,.{digits}f}"
     return value if math.isnan(perplexity.stderr) else f"{value} ± {perplexity.stderr:,.{digits}f}"
+
+
+def show_error(error: float | None) -> str:
+    """A relative output error; empty where there is none."""
+    return "" if error is None else f"{error:.4f}"
 
 
 def show_relative(loss: PairedDifference) -> str:

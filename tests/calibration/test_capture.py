@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from slablm import SlabError
-from slablm.calibration.capture import StatsCollector, capture_block_calls, collect_stats
+from slablm.calibration.capture import StatsCollector, Use, capture_block_calls, collect_stats
 from slablm.targets import find_blocks
 
 
@@ -33,8 +33,9 @@ def test_statistics_accumulate_on_the_device():
     collector = StatsCollector(6, with_gram=True, device=torch.device("meta"))
     collector.add(torch.empty(1, 5, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
     collector.add(torch.empty(1, 7, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
-    assert collector._squares[0].device.type == collector._grams["gram"].device.type == "meta"
-    assert (collector._kept, collector._sample.shape) == (6, (512, 6))
+    part = collector.part()
+    assert {t.device.type for t in (part.squares, part.sample, *part.sums.values())} == {"meta"}
+    assert part.sample.shape == (6, 6)
 
 
 def test_a_layer_without_inputs_is_named():
@@ -97,7 +98,7 @@ class Toy(nn.Module):
 
 def toy_stats(toy, windows, layers=("q", "k", "out")):
     chosen = {name: getattr(toy, name) for name in layers}
-    return collect_stats(toy, chosen, lambda i: toy(windows[i]), len(windows), held_out=0, seed=0)
+    return collect_stats(toy, chosen, lambda i: toy(windows[i]), [Use.FIT] * len(windows), with_gram=True, seed=0)
 
 
 @torch.no_grad()
@@ -116,11 +117,32 @@ def test_layers_with_one_input_share_its_statistics():
 @torch.no_grad()
 def test_held_out_windows_have_a_gram_matrix_of_their_own():
     toy, windows = Toy(), torch.randn(4, 1, 5, 8)
-    stats = collect_stats(toy, {"q": toy.q}, lambda i: toy(windows[i]), 4, held_out=1, seed=0)["q"]
+    uses = [Use.FIT] * 3 + [Use.HOLD_BACK]
+    stats = collect_stats(toy, {"q": toy.q}, lambda i: toy(windows[i]), uses, with_gram=True, seed=0)["q"]
     fitted, kept_back = windows[:3].reshape(-1, 8), windows[3, 0]
     assert torch.allclose(stats.gram, fitted.T @ fitted, rtol=1e-4, atol=1e-4)
     assert torch.allclose(stats.held_out, kept_back.T @ kept_back, rtol=1e-4, atol=1e-4)
     assert torch.allclose(stats.input_norms, windows.reshape(-1, 8).norm(dim=0))
+    assert stats.unseen is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_gram", [False, True])
+def test_unseen_windows_give_rows_and_nothing_else(with_gram):
+    toy, windows = Toy(), torch.randn(6, 1, 5, 8)
+
+    def stats(uses):
+        return collect_stats(toy, {"q": toy.q}, lambda i: toy(windows[i]), uses, with_gram=with_gram, seed=0)["q"]
+
+    alone, more = stats([Use.FIT] * 4), stats([Use.FIT] * 4 + [Use.MEASURE] * 2)
+    assert alone.tokens == more.tokens == 20
+    assert torch.equal(alone.input_norms, more.input_norms)
+    assert torch.equal(alone.sample, more.sample)
+    assert torch.equal(alone.gram, more.gram) if with_gram else more.gram is None
+    assert more.held_out is None
+    rows = {tuple(row) for row in windows[4:].reshape(-1, 8).tolist()}
+    assert more.unseen.shape == (512, 8)
+    assert {tuple(row) for row in more.unseen.tolist()} == rows
 
 
 @torch.no_grad()
@@ -153,4 +175,4 @@ def test_inputs_shared_in_some_windows_only_are_refused():
         return toy(windows[index])
 
     with pytest.raises(SlabError, match="layer k shares its inputs with others in some windows only"):
-        collect_stats(toy, {"q": toy.q, "k": toy.k}, run, 2, held_out=None, seed=0)
+        collect_stats(toy, {"q": toy.q, "k": toy.k}, run, [Use.FIT] * 2, with_gram=False, seed=0)

@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from slablm import SlabError
-from slablm.calibration.text import _take, load_text, sample_windows, windows_from_text
+from slablm.calibration.text import (
+    _take,
+    calibration_windows,
+    load_text,
+    sample_windows,
+    windows_from_text,
+    windows_wanted,
+)
 
 
 def test_windows_are_consecutive_from_the_start(tokenizer):
@@ -17,6 +24,18 @@ def test_windows_are_consecutive_from_the_start(tokenizer):
 def test_too_little_text_says_how_much_there_is(tokenizer):
     with pytest.raises(SlabError, match="text is too short: 11 tokens make 1 windows of 8, 2 are needed"):
         windows_from_text("abcdefghij", tokenizer, 8, 2, "text")
+
+
+def test_more_windows_are_taken_where_there_are_as_many(tokenizer):
+    text = "abcdefghij" * 3  # 31 tokens
+    assert [len(windows_from_text(text, tokenizer, 8, count, "text", more=2)) for count in (1, 2, 3)] == [3, 3, 3]
+
+
+def test_two_windows_calibrate_nothing(tiny_model, tokenizer, quick):
+    windows = calibration_windows(tiny_model, tokenizer, quick)
+    assert windows.shape == (windows_wanted(quick), 32) == (6, 32)
+    text = load_text(quick.calibration, split="calibration")
+    assert torch.equal(windows[:4], windows_from_text(text, tokenizer, 32, 4, "text"))
 
 
 def test_builtin_text_is_split():

@@ -55,6 +55,8 @@ def test_compress_prints_one_json_object(made):
     result = json.loads(done.stdout)
     assert result["out"] == str(out)
     assert result["layers"] == 14
+    assert (result["method"], result["config"]["method"]) == ("slab+", "slab+")
+    assert 0 < result["output_error"] < result["unseen_error"] < 1  # four windows of 32 tokens are few
     assert 0.5 <= result["compression_ratio"] < 0.6
     assert result["bits_per_weight"] > 8
     assert result["bytes_on_disk"] == (out / "model.safetensors").stat().st_size
@@ -75,11 +77,27 @@ def test_compress_without_json_prints_both_sizes(tiny_folder, quick, tmp_path):
     assert "true bits per weight" in done.stdout
     assert "compression ratio (paper)" in done.stdout
     assert "left dense: model.layers.0.self_attn.k_proj (ignored by 'k_proj')" in done.stderr
+    assert re.search(
+        r"mean relative output error +0\.\d{4} on calibration text, 0\.\d{4} on unseen text\n", done.stdout
+    )
     card = (tmp_path / "out" / "README.md").read_text()
     assert "method **wanda** at ratio 0.5" in card
     assert "`model.layers.0.self_attn.k_proj` (ignored by 'k_proj')" in card
     assert str(tmp_path) not in card
     assert "import slablm" in card
+    assert re.search(r"\| the same on text that calibrated nothing \| 0\.\d{4} \|", card)
+
+
+def test_a_text_that_ends_with_the_last_window(tiny_folder, tmp_path):
+    """Nothing is left to measure on; and the card says the budget where there was one."""
+    (tmp_path / "short.txt").write_text("a" * 127, encoding="utf-8")  # with <s>, 4 windows
+    options = ["--calibration", tmp_path / "short.txt", "--num-samples", 4, "--seq-len", 32]
+    done = slablm("compress", tiny_folder, tmp_path / "out", *options, "--bits-per-weight", 5, "--json")
+    assert json.loads(done.stdout)["unseen_error"] is None, done.stderr
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "method **slab+** with a budget of 5 true bits per weight" in card
+    assert "calibrated nothing" not in card
+    assert slablm("inspect", tmp_path / "out").returncode == 0
 
 
 def test_eval(made, tiny_folder, text_file):
@@ -105,10 +123,12 @@ def test_inspect(made):
     _, out = made
     result = json.loads(slablm("inspect", out, "--json").stdout)
     tensor = next(t for t in result["tensors"] if t["name"] == "model.layers.0.self_attn.q_proj")
-    assert {"name", "shape", "kept_fraction", "bits_per_weight", "compression_ratio", "output_error"} == set(tensor)
+    numbers = {"kept_fraction", "bits_per_weight", "compression_ratio", "output_error", "unseen_error"}
+    assert {"name", "shape"} | numbers == set(tensor)
     assert len(result["tensors"]) == 14
     assert tensor["shape"] == [64, 64]
     assert 0 < tensor["output_error"] < 1
+    assert 0 < tensor["unseen_error"] < 1
     done = slablm("inspect", out)
     assert "model.layers.1.mlp.down_proj" in done.stdout
     assert "true bits per weight" in done.stdout

@@ -112,7 +112,8 @@ def test_lowrank_agrees_with_its_definition_after_all_rounds(shape):
 
 def test_lowrank_has_rank_16_no_signs_and_ignores_the_rank_of_slab():
     weight, stats = problem(96, 128, 0)
-    results = [sparse_lowrank(weight, stats, CompressionConfig(ratio=0.3, rank=rank)) for rank in (1, 3)]
+    configs = [CompressionConfig("sparse+lowrank", ratio=0.3, rank=rank) for rank in (1, 3)]
+    results = [sparse_lowrank(weight, stats, config) for config in configs]
     assert results[0].rank == 16
     assert results[0].signs is None
     assert torch.equal(results[0].dense(), results[1].dense())

@@ -27,3 +27,13 @@ def test_output_error_is_relative():
     assert stats.output_error(weight, torch.zeros(6, 8)) == pytest.approx(1)
     assert stats.output_error(weight, weight * 0.9) == pytest.approx(0.1, rel=1e-4)
     assert stats.output_error(torch.zeros(6, 8), torch.zeros(6, 8)) == 0
+    assert stats.unseen_error(weight, weight * 0.9) is None
+
+
+def test_unseen_inputs_have_an_error_of_their_own():
+    """An approximation that is exact on the calibration's inputs alone."""
+    weight, seen, unseen = torch.eye(4), torch.eye(4)[:2], torch.eye(4)
+    stats = LayerStats(torch.ones(4), 2, seen, unseen=unseen)
+    approximation = torch.diag(torch.tensor([1.0, 1.0, 0.0, 0.0]))
+    assert stats.output_error(weight, approximation) == 0
+    assert stats.unseen_error(weight, approximation) == pytest.approx(0.5**0.5)

@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from slablm import CompressionConfig
 from slablm.calibration.capture import SAMPLED_TOKENS, capture_block_calls
 from slablm.methods import METHODS, LayerStats
-from slablm.planning.memory import workspace_per_weight
+from slablm.planning.memory import _open_sums, workspace_per_weight
 from slablm.planning.rehearsal import rehearse
 from slablm.streaming import empty_model
 from slablm.targets import find_blocks, select_targets
@@ -48,7 +48,7 @@ def test_a_rehearsal_counts_what_a_block_takes(dtype):
     skeleton = empty_model(config, dtype)
     targets = select_targets(skeleton, CompressionConfig())
     cpu = torch.device("cpu")
-    (block,) = rehearse(skeleton, targets, 512, SAMPLED_TOKENS, cpu, grams=1).blocks
+    (block,) = rehearse(skeleton, targets, 512, (SAMPLED_TOKENS, 32), cpu, grams=1).blocks
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     assert block.count == 2
 
@@ -58,15 +58,22 @@ def test_a_rehearsal_counts_what_a_block_takes(dtype):
     assert block.weight_bytes == sum(p.nbytes for p in blocks[0].parameters())
     assert real_peak(lambda: calls[0](blocks[0], hidden[0])) == pytest.approx(block.propagation.peak_bytes, rel=0.1)
 
-    exact = 2 * 4 * 128**2 + 4 * 384**2 + 4 * SAMPLED_TOKENS * (3 * 128 + 384)
+    exact = 2 * 4 * 128**2 + 4 * 384**2 + 4 * (SAMPLED_TOKENS + 32) * (3 * 128 + 384)
+    assert block.gram_bytes == 4 * (3 * 128**2 + 384**2)
     exact += 4 * 128**2 + 8 * (3 * 128 + 384)  # three distinct inputs of 128, one of 384
     assert block.statistics.left_bytes == pytest.approx(exact, rel=0.01)
+
+
+def test_gram_matrices_on_the_way():
+    """Of 64 windows: after 63 there are 6 sums, and the last one. Or 56 are fitted: 3 sums, then up to 4 more."""
+    for method, expected in (("slab", 0), ("gptq", 6 + 1 - 1), ("slab+", 3 + 4 - 2)):
+        assert _open_sums(CompressionConfig(method, num_samples=64)) == expected
 
 
 @torch.no_grad()
 def test_products_are_counted():
     skeleton = empty_model(tiny_config(), torch.float32)
     targets = select_targets(skeleton, CompressionConfig())
-    (block,) = rehearse(skeleton, targets, 128, 8, torch.device("cpu"), grams=0).blocks
+    (block,) = rehearse(skeleton, targets, 128, (8, 8), torch.device("cpu"), grams=0).blocks
     weights = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 96
     assert block.propagation.flops == 2 * 128 * weights + 4 * 128 * 128 * 64

@@ -120,7 +120,7 @@ def test_published_shapes(name, monkeypatch):
         kept = int((1 - 0.5 - 1 / 16 - (m + n) / (m * n)) * n)
         packed += 2 * m * kept + 2 * (m + n) + m * ((n + 4) // 5)
     dense = 2 * (vocabulary * hidden * (1 if tied else 2) + hidden * (2 * blocks + 1))
-    prediction = planned(DATA / name, CompressionConfig(num_samples=8))
+    prediction = planned(DATA / name, CompressionConfig("slab", num_samples=8))
     size = prediction.outlook.size
     assert size.file_bytes - size.header_bytes == blocks * packed + dense
     assert size.header_bytes < 0.002 * size.file_bytes
@@ -129,14 +129,14 @@ def test_published_shapes(name, monkeypatch):
     # One block at a time: its weights, and nothing that grows with the depth.
     parts = {part.name: part.bytes for part in prediction.outlook.memory.largest.parts}
     assert parts["one block"] == 2 * (sum(m * n for m, n in shapes) + 2 * hidden)
-    assert parts["hidden states of all windows"] == 8 * 2048 * hidden * 2
+    assert parts["hidden states of all windows"] == 10 * 2048 * hidden * 2  # two windows calibrate nothing
     json.dumps(prediction.to_dict())
 
 
 def test_spilled_states_move_from_memory_to_disk(tiny_folder, quick):
     window = 32 * 64 * 4
     outlook = planned(tiny_folder, quick, max_memory=window).outlook
-    assert outlook.disk.spilled_bytes == 3 * window
+    assert outlook.disk.spilled_bytes == 5 * window
     states = [p.bytes for p in outlook.memory.largest.parts if p.name == "hidden states of all windows"]
     assert states in ([], [window])
 

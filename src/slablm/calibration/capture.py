@@ -12,9 +12,10 @@ Per linear layer with inputs X, [tokens, n], a collector accumulates over the wi
 
 (the latter perhaps twice: for the windows that are fitted, and for some that are kept back)
 
-and keeps a few randomly chosen rows of X for measuring the output error. The squares of every call are summed in
-float64 on their own, and these sums added up at the end in the order of the windows, whichever rank ran them: the
-norms are the same bits for any number of ranks.
+and keeps a few randomly chosen rows of X for measuring the output error; of further windows, which calibrate nothing,
+it keeps such rows alone. The squares of every call are summed in float64 on their own, and these sums added up at the
+end in the order of the windows, whichever rank ran them; XᵀX is added up pairwise (`slablm.calibration.pairwise`). So
+both are the same bits for any number of ranks.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from typing import Any
 
@@ -29,12 +31,20 @@ import torch
 from torch import Tensor, nn
 
 from slablm.calibration.activations import Activations
+from slablm.calibration.pairwise import PairwiseSum
 from slablm.distributed import ALONE, World
 from slablm.errors import SlabError
 from slablm.methods import LayerStats
 
 SAMPLED_TOKENS = 512
-GRAM, HELD_OUT = "gram", "held_out"
+
+
+class Use(Enum):
+    """What a window is there for."""
+
+    FIT = "gram"
+    HOLD_BACK = "held_out"
+    MEASURE = "unseen"
 
 
 @dataclass
@@ -156,6 +166,31 @@ def _same(a: Any, b: Any) -> bool:
     return type(a) is type(b)
 
 
+class _Rows:
+    """Rows of a layer's inputs.
+
+    Args:
+        samples: how many are expected. Their place is taken at once: pieces kept one by one between larger tensors that
+            come and go would scatter over the heap, and what lies around them could not be given back.
+        in_features: n.
+        device: where they are kept.
+    """
+
+    def __init__(self, samples: int, in_features: int, device: torch.device) -> None:
+        self._rows, self._kept = torch.empty(samples, in_features, device=device), 0
+
+    def add(self, rows: Tensor) -> None:
+        """Keep rows, [s, n]."""
+        start, self._kept = self._kept, self._kept + len(rows)
+        if self._kept > len(self._rows):  # a layer that runs several times per window
+            self._rows = torch.cat([self._rows, self._rows.new_empty(self._kept, self._rows.shape[1])])
+        self._rows[start : self._kept] = rows
+
+    def all(self) -> Tensor:
+        """All rows so far, [s, n]."""
+        return self._rows[: self._kept]
+
+
 class StatsCollector:
     """Accumulates the `LayerStats` of one linear layer.
 
@@ -163,52 +198,97 @@ class StatsCollector:
         in_features: n.
         with_gram: whether XᵀX is wanted.
         device: where the layer runs.
-        samples: rows of X that will be kept. Their place is taken at once: pieces kept one by one between larger
-            tensors that come and go would scatter over the heap, and what lies around them could not be given back.
+        samples: rows of X that will be kept of the windows that calibrate, and of those that do not.
     """
 
-    def __init__(self, in_features: int, with_gram: bool, device: torch.device, samples: int = SAMPLED_TOKENS) -> None:
+    def __init__(
+        self, in_features: int, with_gram: bool, device: torch.device, samples: tuple[int, int] = (SAMPLED_TOKENS, 0)
+    ) -> None:
         self._squares: list[Tensor] = []
-        self._with_gram, self._empty = with_gram, partial(torch.zeros, in_features, in_features, device=device)
-        self._grams: dict[str, Tensor] = {}
-        self._sample = torch.empty(samples, in_features, device=device)
-        self._kept = 0
+        self._with_gram = with_gram
+        self._sums = {use: PairwiseSum() for use in (Use.FIT, Use.HOLD_BACK)}
+        self._sample, self._unseen = (_Rows(count, in_features, device) for count in samples)
+        self._window: tuple[Use, int] | None = None
+        self._gram: Tensor | None = None
         self._tokens = 0
 
-    def add(self, inputs: Tensor, sampled: Tensor, *, held_out: bool = False) -> None:
+    def add(self, inputs: Tensor, sampled: Tensor, window: int = 0, use: Use = Use.FIT) -> None:
         """Add the inputs of one call.
 
         Args:
             inputs: [..., n].
             sampled: numbers, modulo the rows, of those kept for the output error.
-            held_out: whether they belong to the Gram matrix of the tokens that are kept back.
+            window: which window they are from, counted over all ranks; all calls of one come in a row.
+            use: what the window is there for.
         """
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        (self._unseen if use is Use.MEASURE else self._sample).add(rows[sampled.to(rows.device) % rows.shape[0]])
+        if use is Use.MEASURE:
+            return
         self._squares.append(rows.square().sum(dim=0, dtype=torch.float64))
-        if self._with_gram:
-            kind = HELD_OUT if held_out else GRAM
-            if kind not in self._grams:
-                self._grams[kind] = self._empty()
-            self._grams[kind].addmm_(rows.T, rows)
-        kept, self._kept = self._kept, self._kept + len(sampled)
-        if self._kept > len(self._sample):  # a layer that runs several times per window
-            self._sample = torch.cat([self._sample, self._sample.new_empty(self._kept, self._sample.shape[1])])
-        self._sample[kept : self._kept] = rows[sampled.to(rows.device) % rows.shape[0]]
         self._tokens += rows.shape[0]
+        if not self._with_gram:
+            return
+        if self._window != (use, window):
+            self._finish_window()
+            self._window = use, window
+        self._gram = rows.T @ rows if self._gram is None else self._gram.addmm_(rows.T, rows)
 
-    def part(self) -> tuple[int, dict[str, Tensor]]:
-        """What there is so far: the number of tokens; squares [calls, n], rows [s, n] and perhaps XᵀX [n, n]."""
-        if not self._tokens:
-            return 0, {}
-        return self._tokens, {"squares": torch.stack(self._squares), "rows": self._sample[: self._kept]} | self._grams
+    def part(self) -> Part:
+        """What there is so far; the collector is not to be used any more."""
+        self._finish_window()
+        sums = {(use, *node): value for use, tree in self._sums.items() for node, value in tree.nodes.items()}
+        squares = torch.stack(self._squares) if self._squares else None
+        return Part(self._tokens, squares, self._sample.all(), self._unseen.all(), sums)
 
     def stats(self, name: str) -> LayerStats:
-        """The statistics so far; see `joined`."""
+        """The statistics of all that was added; see `joined`."""
         return joined(name, [self.part()])
 
+    def _finish_window(self) -> None:
+        if self._window is not None and self._gram is not None:
+            use, window = self._window
+            self._sums[use].add((0, window), self._gram)
+        self._window = self._gram = None
 
-def joined(name: str, parts: Sequence[tuple[int, dict[str, Tensor]]]) -> LayerStats:
-    """Statistics of one layer from what several collectors saw.
+
+@dataclass(frozen=True)
+class Part:
+    """What one collector has seen.
+
+    Attributes:
+        tokens: number of rows of X that calibrate.
+        squares: of each call Σ x², [calls, n] float64; None if there was no call.
+        sample: rows of X, [s, n].
+        unseen: rows of windows that do not calibrate, [s, n].
+        sums: parts of XᵀX, [n, n], by use and the node of `PairwiseSum`.
+    """
+
+    tokens: int
+    squares: Tensor | None
+    sample: Tensor
+    unseen: Tensor
+    sums: dict[tuple[Use, int, int], Tensor]
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """All tensors by names that `from_tensors` understands."""
+        named = {"sample": self.sample, "unseen": self.unseen}
+        named |= {} if self.squares is None else {"squares": self.squares}
+        named |= {f"{use.value} {level} {place}": value for (use, level, place), value in self.sums.items()}
+        return {f"{prefix} {name}": tensor for name, tensor in named.items()}
+
+    @classmethod
+    def from_tensors(cls, tokens: int, tensors: dict[str, Tensor], prefix: str) -> Part:
+        """Inverse of `tensors`; others with another prefix may be among them."""
+        named = {name.removeprefix(f"{prefix} "): t for name, t in tensors.items() if name.startswith(f"{prefix} ")}
+        sample, unseen, squares = named.pop("sample"), named.pop("unseen"), named.pop("squares", None)
+        nodes = {name: name.split() for name in named}
+        sums = {(Use(use), int(level), int(place)): named[name] for name, (use, level, place) in nodes.items()}
+        return cls(tokens, squares, sample, unseen, sums)
+
+
+def joined(name: str, parts: Sequence[Part]) -> LayerStats:
+    """Statistics of one layer from what several collectors saw; their tensors are used up.
 
     Args:
         name: how errors call the layer.
@@ -217,22 +297,28 @@ def joined(name: str, parts: Sequence[tuple[int, dict[str, Tensor]]]) -> LayerSt
     Raises:
         SlabError: NaN or Inf among the inputs, or no input at all.
     """
-    seen = [tensors for tokens, tensors in parts if tokens]
-    if not seen:
+    calls = [row for part in parts if part.squares is not None for row in part.squares]
+    if not calls:
         raise SlabError(f"layer {name} got no calibration inputs: leave it dense with --ignore {name}")
-    squares = torch.zeros_like(seen[0]["squares"][0])
-    for tensors in seen:
-        for row in tensors["squares"]:  # one after the other: no other order gives the same bits
-            squares += row
+    squares = torch.zeros_like(calls[0])
+    for row in calls:  # one after the other: no other order gives the same bits
+        squares += row
     if not torch.isfinite(squares).all():
         raise SlabError(f"NaN or Inf in the inputs of layer {name}: check the weights, or use --dtype float32")
-    grams: dict[str, Tensor] = {}
-    for tensors in seen:
-        for kind in (GRAM, HELD_OUT):
-            if kind in tensors:
-                grams[kind] = grams[kind] + tensors[kind] if kind in grams else tensors[kind]
-    tokens, rows = sum(tokens for tokens, _ in parts), torch.cat([tensors["rows"] for tensors in seen])
-    return LayerStats(squares.sqrt().float(), tokens, rows, grams.get(GRAM), grams.get(HELD_OUT))
+    trees = {use: PairwiseSum() for use in (Use.FIT, Use.HOLD_BACK)}
+    for part in parts:
+        for (use, level, place), value in part.sums.items():
+            # Ranks may have shared collectors differently: a part can be asked for twice then.
+            trees[use].add((level, place), value.clone() if len(parts) > 1 else value)
+    sample, unseen = (torch.cat(rows) for rows in zip(*((p.sample, p.unseen) for p in parts), strict=True))
+    return LayerStats(
+        squares.sqrt().float(),
+        sum(part.tokens for part in parts),
+        sample,
+        trees[Use.FIT].total(),
+        trees[Use.HOLD_BACK].total(),
+        unseen if len(unseen) else None,
+    )
 
 
 class _AllSeen(Exception):  # noqa: N818 - no error: what is left of the block is of no interest
@@ -249,21 +335,21 @@ class _BlockWatch:
     Args:
         layers: target layers by full name.
         with_gram: whether XᵀX is wanted.
-        samples: rows that each layer's collector will keep.
+        samples: rows that each layer's collector will keep, as for `StatsCollector`.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], with_gram: bool, samples: int) -> None:
+    def __init__(self, layers: dict[str, nn.Linear], with_gram: bool, samples: tuple[int, int]) -> None:
         self._layers, self._with_gram, self._samples = layers, with_gram, samples
         self._collectors: dict[str, StatsCollector] = {}
-        self._sampled, self._held_out = torch.empty(0, dtype=torch.long), False
+        self._current: tuple[Tensor, int, Use] | None = None
         self._inputs: dict[str, Tensor] = {}
         self._calls = 0
         self._windows = 0
         self._may_leave = False
 
-    def window(self, run: Callable[[], Tensor], sampled: Tensor, *, held_out: bool) -> None:
-        """Run one window; `sampled` and `held_out` as in `StatsCollector.add`."""
-        self._sampled, self._held_out, self._calls = sampled, held_out, 0
+    def window(self, run: Callable[[], Tensor], sampled: Tensor, number: int, use: Use) -> None:
+        """Run one window; the others are for `StatsCollector.add`."""
+        self._current, self._calls = (sampled, number, use), 0
         with suppress(_AllSeen):
             run()
         if not self._windows:
@@ -287,7 +373,8 @@ class _BlockWatch:
         if twin is None or self._collectors[twin] is not collector:
             if any(self._collectors[other] is collector for other in self._inputs if other != name):
                 raise SlabError(f"layer {name} shares its inputs with others in some windows only: use --ignore {name}")
-            collector.add(inputs, self._sampled, held_out=self._held_out)
+            assert self._current is not None
+            collector.add(inputs, *self._current)
         self._inputs[name] = inputs
         self._calls += 1
         if self._may_leave and len(self._inputs) == len(self._layers):
@@ -302,33 +389,36 @@ class _BlockWatch:
         collectors = list({id(collector): collector for collector in self._collectors.values()}.values())
         numbers = {name: collectors.index(collector) for name, collector in self._collectors.items()}
         mine = [collector.part() for collector in collectors]
-        tensors = {f"{i} {key}": tensor for i, (_, part) in enumerate(mine) for key, tensor in part.items()}
-        told = world.gather((numbers, [tokens for tokens, _ in mine]), tensors)
+        tensors = {key: tensor for i, part in enumerate(mine) for key, tensor in part.tensors(str(i)).items()}
+        told = world.gather((numbers, [part.tokens for part in mine]), tensors)
         result: dict[str, LayerStats] = {}
         made: dict[tuple[int | None, ...], LayerStats] = {}
         for name in self._layers:
             # Ranks need not have seen the same layers, nor share collectors alike.
             where = tuple(numbers.get(name) for (numbers, _), _ in told)
             if where not in made:
-                parts = [_part(number, *rank) for number, rank in zip(where, told, strict=True) if number is not None]
+                parts = [
+                    Part.from_tensors(tokens[number], theirs, str(number))
+                    for number, ((_, tokens), theirs) in zip(where, told, strict=True)
+                    if number is not None
+                ]
                 made[where] = joined(name, parts)
             result[name] = made[where]
         return result
 
 
-def _part(number: int, notes: tuple[Any, list[int]], tensors: dict[str, Tensor]) -> tuple[int, dict[str, Tensor]]:
-    """`StatsCollector.part` of a rank's collector of this number."""
-    front = f"{number} "
-    return notes[1][number], {key.removeprefix(front): t for key, t in tensors.items() if key.startswith(front)}
+def rows_per_window(windows: int) -> int:
+    """Rows that are sampled of each of some windows."""
+    return -(-SAMPLED_TOKENS // windows) if windows else 0
 
 
 def collect_stats(
     block: nn.Module,
     layers: dict[str, nn.Linear],
     run: Callable[[int], Tensor],
-    num_windows: int,
+    uses: Sequence[Use],
     *,
-    held_out: int | None,
+    with_gram: bool,
     seed: int,
     world: World = ALONE,
 ) -> dict[str, LayerStats]:
@@ -338,8 +428,8 @@ def collect_stats(
         block: the decoder block (dense).
         layers: its target layers by full name.
         run: runs the block on window i, counted among those of this rank.
-        num_windows: number of windows of all ranks.
-        held_out: how many windows, the last ones, are left out of XᵀX and get one of their own; None for no XᵀX.
+        uses: what each window of all ranks is there for.
+        with_gram: whether XᵀX is wanted.
         seed: seed of the choice of sampled rows.
         world: the ranks that divide the windows.
 
@@ -349,21 +439,22 @@ def collect_stats(
     Raises:
         SlabError: see `joined` and `_BlockWatch.see`.
     """
-    fitted = num_windows - (held_out or 0)
+    mine = world.share(len(uses))
+    measured = [use is Use.MEASURE for use in uses]
+    per_window = {kind: rows_per_window(measured.count(kind)) for kind in (False, True)}
+    samples = [per_window[kind] * measured[mine.start : mine.stop].count(kind) for kind in (False, True)]
+    watch = _BlockWatch(layers, with_gram, (samples[0], samples[1]))
     generator = torch.Generator().manual_seed(seed)
-    per_window = -(-SAMPLED_TOKENS // num_windows)
-    mine = world.share(num_windows)
-    watch = _BlockWatch(layers, held_out is not None, per_window * len(mine))
 
     def hook_for(name: str) -> Callable[..., None]:
         return lambda module, args: watch.see(name, args[0])
 
     handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
     try:
-        for index in range(num_windows):
-            sampled = torch.randint(1 << 30, (per_window,), generator=generator)
+        for index, use in enumerate(uses):
+            sampled = torch.randint(1 << 30, (per_window[measured[index]],), generator=generator)
             if index in mine:
-                watch.window(partial(run, index - mine.start), sampled, held_out=index >= fitted)
+                watch.window(partial(run, index - mine.start), sampled, index, use)
     finally:
         for handle in handles:
             handle.remove()

@@ -2,7 +2,7 @@
 
 Up to three streams of hidden states walk side by side, and every block is run on all of them:
 
-    windows   all tokens; from them come the statistics of every layer
+    windows   all tokens; from them come the statistics of every layer, and with the last ones errors are measured
     probes    with a budget in true bits: the first tokens of the first windows, to see how sensitive a block is to
               each of its layers (`slablm.calibration.sensitivity`)
     pieces    with refinement: shorter pieces of the windows, for its steps (`slablm.refinement`)
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from slablm.calibration.activations import Activations
-from slablm.calibration.capture import capture_block_calls, collect_stats
+from slablm.calibration.capture import Use, capture_block_calls, collect_stats
 from slablm.calibration.sensitivity import sensitivities
 from slablm.config import CompressionConfig
 from slablm.distributed import World
@@ -81,7 +81,7 @@ class Calibration:
     Args:
         model: the model.
         blocks: its decoder blocks.
-        windows: token ids of all ranks, [windows, seq_len].
+        windows: token ids of all ranks, [windows, seq_len]; the first `config.num_samples` calibrate.
         config: method and settings.
         store: gives the first blocks and the buffer.
         world: the ranks that divide the windows.
@@ -96,10 +96,12 @@ class Calibration:
         store: BlockStore,
         world: World,
     ) -> None:
-        self._blocks, self._config, self._world, self._all_windows = blocks, config, world, len(windows)
+        self._blocks, self._config, self._world = blocks, config, world
+        calibrating = windows[: config.num_samples]
+        self._uses = window_uses(config.method, len(calibrating), len(windows) - len(calibrating))
         mine = world.share(len(windows))
-        probes = windows[: PROBES if config.bits_per_weight is not None else 0, :PROBE_TOKENS]
-        pieces = _pieces(windows) if config.refine else windows[:0]
+        probes = calibrating[: PROBES if config.bits_per_weight is not None else 0, :PROBE_TOKENS]
+        pieces = _pieces(calibrating) if config.refine else windows[:0]
         windows = windows[mine.start : mine.stop]
         with store.outside():
             self._windows = Stream(model, blocks, windows, store, store.activations(len(windows)))
@@ -127,8 +129,8 @@ class Calibration:
             self._blocks[index],
             layers,
             lambda i: self._windows.run(index, self._windows.hidden[i]),
-            self._all_windows,
-            held_out=_held_out(self._config.method, self._all_windows),
+            self._uses,
+            with_gram=self._config.method in NEEDS_GRAM,
             seed=self._config.seed,
             world=self._world,
         )
@@ -164,8 +166,16 @@ def _pieces(windows: Tensor) -> Tensor:
     return pieces[torch.arange(count) * len(pieces) // count]
 
 
-def _held_out(method: str, windows: int) -> int | None:
-    """How many windows are kept back, at least one, but not the only one; None if there need not be a Gram matrix."""
-    if method not in NEEDS_GRAM:
-        return None
-    return max(windows // HELD_OUT_SHARE, min(1, windows - 1)) if method in NEEDS_HELD_OUT else 0
+def window_uses(method: str, calibrating: int, unseen: int) -> list[Use]:
+    """What each window is there for; at least one is kept back for the methods that need it, but not the only one.
+
+    Args:
+        method: name of the method.
+        calibrating: number of windows that calibrate.
+        unseen: number of windows after them.
+    """
+    kept_back = 0
+    if method in NEEDS_HELD_OUT:
+        kept_back = max(calibrating // HELD_OUT_SHARE, min(1, calibrating - 1))
+    fitted = calibrating - kept_back
+    return [Use.FIT] * fitted + [Use.HOLD_BACK] * kept_back + [Use.MEASURE] * unseen

@@ -24,6 +24,8 @@ from slablm.errors import SlabError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# Windows after those that calibrate: with them errors are measured on text that nothing was fitted to.
+UNSEEN_WINDOWS = 2
 BUILTIN_CALIBRATION_SHARE = 0.8
 # Characters read per wanted token from a streamed data set; English needs 4 to 5.
 CHARACTERS_PER_TOKEN = 8
@@ -48,7 +50,7 @@ def load_text(source: str, *, split: str, num_tokens: int | None = None) -> str:
 
 
 def windows_from_text(
-    text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, num_windows: int | None, what: str
+    text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, num_windows: int | None, what: str, more: int = 0
 ) -> Tensor:
     """Tokenise and cut into consecutive, non-overlapping windows.
 
@@ -58,6 +60,7 @@ def windows_from_text(
         seq_len: tokens per window.
         num_windows: windows wanted from the start, all of them needed; None for as many as fit.
         what: how the error calls this text.
+        more: windows beyond `num_windows` that are welcome where there are as many.
 
     Returns:
         Token ids, [windows, seq_len] int64.
@@ -74,7 +77,7 @@ def windows_from_text(
             f"{what} is too short: {len(ids)} tokens make {available} windows of {seq_len}, {wanted} are needed; "
             "give more text, fewer windows or a shorter --seq-len"
         )
-    count = available if num_windows is None else num_windows
+    count = available if num_windows is None else min(num_windows + more, available)
     return ids[: count * seq_len].view(count, seq_len)
 
 
@@ -120,7 +123,9 @@ def sample_windows(
 def calibration_windows(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: CompressionConfig
 ) -> Tensor:
-    """Token windows of the configured calibration source, [num_samples, seq_len] int64.
+    """Token windows of the configured calibration source, [num_samples + 2, seq_len] int64.
+
+    The last `UNSEEN_WINDOWS` calibrate nothing: they are for measuring errors. A text may be too short for them.
 
     Args:
         model: the dense model (used by source ``self`` and for the longest possible window).
@@ -131,11 +136,18 @@ def calibration_windows(
         SlabError: see `load_text`, `windows_from_text`, `sample_windows`; or a window longer than the model allows.
     """
     count, seq_len = config.num_samples, config.seq_len
+    wanted = windows_wanted(config)
     check_length(model, seq_len)
     if config.calibration == "self":
-        return sample_windows(model, tokenizer, seq_len, count, config.seed)
-    text = load_text(config.calibration, split="calibration", num_tokens=count * seq_len)
-    return windows_from_text(text, tokenizer, seq_len, count, f"calibration text {config.calibration}")
+        return sample_windows(model, tokenizer, seq_len, wanted, config.seed)
+    text = load_text(config.calibration, split="calibration", num_tokens=wanted * seq_len)
+    what = f"calibration text {config.calibration}"
+    return windows_from_text(text, tokenizer, seq_len, count, what, UNSEEN_WINDOWS)
+
+
+def windows_wanted(config: CompressionConfig) -> int:
+    """How many windows go through the blocks, unless the text is too short for those that calibrate nothing."""
+    return config.num_samples + UNSEEN_WINDOWS
 
 
 def check_length(model: PreTrainedModel, seq_len: int) -> None:

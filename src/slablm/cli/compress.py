@@ -17,7 +17,7 @@ def compress(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or 'smollm2'.")],
     out: Annotated[Path, typer.Argument(help="Folder for the compressed checkpoint.")],
-    method: options.Method = "slab",
+    method: options.Method = "slab+",
     ratio: options.Ratio = 0.5,
     bits_per_weight: options.BitsPerWeight = None,
     magnitude_bits: options.MagnitudeBits = None,
@@ -82,6 +82,7 @@ def run(source: str, out: Path, config: CompressionConfig, **chosen: Any) -> dic
     """
     from slablm.cli.console import quiet_libraries
     from slablm.inspection import inspect_folder
+    from slablm.layerwise import error_summary
     from slablm.memory import peak_resident_bytes
     from slablm.runs import RunOptions, compress_folder
 
@@ -101,14 +102,13 @@ def run(source: str, out: Path, config: CompressionConfig, **chosen: Any) -> dic
             log.print,
         )
     inspection = inspect_folder(out)
-    errors = [layer.output_error for layer in inspection.layers]
     return {
         "out": str(out),
         "method": config.method,
-        "layers": len(errors),
+        "layers": len(inspection.layers),
         "bits_per_weight": inspection.bits_per_weight,
         "compression_ratio": inspection.compression_ratio,
-        "output_error": sum(errors) / len(errors),
+        **error_summary(inspection.layers),
         "bytes_on_disk": inspection.file_bytes,
         "dense_bytes": result.dense_bytes,
         "resumed_blocks": result.resumed_blocks,
@@ -126,7 +126,7 @@ def _print_summary(result: dict[str, Any]) -> None:
         "layers compressed": result["layers"],
         "true bits per weight": f"{result['bits_per_weight']:.3f}",
         "compression ratio (paper)": f"{result['compression_ratio']:.4f}",
-        "mean relative output error": f"{result['output_error']:.4f}",
+        "mean relative output error": _errors(result),
         "weights on disk": human_bytes(result["bytes_on_disk"]),
         "time": f"{result['seconds']:.1f} s",
     }
@@ -136,3 +136,9 @@ def _print_summary(result: dict[str, Any]) -> None:
         lines["peak memory"] = human_bytes(result["peak_memory_bytes"])
     for label, value in lines.items():
         typer.echo(f"{label:<28}{value}")
+
+
+def _errors(result: dict[str, Any]) -> str:
+    on_calibration = f"{result['output_error']:.4f} on calibration text"
+    unseen = result["unseen_error"]
+    return on_calibration if unseen is None else f"{on_calibration}, {unseen:.4f} on unseen text"

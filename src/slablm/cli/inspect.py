@@ -33,7 +33,7 @@ def _print_table(inspection: Inspection) -> None:
 
     table = Table(title="Compressed layers", box=SIMPLE)
     table.add_column("layer", no_wrap=True)
-    for column in ("shape", "kept", "bits", "ratio", "error"):
+    for column in ("shape", "kept", "bits", "ratio", "error", "unseen"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in inspection.layers:
         table.add_row(
@@ -43,10 +43,12 @@ def _print_table(inspection: Inspection) -> None:
             f"{layer.bits_per_weight:.3f}",
             f"{layer.compression_ratio:.4f}",
             f"{layer.output_error:.4f}",
+            "" if layer.unseen_error is None else f"{layer.unseen_error:.4f}",
         )
     console = Console(highlight=False)
     console.print(table)
-    console.print("bits: true bits per weight; ratio: the paper's compression ratio; error: relative output error")
+    console.print("bits: true bits per weight; ratio: the paper's compression ratio")
+    console.print("error: relative output error on calibration text; unseen: on text that calibrated nothing")
     console.print(
         f"total: {len(inspection.layers)} layers, {inspection.weights / 1e6:.1f} M weights, "
         f"kept {inspection.kept_fraction:.4f}, {inspection.bits_per_weight:.3f} true bits per weight, "

@@ -9,7 +9,7 @@ import typer
 
 from slablm.config import CompressionConfig
 
-Method = Annotated[str, typer.Option(help="slab, slab+, wanda, magnitude or an arm of the ablation.")]
+Method = Annotated[str, typer.Option(help="slab+, slab (the paper's), wanda, magnitude or an arm of the ablation.")]
 Ratio = Annotated[float, typer.Option(help="Compression ratio in the paper's accounting.")]
 BitsPerWeight = Annotated[
     float | None, typer.Option(help="slab+: true bits per weight, instead of a ratio; chooses bits and kept entries.")

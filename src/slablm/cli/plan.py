@@ -24,7 +24,7 @@ def plan(
         str, typer.Argument(help="Hub id, local folder (config.json is enough), .gguf file or 'smollm2'.")
     ],
     out: Annotated[Path, typer.Argument(help="Where the result would be; only its free space matters.")] = Path("out"),
-    method: options.Method = "slab",
+    method: options.Method = "slab+",
     ratio: options.Ratio = 0.5,
     bits_per_weight: options.BitsPerWeight = None,
     magnitude_bits: options.MagnitudeBits = None,

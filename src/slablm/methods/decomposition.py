@@ -34,7 +34,8 @@ class LayerStats:
         tokens: number of rows of X.
         sample: a few rows of X, [s, n] float32, for measuring the output error; may be empty.
         gram: XᵀX, [n, n] float32, for the methods of `slablm.methods.NEEDS_GRAM`; None for all others.
-        held_out: XᵀX of tokens that are in neither of the above, for the methods of `slablm.methods.NEEDS_HELD_OUT`.
+        held_out: XᵀX of tokens that are not in `gram`, for the methods of `slablm.methods.NEEDS_HELD_OUT`.
+        unseen: a few inputs, [s, n] float32, of text that is in none of the above; None if there was no more text.
     """
 
     input_norms: Tensor
@@ -42,18 +43,39 @@ class LayerStats:
     sample: Tensor
     gram: Tensor | None = None
     held_out: Tensor | None = None
+    unseen: Tensor | None = None
 
     def output_error(self, weight: Tensor, approximation: Tensor) -> float:
-        """Relative output error ‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F on the sampled rows (0 when the output is zero).
+        """`relative_error` on the sampled rows.
 
         Args:
             weight: W, [m, n].
             approximation: Ŵ, [m, n].
         """
-        inputs = self.sample.to(weight.device)
-        reference = torch.linalg.matrix_norm(inputs @ weight.float().T)
-        difference = torch.linalg.matrix_norm(inputs @ (weight.float() - approximation.float()).T)
-        return torch.where(reference > 0, difference / reference, 0.0).item()
+        return relative_error(weight, approximation, self.sample)
+
+    def unseen_error(self, weight: Tensor, approximation: Tensor) -> float | None:
+        """`relative_error` on text that calibrated nothing, where a fit to the calibration's noise shows.
+
+        Args:
+            weight: W, [m, n].
+            approximation: Ŵ, [m, n].
+        """
+        return None if self.unseen is None else relative_error(weight, approximation, self.unseen)
+
+
+def relative_error(weight: Tensor, approximation: Tensor, inputs: Tensor) -> float:
+    """Relative output error ‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F (0 when the output is zero).
+
+    Args:
+        weight: W, [m, n].
+        approximation: Ŵ, [m, n].
+        inputs: X, [s, n].
+    """
+    inputs = inputs.to(weight.device)
+    reference = torch.linalg.matrix_norm(inputs @ weight.float().T)
+    difference = torch.linalg.matrix_norm(inputs @ (weight.float() - approximation.float()).T)
+    return torch.where(reference > 0, difference / reference, 0.0).item()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from slablm.api import with_value_dtype
+from slablm.calibration.capture import rows_per_window
+from slablm.calibration.text import UNSEEN_WINDOWS, windows_wanted
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.memory import human_bytes, resident_bytes
@@ -132,9 +134,9 @@ def look_ahead(
     if problems:
         return None, problems
     device = torch.device(options.device)
-    samples, ranks = _samples(config), options.world.size
+    ranks = options.world.size
     grams = (config.method in NEEDS_GRAM) + (config.method in NEEDS_HELD_OUT)
-    rehearsal = rehearse(model, targets, config.seq_len, samples, device, grams=grams)
+    rehearsal = rehearse(model, targets, config.seq_len, _samples(config), device, grams=grams)
     situation = Situation(
         itemsize=model.dtype.itemsize,
         stored_itemsize=known.stored_itemsize,
@@ -152,7 +154,7 @@ def look_ahead(
         result_bytes=size.file_bytes + size.config_bytes + known.other_bytes,
         journal_bytes=size.file_bytes + _SMALL_FILES,
         spilled_bytes=ranks
-        * spilled_bytes(rehearsal.window_bytes, -(-config.num_samples // ranks), options.max_memory),
+        * spilled_bytes(rehearsal.window_bytes, -(-windows_wanted(config) // ranks), options.max_memory),
         free_bytes=free_bytes(out),
     )
     outlook = Outlook(rehearsal, size, memory, disk)
@@ -216,10 +218,10 @@ def machine_memory() -> int | None:
     return min(total, int(text)) if text.isdigit() else total
 
 
-def _samples(config: CompressionConfig) -> int:
-    from slablm.calibration.capture import SAMPLED_TOKENS
-
-    return -(-SAMPLED_TOKENS // config.num_samples) * config.num_samples
+def _samples(config: CompressionConfig) -> tuple[int, int]:
+    """Rows that a layer's collector keeps of the windows that calibrate, and of those that do not."""
+    calibrating, unseen = config.num_samples, UNSEEN_WINDOWS
+    return calibrating * rows_per_window(calibrating), unseen * rows_per_window(unseen)
 
 
 def _largest_outside(model: PreTrainedModel, targets: Targets) -> int:

@@ -19,6 +19,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from slablm.calibration.capture import Use
+from slablm.calibration.pairwise import most_sums
+from slablm.calibration.stream import window_uses
+from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text, windows_wanted
 from slablm.config import CompressionConfig
 from slablm.methods import NEEDS_GRAM
 from slablm.planning.rehearsal import Rehearsal, Work
@@ -137,7 +141,7 @@ def plan_memory(
     """
     s = situation
     dense = [Part("the whole model", size.dense_bytes, s.accelerator)] if s.whole else []
-    needed = rehearsal.window_bytes * -(-config.num_samples // s.ranks)
+    needed = rehearsal.window_bytes * -(-windows_wanted(config) // s.ranks)
     states = Part("hidden states of all windows", needed if s.max_memory is None else min(needed, s.max_memory))
     phases = [Phase("text", (*dense, Part("tokenising the text", _text_bytes(config))))]
     if s.whole:
@@ -149,7 +153,8 @@ def plan_memory(
     phases.append(Phase("embedding", (*held, copy, _working("one window", rehearsal.embedding, s))))
     largest = max(rehearsal.blocks, key=lambda block: block.statistics.peak_bytes)
     run = _working("one window in a block, with statistics", largest.statistics, s)
-    phases.append(Phase("statistics", (*held, run)))
+    sums = Part("Gram matrices still to be added up", _open_sums(config) * largest.gram_bytes, s.accelerator)
+    phases.append(Phase("statistics", (*held, run, sums)))
     statistics = Part("statistics", max(b.statistics.left_bytes for b in rehearsal.blocks), s.accelerator)
     packed = Part("the block's packed weights", _packed_bytes(size, rehearsal), s.accelerator)
     buffers = Part("buffers of the largest matrix", largest_workspace(size, config, s), s.accelerator)
@@ -212,6 +217,16 @@ def spilled_bytes(window_bytes: int, windows: int, max_memory: int | None) -> in
     return (windows - kept) * window_bytes
 
 
+def _open_sums(config: CompressionConfig) -> int:
+    """Gram matrices of a layer that `PairwiseSum` holds at most, beyond those that are left in the end."""
+    if config.method not in NEEDS_GRAM:
+        return 0
+    uses = window_uses(config.method, config.num_samples, 0)
+    fitted, kept_back = uses.count(Use.FIT), uses.count(Use.HOLD_BACK)
+    at_once = max(most_sums(fitted), fitted.bit_count() + most_sums(kept_back))
+    return at_once - (2 if kept_back else 1)
+
+
 def _working(name: str, work: Work, situation: Situation) -> Part:
     heap = 0 if situation.accelerator else work.heap_bytes
     return Part(name, work.peak_bytes + heap, situation.accelerator)
@@ -234,14 +249,12 @@ def _outside_bytes(situation: Situation) -> int:
 
 
 def _text_bytes(config: CompressionConfig) -> int:
-    from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text
-
     if config.calibration == "self":
         return 0
     if config.calibration == "wikitext2":
         characters = _WIKITEXT2_CHARACTERS
     elif config.calibration == "c4":
-        characters = config.num_samples * config.seq_len * CHARACTERS_PER_TOKEN
+        characters = windows_wanted(config) * config.seq_len * CHARACTERS_PER_TOKEN
     elif config.calibration == "builtin":
         characters = len(load_text("builtin", split="calibration"))
     else:

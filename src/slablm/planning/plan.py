@@ -106,7 +106,7 @@ def plan(
     except SlabError as error:
         problems = [str(error)]
     other = _CARD_BYTES + (_saved_bytes(skeleton.tokenizer) if skeleton.tokenizer is not None else 0)
-    _use_libraries(dtype)
+    _use_libraries(config.method, dtype)
     give_back()
     outlook, more = look_ahead(
         model,
@@ -122,11 +122,12 @@ def plan(
     return Plan(source, config, targets, outlook, duration, whole, skeleton.notes, (*problems, *more))
 
 
-def _use_libraries(dtype: torch.dtype) -> None:
+def _use_libraries(method: str, dtype: torch.dtype) -> None:
     """Run what a compression runs, tiny: code that is mapped at its first use counts as memory of the process."""
     weight = torch.randn(64, 256).to(dtype)
-    stats = LayerStats(torch.ones(256), 1, torch.randn(8, 256))
-    compress_layer("trial", weight, stats, CompressionConfig(iterations=1, ratio=0.3))
+    gram = torch.eye(256)
+    stats = LayerStats(torch.ones(256), 1, torch.randn(8, 256), gram, gram)
+    compress_layer("trial", weight, stats, CompressionConfig(method, iterations=1, ratio=0.3))
     heads = functional.linear(torch.randn(1, 4, 64, 256).to(dtype), weight)
     functional.silu(functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True))
 

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from slablm.calibration.capture import BlockCall, StatsCollector, capture_block_calls
+from slablm.calibration.capture import BlockCall, StatsCollector, Use, capture_block_calls
 from slablm.targets import Targets, find_blocks
 
 if TYPE_CHECKING:
@@ -57,12 +57,14 @@ class BlockRehearsal:
     Attributes:
         count: blocks of this kind.
         weight_bytes: its weights.
+        gram_bytes: one matrix XᵀX of every distinct input of its layers; 0 where none are collected.
         statistics: the run that collects statistics.
         propagation: the run that makes the next block's inputs.
     """
 
     count: int
     weight_bytes: int
+    gram_bytes: int
     statistics: Work
     propagation: Work
 
@@ -139,7 +141,13 @@ _FLOPS: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for
 
 @torch.no_grad()
 def rehearse(
-    model: PreTrainedModel, targets: Targets, seq_len: int, samples: int, device: torch.device, *, grams: int
+    model: PreTrainedModel,
+    targets: Targets,
+    seq_len: int,
+    samples: tuple[int, int],
+    device: torch.device,
+    *,
+    grams: int,
 ) -> Rehearsal:
     """Run the calibration of one window, without values.
 
@@ -147,7 +155,7 @@ def rehearse(
         model: on the meta device; left as it was.
         targets: layers whose statistics are collected.
         seq_len: tokens of the window.
-        samples: rows kept for measuring the output error.
+        samples: rows kept for measuring the output error, as for `StatsCollector`.
         device: compute device.
         grams: how many matrices XᵀX are collected of every layer, 0 to 2.
     """
@@ -173,8 +181,10 @@ def rehearse(
             layers = [module for module in modules if isinstance(module, nn.Linear)]
             call = calls[index]
             statistics = _measure(blocks[index], call, window, known, _collectors(layers, samples, grams))
+            plain = _measure(blocks[index], call, window, known, _collectors(layers, samples, 0))
+            gram_bytes = (statistics.left_bytes - plain.left_bytes) // max(1, grams)
             propagation = _measure(blocks[index], call, window, known, lambda: [])
-            runs.append(BlockRehearsal(count, weights, statistics, propagation))
+            runs.append(BlockRehearsal(count, weights, gram_bytes, statistics, propagation))
         outside_bytes = sum({id(t): t.nbytes for t in tensors}.values())
         return Rehearsal(outside_bytes, embedding, window.nbytes, tuple(runs))
 
@@ -205,7 +215,7 @@ def _measure(
     return Work(meter.peak, meter.heap_peak, left, flops.get_total_flops(), meter.touched)
 
 
-def _collectors(layers: list[nn.Linear], samples: int, grams: int) -> Callable[[], list[Any]]:
+def _collectors(layers: list[nn.Linear], samples: tuple[int, int], grams: int) -> Callable[[], list[Any]]:
     """Hooks that collect statistics, once for layers that read the same tensor."""
 
     def watch() -> list[Any]:
@@ -215,9 +225,10 @@ def _collectors(layers: list[nn.Linear], samples: int, grams: int) -> Callable[[
             if any(tensor is args[0] for tensor, _ in seen):
                 return
             collector = StatsCollector(args[0].shape[-1], grams > 0, args[0].device, samples)
-            for held_out in range(max(1, grams)):
-                sampled = torch.zeros(0 if held_out else min(samples, args[0].shape[-2]), dtype=torch.long)
-                collector.add(args[0], sampled, held_out=bool(held_out))
+            sampled = torch.zeros(min(samples[0], args[0].shape[-2]), dtype=torch.long)
+            collector.add(args[0], sampled)
+            if grams > 1:
+                collector.add(args[0], sampled[:0], 1, Use.HOLD_BACK)
             seen.append((args[0], collector))
 
         return [(layer.register_forward_pre_hook(see), seen) for layer in layers]

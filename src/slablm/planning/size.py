@@ -111,7 +111,8 @@ def _empty_layer(model: nn.Module, name: str, budget: RowBudget, dtype: torch.dt
     assert bias is None or isinstance(bias, Tensor)
     replace_module(model, name, SlabLinear(spec, spec.empty("meta"), bias))
     bits, width = budget.bits or PAPER_VALUE_BITS, spec.group_size
-    return LayerReport(name, (m, n), spec.kept / n, spec.paper_bits, 8 * spec.nbytes, _ERROR, 0.0, bits, width)
+    sizes = (spec.kept / n, spec.paper_bits, 8 * spec.nbytes)
+    return LayerReport(name, (m, n), *sizes, _ERROR, 0.0, unseen_error=_ERROR, value_bits=bits, group_size=width)
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,8 +1,9 @@
 """How long it will take: an estimate from a few seconds of measuring on this machine.
 
 Three rates are measured: seconds per weight of the real decomposition (once for every width of the model, on a slice
-of a few hundred rows), floating-point operations per second of a matrix product, bytes per second of an elementwise
-operation. The rest is counting: every block runs twice on every window. Reading and writing files is not included.
+of a few hundred rows; with error feedback, on two smaller matrices), floating-point operations per second of a matrix
+product, bytes per second of an elementwise operation. The rest is counting: every block runs twice on every window.
+Reading and writing files is not included, nor are the sensitivities and the refinement of a block.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from slablm.calibration.text import windows_wanted
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.float32 import fast_float32
@@ -24,6 +26,7 @@ from slablm.planning.size import Size
 _TRIAL_WEIGHTS = 1 << 20
 _LEAST_ROWS = 64
 _ROUNDS = 3
+_SMALL = 384
 _PRODUCT = 1024
 _ELEMENTS = 1 << 22
 
@@ -73,30 +76,58 @@ def estimate(
         by_width[n] = by_width.get(n, 0) + layer.weights
         tallest[n] = max(tallest.get(n, 0), m)
     seconds = sum(w * _per_weight((tallest[n], n), config, dtype, device) for n, w in by_width.items())
-    return Duration(config.num_samples * window, seconds)
+    return Duration(windows_wanted(config) * window, seconds)
 
 
 def _per_weight(shape: tuple[int, int], config: CompressionConfig, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of the decomposition, packing and the output error included, per weight."""
+    if config.method in NEEDS_GRAM:
+        return _per_weight_with_feedback(shape, config, dtype, device)
     m, n = shape
     rows = min(m, max(_LEAST_ROWS, _TRIAL_WEIGHTS // n))
     try:
         row_budget((rows, n), config)
     except SlabError:  # factors cost more per weight in a slice than in the whole matrix
         rows = m
-    weight = torch.randn(rows, n, device=device).to(dtype)
-    sample = torch.randn(512, n, device=device)
-    gram = sample.T @ sample + torch.eye(n, device=device) if config.method in NEEDS_GRAM else None
-    stats = LayerStats(torch.ones(n, device=device), 1, sample, gram, gram)
     rounds = min(_ROUNDS, config.iterations)
 
     def run(iterations: int) -> float:
-        trial = replace(config, iterations=iterations)
-        return _seconds(lambda: compress_layer("trial", weight, stats, trial), device, repeats=1)
+        return _trial((rows, n), replace(config, iterations=iterations), dtype, device)
 
     once = run(1)
     each = max(run(rounds) - once, 0.0) / (rounds - 1) if rounds > 1 else 0.0
-    return (once + each * (config.iterations - 1)) / weight.numel()
+    return (once + each * (config.iterations - 1)) / (rows * n)
+
+
+def _per_weight_with_feedback(
+    shape: tuple[int, int], config: CompressionConfig, dtype: torch.dtype, device: torch.device
+) -> float:
+    """The same for methods whose time grows with n² and n³: no slice of rows tells it, and a whole matrix takes long.
+
+    Two smaller matrices of the same proportions tell the two parts apart: with n = `_SMALL` and twice that,
+    t(n) = a n² + b n³.
+    """
+    m, n = shape
+    if n <= 2 * _SMALL:
+        return _trial(shape, config, dtype, device) / (m * n)
+    small, large = (_trial((max(1, m * width // n), width), config, dtype, device) for width in (_SMALL, 2 * _SMALL))
+    cubic = max((large - 4 * small) / 4, 0.0)  # of the smaller one; 4 times the squares, 8 times the cubes
+    square, scale = max(small - cubic, 0.0), n / _SMALL
+    return (square * scale**2 + cubic * scale**3) / (m * n)
+
+
+def _trial(shape: tuple[int, int], config: CompressionConfig, dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds that a random matrix takes."""
+    rows, n = shape
+    weight = torch.randn(rows, n, device=device).to(dtype)
+    sample = torch.randn(512, n, device=device)
+    gram = sample.T @ sample + torch.eye(n, device=device) if config.method in NEEDS_GRAM else None
+    stats = LayerStats(torch.ones(n, device=device), 1, sample, gram, gram, sample)
+    try:
+        row_budget(shape, config)
+    except SlabError:  # factors and scales weigh more in a small matrix
+        config = replace(config, ratio=0.5, bits_per_weight=None)
+    return _seconds(lambda: compress_layer("trial", weight, stats, config), device, repeats=1)
 
 
 def _seconds(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
