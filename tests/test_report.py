@@ -9,6 +9,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import pytest
@@ -99,6 +100,14 @@ def page(everything, tmp_path_factory):
     description = {"model": "tiny <model> & more", "calibration": "builtin", "calibration windows": "4 of 32 tokens"}
     path = write_report(everything, folder, description, "slablm compare 'a b' --methods <all>")
     return path.read_text(encoding="utf-8"), folder
+
+
+def test_both_errors_of_the_layers_are_shown():
+    dense, slab = small()[:2]
+    seen = statistics.fmean(slab.layer_errors.values())
+    assert table.show_errors(slab) == f"{seen:.3f} / 0.432"
+    assert table.show_errors(replace(slab, unseen_errors={})) == f"{seen:.3f}"
+    assert table.show_errors(dense) == ""
 
 
 def test_rows_compare_with_slab_within_a_setting():

@@ -172,9 +172,9 @@ def show_perplexity(record: Record) -> str:
     return value if math.isnan(perplexity.stderr) else f"{value} ± {perplexity.stderr:,.{digits}f}"
 
 
-def show_error(error: float | None) -> str:
-    """A relative output error; empty where there is none."""
-    return "" if error is None else f"{error:.4f}"
+def show_errors(record: Record) -> str:
+    """Mean relative output errors of the layers, on calibration text and on unseen text, as far as there are any."""
+    return " / ".join(f"{error:.3f}" for error in (record.layer_error, record.unseen_error) if error is not None)
 
 
 def show_relative(loss: PairedDifference) -> str:
