@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from slablm import SlabError
-from slablm.calibration.capture import Use, collect_stats
+from slablm.calibration.capture import collect_stats
+from slablm.calibration.statistics import Use
 from slablm.distributed import ALONE, World, _start_name, assign, join
 from slablm.runs import RunOptions, compress_folder
 from tests.test_runs import assert_same_folders, build

@@ -5,7 +5,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from slablm import CompressionConfig
-from slablm.calibration.capture import SAMPLED_TOKENS, capture_block_calls
+from slablm.calibration.capture import capture_block_calls
+from slablm.calibration.statistics import SAMPLED_TOKENS
 from slablm.methods import METHODS, LayerStats
 from slablm.planning.memory import _open_sums, workspace_per_weight
 from slablm.planning.rehearsal import rehearse

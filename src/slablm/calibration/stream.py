@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from slablm.calibration.activations import Activations
-from slablm.calibration.capture import Use, capture_block_calls, collect_stats
+from slablm.calibration.capture import capture_block_calls, collect_stats
 from slablm.calibration.sensitivity import sensitivities
+from slablm.calibration.statistics import Use
 from slablm.config import CompressionConfig
 from slablm.distributed import World
 from slablm.finite import check_finite

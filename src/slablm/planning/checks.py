@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slablm.api import with_value_dtype
-from slablm.calibration.capture import rows_per_window
+from slablm.calibration.statistics import rows_per_window
 from slablm.calibration.text import UNSEEN_WINDOWS, windows_wanted
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError

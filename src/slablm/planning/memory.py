@@ -19,8 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from slablm.calibration.capture import Use
 from slablm.calibration.pairwise import most_sums
+from slablm.calibration.statistics import Use
 from slablm.calibration.stream import window_uses
 from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text, windows_wanted
 from slablm.config import CompressionConfig

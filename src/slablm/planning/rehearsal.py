@@ -20,7 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from slablm.calibration.capture import BlockCall, StatsCollector, Use, capture_block_calls
+from slablm.calibration.capture import BlockCall, capture_block_calls
+from slablm.calibration.statistics import StatsCollector, Use
 from slablm.targets import Targets, find_blocks
 
 if TYPE_CHECKING:

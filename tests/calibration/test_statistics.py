@@ -1,0 +1,41 @@
+import pytest
+import torch
+
+from slablm import SlabError
+from slablm.calibration.statistics import StatsCollector
+
+
+def test_statistics_are_those_of_all_inputs():
+    collector = StatsCollector(6, with_gram=True, device=torch.device("cpu"))
+    batches = [torch.randn(1, 5, 6), torch.randn(1, 7, 6)]
+    for batch in batches:
+        collector.add(batch, torch.tensor([0, 12, 3]))
+    inputs = torch.cat([batch[0] for batch in batches])
+    stats = collector.stats("layer")
+    assert stats.tokens == 12
+    assert torch.allclose(stats.input_norms, inputs.norm(dim=0))
+    assert torch.allclose(stats.gram, inputs.T @ inputs, atol=1e-5)
+    assert torch.equal(stats.sample[1], batches[0][0, 12 % 5])
+
+
+def test_the_first_token_counts():
+    collector = StatsCollector(4, with_gram=False, device=torch.device("cpu"))
+    inputs = torch.ones(1, 9, 4)
+    inputs[0, 0] = 1000.0
+    collector.add(inputs, torch.tensor([0]))
+    assert (collector.stats("layer").input_norms > 1000).all()
+
+
+def test_statistics_accumulate_on_the_device():
+    """Tensors on the meta device have no values: whoever asked for one would fail."""
+    collector = StatsCollector(6, with_gram=True, device=torch.device("meta"))
+    collector.add(torch.empty(1, 5, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
+    collector.add(torch.empty(1, 7, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
+    part = collector.part()
+    assert {t.device.type for t in (part.squares, part.sample, *part.sums.values())} == {"meta"}
+    assert part.sample.shape == (6, 6)
+
+
+def test_a_layer_without_inputs_is_named():
+    with pytest.raises(SlabError, match="layer lonely got no calibration inputs"):
+        StatsCollector(4, with_gram=False, device=torch.device("cpu")).stats("lonely")
