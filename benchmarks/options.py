@@ -31,7 +31,8 @@ from slablm.calibration import stream
 from slablm.calibration.text import calibration_windows
 from slablm.config import CompressionConfig
 from slablm.evaluation.perplexity import perplexity
-from slablm.layerwise import compress_blocks, error_summary, replace_module, size_summary
+from slablm.layer_report import error_summary, size_summary
+from slablm.layerwise import compress_blocks, replace_module
 from slablm.modules import SlabLinear
 from slablm.targets import select_targets
 

@@ -97,7 +97,7 @@ def test_grids_that_make_no_sense(grid, message):
 
 def test_a_cell_is_what_compressing_and_evaluating_gives(finished, conditions, grid):
     from slablm.api import compress_model
-    from slablm.card import size_summary
+    from slablm.layer_report import size_summary
     from slablm.targets import select_targets
 
     records, _ = finished

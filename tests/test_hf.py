@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from slablm import SlabError, SlabLinear, kernels
 from slablm.hf import SlabQuantizationConfig
 from slablm.inspection import inspect_folder
-from slablm.layerwise import error_summary
+from slablm.layer_report import error_summary
 
 
 def run_python(code):

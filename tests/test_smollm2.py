@@ -20,7 +20,7 @@ from slablm.calibration.text import calibration_windows, load_text, windows_from
 from slablm.evaluation import perplexity
 from slablm.generation import continue_text
 from slablm.inspection import inspect_folder
-from slablm.layerwise import error_summary, size_summary
+from slablm.layer_report import error_summary, size_summary
 from slablm.targets import select_targets
 
 pytestmark = [

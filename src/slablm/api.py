@@ -12,7 +12,8 @@ from slablm.calibration.text import calibration_windows
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.finite import check_finite
-from slablm.layerwise import LayerReport, Progress, compress_blocks, rounded, value_dtype
+from slablm.layer_report import LayerReport
+from slablm.layerwise import Progress, compress_blocks, rounded, value_dtype
 from slablm.methods import YARDSTICKS, LayerStats, Result, get_method
 from slablm.modules import SlabLinear
 from slablm.targets import Targets, select_targets

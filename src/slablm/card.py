@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from slablm.layerwise import LayerReport, error_summary, size_summary
+from slablm.layer_report import LayerReport, error_summary, size_summary
 from slablm.memory import human_bytes
 
 if TYPE_CHECKING:

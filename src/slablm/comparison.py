@@ -41,7 +41,7 @@ from slablm.records import QUANTIZERS, Cell, Record, ResultsFile
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from slablm.layerwise import LayerReport
+    from slablm.layer_report import LayerReport
 
 # To be raised whenever a change of the methods or of the evaluation changes results, or the form of a record changes:
 # old cells are then measured again.
@@ -232,7 +232,7 @@ def measure_cells(
 def _measure(cell: Cell, key: str, conditions: Conditions, dense: Record | None, on_step: Step) -> Record:
     """Load, compress, evaluate."""
     from slablm.evaluation import perplexity
-    from slablm.layerwise import size_summary
+    from slablm.layer_report import size_summary
     from slablm.memory import peak_resident_bytes
 
     clock = _Clock()

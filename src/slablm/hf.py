@@ -25,7 +25,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from slablm import integrity, kernels
 from slablm.config import VALUE_DTYPES, CompressionConfig
 from slablm.errors import SlabError
-from slablm.layerwise import LayerReport, replace_module
+from slablm.layer_report import LayerReport
+from slablm.layerwise import replace_module
 from slablm.modules import SlabLinear
 from slablm.narrow import narrow_matrices
 from slablm.packing import FORMAT_VERSION, READABLE_VERSIONS, PackedSpec

@@ -12,7 +12,7 @@ import torch
 from slablm import integrity
 from slablm.checkpoint import CONFIG, weight_files
 from slablm.errors import SlabError
-from slablm.layerwise import LayerReport, size_summary
+from slablm.layer_report import LayerReport, size_summary
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.shards import Piece, TensorFile
 

@@ -23,11 +23,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +37,7 @@ from slablm.config import CompressionConfig
 from slablm.distributed import ALONE, World, assign
 from slablm.errors import SlabError
 from slablm.float32 import fast_float32
+from slablm.layer_report import LayerReport
 from slablm.memory import give_back, mapped_apart
 from slablm.methods import Decomposition, LayerStats, PrunedWeight, get_method
 from slablm.methods.allocation import Demand, allot, log_error
@@ -53,51 +53,6 @@ if TYPE_CHECKING:
 
 # Blocks and the buffers of a decomposition come and go while smaller things stay: larger ones are kept off the heap.
 _HEAP_PIECE = 4 << 20
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer.
-
-    Attributes:
-        name: full name of the module.
-        shape: (m, n).
-        kept_fraction: share of the entries that are kept as values of their own.
-        paper_bits: size in the paper's accounting (positions not counted).
-        true_bits: size with everything a reader needs.
-        output_error: ‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F on sampled calibration inputs.
-        seconds: time of the decomposition.
-        unseen_error: the same on inputs from text that calibrated nothing; None if there was no such text.
-        value_bits: bits of a kept entry: 16, or those of a code of a grid.
-        group_size: columns that share a scale of the grid; None without one.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    kept_fraction: float
-    paper_bits: int
-    true_bits: int
-    output_error: float
-    seconds: float
-    unseen_error: float | None = None
-    value_bits: int = PAPER_VALUE_BITS
-    group_size: int | None = None
-
-    @property
-    def weights(self) -> int:
-        """Number of weights, m · n."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def compression_ratio(self) -> float:
-        """The paper's compression ratio of this layer against 16-bit values."""
-        return 1 - self.paper_bits / (PAPER_VALUE_BITS * self.weights)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """True bits per weight."""
-        return self.true_bits / self.weights
-
 
 Progress = Callable[[int, int, LayerReport], None]
 
@@ -137,35 +92,6 @@ class BlockStore:
 
     def finish(self, index: int, block: FinishedBlock) -> None:
         """Take over block `index`; its target layers are `SlabLinear` by now."""
-
-
-def size_summary(reports: Sequence[LayerReport]) -> dict[str, Any]:
-    """Total sizes of the compressed layers, both numbers: `bits_per_weight` and `compression_ratio`.
-
-    Args:
-        reports: one per compressed layer.
-    """
-    weights = sum(report.weights for report in reports)
-    true_bits = sum(report.true_bits for report in reports)
-    return {
-        "weights": weights,
-        "packed_bytes": true_bits // 8,
-        "bits_per_weight": true_bits / weights,
-        "compression_ratio": 1 - sum(report.paper_bits for report in reports) / (PAPER_VALUE_BITS * weights),
-    }
-
-
-def error_summary(reports: Sequence[LayerReport]) -> dict[str, float | None]:
-    """Means over the compressed layers: `output_error`, and `unseen_error` where every layer has one.
-
-    Args:
-        reports: one per compressed layer.
-    """
-    unseen = [report.unseen_error for report in reports if report.unseen_error is not None]
-    return {
-        "output_error": fmean(report.output_error for report in reports),
-        "unseen_error": fmean(unseen) if len(unseen) == len(reports) else None,
-    }
 
 
 @torch.no_grad()

@@ -33,7 +33,8 @@ from slablm.distributed import ALONE, World
 from slablm.errors import SlabError
 from slablm.inspection import read_quantization_config
 from slablm.journal import Journal, open_journal, unfinished_folder
-from slablm.layerwise import LayerReport, Progress, compress_blocks
+from slablm.layer_report import LayerReport
+from slablm.layerwise import Progress, compress_blocks
 from slablm.loading import check_dense, is_compressed
 from slablm.memory import give_back, human_bytes
 from slablm.planning.checks import preflight

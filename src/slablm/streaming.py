@@ -32,7 +32,8 @@ from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.finite import check_finite
 from slablm.journal import Journal, block_key, outside_key
-from slablm.layerwise import BlockStore, FinishedBlock, LayerReport, rounded
+from slablm.layer_report import LayerReport
+from slablm.layerwise import BlockStore, FinishedBlock, rounded
 from slablm.memory import mapped_apart
 from slablm.packing import PackedSpec
 from slablm.shards import WAY_OUT, Piece

@@ -82,7 +82,7 @@ def run(source: str, out: Path, config: CompressionConfig, **chosen: Any) -> dic
     """
     from slablm.cli.console import quiet_libraries
     from slablm.inspection import inspect_folder
-    from slablm.layerwise import error_summary
+    from slablm.layer_report import error_summary
     from slablm.memory import peak_resident_bytes
     from slablm.runs import RunOptions, compress_folder
 

@@ -17,7 +17,8 @@ from slablm import checkpoint, integrity
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.inspection import SizeOnDisk
-from slablm.layerwise import LayerReport, replace_module
+from slablm.layer_report import LayerReport
+from slablm.layerwise import replace_module
 from slablm.methods import RowBudget, row_budget
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.modules import SlabLinear

@@ -1,0 +1,83 @@
+"""What became of each layer, and what that comes to: sizes, always both, and errors, always both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from slablm.methods.budget import PAPER_VALUE_BITS
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer.
+
+    Attributes:
+        name: full name of the module.
+        shape: (m, n).
+        kept_fraction: share of the entries that are kept as values of their own.
+        paper_bits: size in the paper's accounting (positions not counted).
+        true_bits: size with everything a reader needs.
+        output_error: ‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F on sampled calibration inputs.
+        seconds: time of the decomposition.
+        unseen_error: the same on inputs from text that calibrated nothing; None if there was no such text.
+        value_bits: bits of a kept entry: 16, or those of a code of a grid.
+        group_size: columns that share a scale of the grid; None without one.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    kept_fraction: float
+    paper_bits: int
+    true_bits: int
+    output_error: float
+    seconds: float
+    unseen_error: float | None = None
+    value_bits: int = PAPER_VALUE_BITS
+    group_size: int | None = None
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, m · n."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def compression_ratio(self) -> float:
+        """The paper's compression ratio of this layer against 16-bit values."""
+        return 1 - self.paper_bits / (PAPER_VALUE_BITS * self.weights)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """True bits per weight."""
+        return self.true_bits / self.weights
+
+
+def size_summary(reports: Sequence[LayerReport]) -> dict[str, Any]:
+    """Total sizes of the compressed layers, both numbers: `bits_per_weight` and `compression_ratio`.
+
+    Args:
+        reports: one per compressed layer.
+    """
+    weights = sum(report.weights for report in reports)
+    true_bits = sum(report.true_bits for report in reports)
+    return {
+        "weights": weights,
+        "packed_bytes": true_bits // 8,
+        "bits_per_weight": true_bits / weights,
+        "compression_ratio": 1 - sum(report.paper_bits for report in reports) / (PAPER_VALUE_BITS * weights),
+    }
+
+
+def error_summary(reports: Sequence[LayerReport]) -> dict[str, float | None]:
+    """Means over the compressed layers: `output_error`, and `unseen_error` where every layer has one.
+
+    Args:
+        reports: one per compressed layer.
+    """
+    unseen = [report.unseen_error for report in reports if report.unseen_error is not None]
+    return {
+        "output_error": fmean(report.output_error for report in reports),
+        "unseen_error": fmean(unseen) if len(unseen) == len(reports) else None,
+    }
