@@ -411,3 +411,10 @@ def test_a_model_in_the_hub_cache(quick, tmp_path, monkeypatch):
     assert_same_folders(tmp_path / "streamed", tmp_path / "whole")
     with pytest.raises(SlabError, match="model 'owner/other' cannot be loaded"):
         compress_folder("owner/other", tmp_path / "out", quick, RunOptions())
+
+
+@pytest.mark.parametrize("settings", [{"method": "slab+", "bits_per_weight": 5.0}, {"refine": True}])
+def test_blocks_without_a_target_are_passed_over(settings, tiny_folder, quick, tmp_path):
+    config = replace(quick, targets=("model.layers.1.mlp.up_proj",), **settings)
+    compress_folder(str(tiny_folder), tmp_path / "out", config, RunOptions())
+    assert [layer.name for layer in inspect_folder(tmp_path / "out").layers] == ["model.layers.1.mlp.up_proj"]

@@ -64,3 +64,10 @@ def test_nothing_is_left_behind():
     assert all(parameter.grad is None for parameter in block.parameters())
     assert not any(layer._forward_hooks for layer in block.layers().values())
     assert not block(hidden[0]).requires_grad
+
+
+@torch.no_grad()
+def test_layers_that_are_not_reached_are_left_out():
+    block, hidden = Residual(), probes(2)
+    assert sensitivities({"away": torch.nn.Linear(6, 6)}, block, hidden, seed=0) == {}
+    assert sensitivities({"away": torch.nn.Linear(6, 6)} | block.layers(), block, hidden, seed=0).keys() == {"a", "b"}

@@ -49,16 +49,18 @@ def sensitivities(
     try:
         for hidden in probes:
             states = run(hidden.detach().requires_grad_())
+            tokens += hidden.shape[-2]
             direction = torch.randn(states.shape, generator=generator).to(states.device)
             relative = direction * states.float() / states.detach().float().norm(dim=-1, keepdim=True)
             seen = [(name, output) for name, found in outputs.items() for output in found]
+            if not seen:  # no layers, or none that these tokens reach
+                continue
             gradients = torch.autograd.grad(relative.sum(), [output for _, output in seen], allow_unused=True)
             for (name, _), gradient in zip(seen, gradients, strict=True):
                 if gradient is not None:
                     squares[name] += gradient.float().square().sum().item()
             for found in outputs.values():
                 found.clear()
-            tokens += hidden.shape[-2]
     finally:
         for handle in handles:
             handle.remove()

@@ -116,7 +116,7 @@ class Calibration:
 
     def sensitivity(self, index: int, layers: dict[str, nn.Linear]) -> dict[str, float]:
         """How sensitive a block is to its target layers, by name; empty where budgets are even."""
-        if not len(self._probes.hidden):
+        if not layers or not len(self._probes.hidden):
             return {}
         return sensitivities(
             layers, lambda states: self._probes.run(index, states), self._probes.hidden, self._config.seed
