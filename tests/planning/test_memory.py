@@ -78,3 +78,17 @@ def test_products_are_counted():
     (block,) = rehearse(skeleton, targets, 128, (8, 8), torch.device("cpu"), grams=0).blocks
     weights = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 96
     assert block.propagation.flops == 2 * 128 * weights + 4 * 128 * 128 * 64
+
+
+@torch.no_grad()
+def test_a_window_goes_into_one_gram_matrix():
+    skeleton = empty_model(tiny_config(), torch.float32)
+    targets = select_targets(skeleton, CompressionConfig())
+    runs = []
+    for grams in (0, 1, 2):
+        (block,) = rehearse(skeleton, targets, 128, (8, 8), torch.device("cpu"), grams=grams).blocks
+        runs.append(block.statistics)
+    inputs = (64, 64, 64, 96)  # of q, k and v; of o; of gate and up; of down
+    assert runs[1].flops - runs[0].flops == sum(2 * 128 * n**2 for n in inputs)
+    assert runs[2].flops == runs[1].flops
+    assert runs[2].left_bytes - runs[1].left_bytes == sum(4 * n**2 + 8 * n for n in inputs)  # and the squares

@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -184,6 +184,12 @@ def rehearse(
             statistics = _measure(blocks[index], call, window, known, _collectors(layers, samples, grams))
             plain = _measure(blocks[index], call, window, known, _collectors(layers, samples, 0))
             gram_bytes = (statistics.left_bytes - plain.left_bytes) // max(1, grams)
+            if grams > 1:  # there are several at a time, but a window goes into one
+                statistics = replace(
+                    statistics,
+                    flops=plain.flops + (statistics.flops - plain.flops) // grams,
+                    touched_bytes=plain.touched_bytes + (statistics.touched_bytes - plain.touched_bytes) // grams,
+                )
             propagation = _measure(blocks[index], call, window, known, lambda: [])
             runs.append(BlockRehearsal(count, weights, gram_bytes, statistics, propagation))
         outside_bytes = sum({id(t): t.nbytes for t in tensors}.values())
