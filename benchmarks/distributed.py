@@ -39,7 +39,7 @@ def compress(source: Path, out: Path, ranks: int, options: argparse.Namespace) -
     if ranks > 1:
         start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m"]
     command = [*start, "slablm", "compress", str(source), str(out), "--calibration", options.calibration, "--json"]
-    command += ["--num-samples", str(options.num_samples), "--seq-len", str(options.seq_len)]
+    command += ["--num-samples", str(options.num_samples), "--seq-len", str(options.seq_len), "--method", "slab"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
     begin = time.perf_counter()
     done = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)

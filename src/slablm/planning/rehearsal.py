@@ -181,14 +181,16 @@ def rehearse(
             modules = [model.get_submodule(name) for name in targets.names[index]]
             layers = [module for module in modules if isinstance(module, nn.Linear)]
             call = calls[index]
-            statistics = _measure(blocks[index], call, window, known, _collectors(layers, samples, grams))
             plain = _measure(blocks[index], call, window, known, _collectors(layers, samples, 0))
-            gram_bytes = (statistics.left_bytes - plain.left_bytes) // max(1, grams)
-            if grams > 1:  # there are several at a time, but a window goes into one
+            statistics, gram_bytes = plain, 0
+            if grams:
+                held = _measure(blocks[index], call, window, known, _collectors(layers, samples, grams))
+                gram_bytes = (held.left_bytes - plain.left_bytes) // grams
+                # There may be several at a time, but a window goes into one.
                 statistics = replace(
-                    statistics,
-                    flops=plain.flops + (statistics.flops - plain.flops) // grams,
-                    touched_bytes=plain.touched_bytes + (statistics.touched_bytes - plain.touched_bytes) // grams,
+                    held,
+                    flops=plain.flops + (held.flops - plain.flops) // grams,
+                    touched_bytes=plain.touched_bytes + (held.touched_bytes - plain.touched_bytes) // grams,
                 )
             propagation = _measure(blocks[index], call, window, known, lambda: [])
             runs.append(BlockRehearsal(count, weights, gram_bytes, statistics, propagation))
