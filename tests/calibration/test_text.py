@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -36,6 +38,13 @@ def test_two_windows_calibrate_nothing(tiny_model, tokenizer, quick):
     assert windows.shape == (windows_wanted(quick), 32) == (6, 32)
     text = load_text(quick.calibration, split="calibration")
     assert torch.equal(windows[:4], windows_from_text(text, tokenizer, 32, 4, "text"))
+
+
+def test_windows_that_calibrate_nothing_do_not_change_self_generated_text(tiny_model, tokenizer, quick):
+    windows = calibration_windows(tiny_model, tokenizer, replace(quick, calibration="self", seed=3))
+    assert windows.shape == (6, 32)
+    assert torch.equal(windows[:4], sample_windows(tiny_model, tokenizer, 32, 4, seed=3))
+    assert len({tuple(window) for window in windows.tolist()}) == 6
 
 
 def test_builtin_text_is_split():

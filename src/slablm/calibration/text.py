@@ -136,11 +136,12 @@ def calibration_windows(
         SlabError: see `load_text`, `windows_from_text`, `sample_windows`; or a window longer than the model allows.
     """
     count, seq_len = config.num_samples, config.seq_len
-    wanted = windows_wanted(config)
     check_length(model, seq_len)
     if config.calibration == "self":
-        return sample_windows(model, tokenizer, seq_len, wanted, config.seed)
-    text = load_text(config.calibration, split="calibration", num_tokens=wanted * seq_len)
+        # Apart: windows of one batch share a stream of random numbers, and what calibrates must not depend on the rest.
+        parts = ((count, config.seed), (UNSEEN_WINDOWS, config.seed + 1))
+        return torch.cat([sample_windows(model, tokenizer, seq_len, windows, seed) for windows, seed in parts])
+    text = load_text(config.calibration, split="calibration", num_tokens=windows_wanted(config) * seq_len)
     what = f"calibration text {config.calibration}"
     return windows_from_text(text, tokenizer, seq_len, count, what, UNSEEN_WINDOWS)
 
