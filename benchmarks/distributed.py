@@ -25,7 +25,7 @@ from pathlib import Path
 
 def dense_folder(model: str, folder: Path) -> Path:
     """The model as safetensors: out of a GGUF file every rank would have to unpack all of it first."""
-    from slablm import loading
+    from slablm.dense import loading
 
     dense, tokenizer = loading.load(model)
     dense.save_pretrained(folder)

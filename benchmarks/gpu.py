@@ -28,11 +28,12 @@ from kernels import random_packed
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slablm import CompressionConfig, kernels
-from slablm.kernels import GpuWeight, reference, to_gpu
+from slablm import CompressionConfig
 from slablm.methods import LayerStats, get_method
-from slablm.modules import SlabLinear
 from slablm.packing import PackedWeight
+from slablm.runtime import kernels
+from slablm.runtime.kernels import GpuWeight, reference, to_gpu
+from slablm.runtime.linear import SlabLinear
 
 DEVICE = torch.device("cuda")
 # (rows, columns) and how many of them a block has.
@@ -199,7 +200,7 @@ def decomposition_table(shapes: list[tuple[int, int]]) -> None:
 
 
 def sweep(shapes: list[tuple[int, int]], rounds: int) -> None:
-    from slablm.kernels import gpu
+    from slablm.runtime.kernels import gpu
 
     print(
         "\nmatvec, one token, 50 %: microseconds by rows per program and warps (now: see _MATVEC_ROWS, _MATVEC_WARPS)"

@@ -29,7 +29,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from slablm.kernels import triton_kernels
+from slablm.runtime.kernels import triton_kernels
 
 POINTERS = {"scales": "fp32", "planes": "i64", "offsets": "i16", "left": "fp32", "right": "fp32"}
 WARP = 32
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--capability", type=int, default=90, help="80: A100, 90: H100")
     options = parser.parse_args()
-    from slablm.kernels import gpu
+    from slablm.runtime.kernels import gpu
 
     rows, warps = gpu._MATVEC_ROWS[0][1], gpu._MATVEC_WARPS
     variants = [(triton_kernels.matvec, tokens, rows, WARP * warps, {}) for tokens in (1, 2, 4, 8)]

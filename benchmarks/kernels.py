@@ -22,11 +22,11 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional
 
-from slablm import kernels
-from slablm.kernels import to_native
 from slablm.methods import Decomposition
 from slablm.methods.budget import overhead
 from slablm.packing import PackedWeight, pack
+from slablm.runtime import kernels
+from slablm.runtime.kernels import to_native
 
 SHAPES = {
     "Llama-7B": ((4096, 4096), (11008, 4096), (4096, 11008)),

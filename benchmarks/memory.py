@@ -23,16 +23,16 @@ from pathlib import Path
 
 import torch
 
-from slablm.memory import human_bytes, parse_bytes
-from slablm.shards import Piece, write_tensors
+from slablm.checkpoint.shards import Piece, write_tensors
+from slablm.system.memory import human_bytes, parse_bytes
 
 # What every compression imports, and nothing of its work; prints peak resident and private bytes.
 BARE = """
 import json, re, pathlib
-import torch, transformers, slablm.runs, slablm.cli, slablm.inspection, accelerate
+import torch, transformers, slablm.compression.run, slablm.cli, slablm.checkpoint.inspection, accelerate
 from transformers.models.llama import modeling_llama
 torch.randn(300, 300) @ torch.randn(300, 300)
-from slablm.memory import peak_resident_bytes
+from slablm.system.memory import peak_resident_bytes
 private = re.search(r"VmData:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())
 print(json.dumps([peak_resident_bytes(), int(private[1]) * 1024]))
 """

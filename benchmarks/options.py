@@ -25,16 +25,16 @@ import torch
 import typer
 from pareto import SEQ_LEN, Texts, evaluation_windows
 
-from slablm import loading
 from slablm.api import prepare_model
 from slablm.calibration import stream
 from slablm.calibration.text import calibration_windows
+from slablm.checkpoint.layer_report import error_summary, size_summary
+from slablm.compression.blocks import compress_blocks, replace_module
 from slablm.config import CompressionConfig
+from slablm.dense import loading
+from slablm.dense.targets import select_targets
 from slablm.evaluation.perplexity import perplexity
-from slablm.layer_report import error_summary, size_summary
-from slablm.layerwise import compress_blocks, replace_module
-from slablm.modules import SlabLinear
-from slablm.targets import select_targets
+from slablm.runtime.linear import SlabLinear
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ import torch
 import typer
 from torch import Tensor
 
-from slablm import loading
 from slablm.calibration.text import calibration_windows, load_text, windows_from_text
-from slablm.comparison import Conditions, Tasks, measure_cells, model_digest
+from slablm.comparison.measure import Conditions, Tasks, measure_cells, model_digest
+from slablm.comparison.records import Cell, Record, ResultsFile
 from slablm.config import CompressionConfig
+from slablm.dense import loading
 from slablm.evaluation.perplexity import Perplexity
-from slablm.records import Cell, Record, ResultsFile
 
 SEQ_LEN = 2048
 # Windows of the calibration text from here on are for evaluation.

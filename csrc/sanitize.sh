@@ -12,7 +12,7 @@ cmake --build "$work/build" --parallel 2 >"$work/log" || { cat "$work/log"; exit
 # A copy of the package with this library in it, so that nothing else can be the one that is tested.
 mkdir "$work/package"
 cp -r "$root/src/slablm" "$work/package/slablm"
-rm -f "$work/package/slablm/kernels/_kernels."*
+rm -f "$work/package/slablm/runtime/kernels/_kernels."*
 cmake --install "$work/build" --prefix "$work/package" >/dev/null
 
 # Leaks are not looked for: Python and torch keep memory until the end on purpose.
@@ -20,4 +20,4 @@ cd "$root"
 PYTHONPATH="$work/package" \
 LD_PRELOAD="$("${CXX:-c++}" -print-file-name=libasan.so) $("${CXX:-c++}" -print-file-name=libubsan.so)" \
 ASAN_OPTIONS=detect_leaks=0:abort_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-  "${PYTHON:-python3}" -m pytest tests/kernels "$@"
+  "${PYTHON:-python3}" -m pytest tests/runtime/kernels "$@"

@@ -21,16 +21,18 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from slablm import CompressionConfig, __version__, checkpoint, loading
+from slablm import CompressionConfig, __version__
 from slablm.api import compress_model
 from slablm.calibration.text import calibration_windows, load_text, windows_from_text
-from slablm.card import model_card
+from slablm.checkpoint.card import model_card
+from slablm.checkpoint.inspection import inspect_folder
+from slablm.checkpoint.save import save as checkpoint
 from slablm.cli.console import progress, quiet_libraries
+from slablm.dense import loading
+from slablm.dense.generation import continue_text
+from slablm.dense.targets import select_targets
 from slablm.evaluation import Perplexity, perplexity
-from slablm.generation import continue_text
-from slablm.inspection import inspect_folder
-from slablm.memory import human_bytes
-from slablm.targets import select_targets
+from slablm.system.memory import human_bytes
 
 EVALUATION_TOKENS = 2048
 PROMPT = "The most important thing about the sea is"

@@ -4,7 +4,7 @@ from transformers import AutoModelForCausalLM
 
 import slablm
 from slablm import CompressionConfig, SlabError
-from slablm.inspection import inspect_folder
+from slablm.checkpoint.inspection import inspect_folder
 
 
 def test_compress_by_folder_and_reload(tiny_folder, quick, tmp_path):

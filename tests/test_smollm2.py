@@ -14,14 +14,16 @@ import time
 import pytest
 from transformers import AutoModelForCausalLM
 
-from slablm import CompressionConfig, checkpoint, loading
+from slablm import CompressionConfig
 from slablm.api import compress_model
 from slablm.calibration.text import calibration_windows, load_text, windows_from_text
+from slablm.checkpoint import save
+from slablm.checkpoint.inspection import inspect_folder
+from slablm.checkpoint.layer_report import error_summary, size_summary
+from slablm.dense import loading
+from slablm.dense.generation import continue_text
+from slablm.dense.targets import select_targets
 from slablm.evaluation import perplexity
-from slablm.generation import continue_text
-from slablm.inspection import inspect_folder
-from slablm.layer_report import error_summary, size_summary
-from slablm.targets import select_targets
 
 pytestmark = [
     pytest.mark.smollm2,
@@ -76,7 +78,7 @@ def test_slab_at_50_percent(dense_folder, windows, config, tmp_path):
     assert slab_value <= 0.60 * wanda_value
     assert all(0 < report.output_error < 0.5 for report in reports)
 
-    checkpoint.save(slab, tokenizer, tmp_path / "out")
+    save.save(slab, tokenizer, tmp_path / "out")
     sizes = inspect_folder(tmp_path / "out")
     assert sizes.bits_per_weight <= 8.75
     assert sizes.bits_per_weight / 16 <= 0.55
@@ -106,7 +108,7 @@ def test_two_runs_are_identical(dense_folder, config, tmp_path):
     quick = dataclasses.replace(config, num_samples=2, seq_len=256)
     for name in ("a", "b"):
         model, tokenizer, _ = compressed(dense_folder, quick)
-        checkpoint.save(model, tokenizer, tmp_path / name)
+        save.save(model, tokenizer, tmp_path / name)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from slablm.api import compress, decompose
     from slablm.config import CompressionConfig
     from slablm.methods import Decomposition
-    from slablm.modules import SlabLinear
     from slablm.planning.plan import Plan, plan
+    from slablm.runtime.linear import SlabLinear
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,7 +43,7 @@ _HOMES = {
     "CompressionConfig": "slablm.config",
     "Decomposition": "slablm.methods",
     "Plan": "slablm.planning.plan",
-    "SlabLinear": "slablm.modules",
+    "SlabLinear": "slablm.runtime.linear",
     "compress": "slablm.api",
     "decompose": "slablm.api",
     "plan": "slablm.planning.plan",
@@ -59,4 +59,4 @@ def __getattr__(name: str) -> Any:
 @wrapt.when_imported("transformers.quantizers.auto")
 def _register(module: Any) -> None:
     """Register the format with transformers."""
-    import_module("slablm.hf")
+    import_module("slablm.checkpoint.hf")

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from slablm.calibration.text import calibration_windows
+from slablm.checkpoint.layer_report import LayerReport
+from slablm.compression.blocks import Progress, compress_blocks, rounded, value_dtype
 from slablm.config import CompressionConfig
+from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
-from slablm.finite import check_finite
-from slablm.layer_report import LayerReport
-from slablm.layerwise import Progress, compress_blocks, rounded, value_dtype
 from slablm.methods import YARDSTICKS, LayerStats, Result, get_method
-from slablm.modules import SlabLinear
-from slablm.targets import Targets, select_targets
+from slablm.runtime.linear import SlabLinear
+from slablm.system.finite import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,7 +32,7 @@ def compress(
     """Compress a causal language model in one shot.
 
     Args:
-        model: a transformers model (changed in place) or anything `slablm.loading.load` takes.
+        model: a transformers model (changed in place) or anything `slablm.dense.loading.load` takes.
         config: settings; the default is `slab+` at 50 %.
         tokenizer: needed to cut calibration text; by default loaded from where the model came from.
         on_layer: called after each layer with (layers done, layers in all, `LayerReport`).
@@ -43,7 +43,7 @@ def compress(
     Raises:
         SlabError: bad settings, text, weights or activations; see `compress_model`.
     """
-    from slablm import loading
+    from slablm.dense import loading
 
     config = config or CompressionConfig()
     if isinstance(model, str):
@@ -85,7 +85,7 @@ def compress_model(
         SlabError: the model is compressed already; NaN or Inf in weights or activations; an impossible ratio or
             pattern.
     """
-    from slablm import hf
+    from slablm.checkpoint import hf
 
     check_packable(config.method)
     config = prepare_model(model, targets, config)

@@ -69,7 +69,7 @@ class CompressionConfig:
         targets: modules to compress: ``"all-linear"``, a module name or name suffix, or ``"re:"`` and a pattern.
         ignore: modules to leave dense, same syntax; wins over `targets`.
         value_dtype: stored type of values and factors, ``float16`` or ``bfloat16`` (None: by the model's dtype).
-        refine: whether the numbers of each block's layers are refined together (`slablm.refinement`).
+        refine: whether the numbers of each block's layers are refined together (`slablm.compression.refinement`).
         seed: seed of everything that is sampled.
 
     Raises:

@@ -5,7 +5,7 @@ from torch import nn
 from slablm import SlabError
 from slablm.calibration.capture import capture_block_calls, collect_stats
 from slablm.calibration.statistics import Use
-from slablm.targets import find_blocks
+from slablm.dense.targets import find_blocks
 
 
 @torch.no_grad()

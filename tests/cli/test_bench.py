@@ -4,13 +4,14 @@ import json
 
 import pytest
 
-from slablm import SlabError, kernels
+from slablm import SlabError
 from slablm.cli.bench import _thread_counts
+from slablm.dense.loading import load
 from slablm.evaluation.contender import Contender
 from slablm.evaluation.energy import find_meter
 from slablm.evaluation.speed import weight_bytes
-from slablm.loading import load
-from slablm.memory import peak_resident_bytes, resident_bytes
+from slablm.runtime import kernels
+from slablm.system.memory import peak_resident_bytes, resident_bytes
 from tests.cli.test_cli import refused, slablm
 
 QUICK = ["--prompt-tokens", 20, "--new-tokens", 3, "--rounds", 2, "--threads", "1"]

@@ -12,8 +12,8 @@ from unittest import mock
 
 import pytest
 
-from slablm import layerwise
 from slablm.cli import main
+from slablm.compression import blocks
 
 LAYERS = 14  # of the tiny model
 
@@ -95,7 +95,7 @@ def test_it_writes_results_report_and_plots(finished):
 def test_running_it_again_computes_nothing(finished, arguments):
     out, stdout, _ = finished
     before = lines(out)
-    with mock.patch.object(layerwise, "compress_layer", side_effect=AssertionError("compressed again")):
+    with mock.patch.object(blocks, "compress_layer", side_effect=AssertionError("compressed again")):
         status, again, stderr = compare(*arguments, "--out", out)
     assert status == 0, stderr
     assert (lines(out), again) == (before, stdout)
@@ -116,9 +116,9 @@ def test_json(finished, arguments):
 
 KILLED = """
     import os, signal, sys
-    from slablm import layerwise
+    from slablm.compression import blocks
 
-    compress_layer, calls = layerwise.compress_layer, 0
+    compress_layer, calls = blocks.compress_layer, 0
 
     def killed_at_the_33rd_layer(*arguments):
         global calls
@@ -127,7 +127,7 @@ KILLED = """
             os.kill(os.getpid(), signal.SIGKILL)
         return compress_layer(*arguments)
 
-    layerwise.compress_layer = killed_at_the_33rd_layer
+    blocks.compress_layer = killed_at_the_33rd_layer
     from slablm.cli import main
     main()
 """
@@ -145,7 +145,7 @@ def test_a_killed_run_is_continued(finished, arguments, tmp_path):
     with (tmp_path / "results.jsonl").open("ab") as file:
         file.write(lines(out)[3][:200])
 
-    with mock.patch.object(layerwise, "compress_layer", wraps=layerwise.compress_layer) as compress_layer:
+    with mock.patch.object(blocks, "compress_layer", wraps=blocks.compress_layer) as compress_layer:
         status, continued, stderr = compare(*arguments, "--out", tmp_path)
     assert status == 0, stderr
     assert "9 cells, 3 of them finished before" in stderr

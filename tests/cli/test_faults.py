@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.test_cli import refused, slablm
-from tests.test_runs import assert_same_folders, build
+from tests.compression.test_run import assert_same_folders, build
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_two_processes_and_one_target(tiny_folder, options, tmp_path):
 
 def test_a_full_disk_in_the_middle(sharded, options, tmp_path, monkeypatch):
     """The disk is full when the second block is written; when there is space again, the run goes on."""
-    from slablm import journal
+    from slablm.compression import journal
 
     original = journal.write_tensors
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from slablm import SlabError, kernels
+from slablm import SlabError
+from slablm.dense.loading import load
 from slablm.evaluation import speed
 from slablm.evaluation.speed import Samples, Workload, measure_speed, prompt, weight_bytes, write
-from slablm.loading import load
+from slablm.runtime import kernels
 
 WORKLOAD = Workload(prompt_tokens=10, new_tokens=4)
 

@@ -9,7 +9,7 @@ import socket
 import pytest
 import torch
 
-from slablm import loading
+from slablm.dense import loading
 from slablm.errors import SlabError
 from slablm.evaluation import zeroshot
 from slablm.evaluation.zeroshot import TaskResult, evaluate_tasks, load_tasks, score_tasks

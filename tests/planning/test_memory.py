@@ -7,11 +7,11 @@ from torch.profiler import ProfilerActivity, profile
 from slablm import CompressionConfig
 from slablm.calibration.capture import capture_block_calls
 from slablm.calibration.statistics import SAMPLED_TOKENS
+from slablm.compression.streaming import empty_model
+from slablm.dense.targets import find_blocks, select_targets
 from slablm.methods import METHODS, LayerStats
 from slablm.planning.memory import _open_sums, workspace_per_weight
 from slablm.planning.rehearsal import rehearse
-from slablm.streaming import empty_model
-from slablm.targets import find_blocks, select_targets
 from tests.conftest import tiny_config
 
 

@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slablm import CompressionConfig, SlabError, plan
+from slablm.compression.run import RunOptions, compress_folder
 from slablm.methods import METHODS, YARDSTICKS, LayerStats, RowBudget, row_budget
 from slablm.planning import checks
-from slablm.runs import RunOptions, compress_folder
-from tests.test_architectures import FAMILIES
-from tests.test_runs import build
+from tests.compression.test_architectures import FAMILIES
+from tests.compression.test_run import build
 
 DATA = Path(__file__).parent.parent / "data"
 PACKABLE = [method for method in METHODS if method not in YARDSTICKS]
@@ -47,7 +47,7 @@ def test_sizes_of_every_family_are_exact(family, quick, tmp_path):
 def test_sizes_of_every_method_are_exact(method, tiny_folder, quick, tmp_path):
     config = replace(quick, method=method, ratio=0.2, rank=1 if method == "slab+" else 2)
     prediction = assert_exact(tiny_folder, config, tmp_path / "out")
-    from slablm.inspection import inspect_folder
+    from slablm.checkpoint.inspection import inspect_folder
 
     inspection = inspect_folder(tmp_path / "out")
     assert prediction.outlook.size.bits_per_weight == inspection.bits_per_weight

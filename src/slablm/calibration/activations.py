@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from slablm.shards import byte_view
+from slablm.checkpoint.shards import byte_view
 
 
 class Activations:

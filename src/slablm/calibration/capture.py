@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from slablm.calibration.activations import Activations
 from slablm.calibration.statistics import Part, StatsCollector, Use, joined, rows_per_window
-from slablm.distributed import ALONE, World
 from slablm.errors import SlabError
 from slablm.methods import LayerStats
+from slablm.system.distributed import ALONE, World
 
 
 @dataclass

@@ -5,7 +5,7 @@ Up to three streams of hidden states walk side by side, and every block is run o
     windows   all tokens; from them come the statistics of every layer, and with the last ones errors are measured
     probes    with a budget in true bits: the first tokens of the first windows, to see how sensitive a block is to
               each of its layers (`slablm.calibration.sensitivity`)
-    pieces    with refinement: shorter pieces of the windows, for its steps (`slablm.refinement`)
+    pieces    with refinement: shorter pieces of the windows, for its steps (`slablm.compression.refinement`)
 
 Each has calls of its own, as masks and positions are as long as what is run.
 """
@@ -23,14 +23,14 @@ from slablm.calibration.capture import capture_block_calls, collect_stats
 from slablm.calibration.sensitivity import sensitivities
 from slablm.calibration.statistics import Use
 from slablm.config import CompressionConfig
-from slablm.distributed import World
-from slablm.finite import check_finite
 from slablm.methods import NEEDS_GRAM, NEEDS_HELD_OUT, LayerStats
+from slablm.system.distributed import World
+from slablm.system.finite import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slablm.layerwise import BlockStore
+    from slablm.compression.blocks import BlockStore
 
 # One window in so many is kept back for the methods of `NEEDS_HELD_OUT`.
 HELD_OUT_SHARE = 8

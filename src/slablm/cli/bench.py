@@ -44,10 +44,10 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure prefill, decode, time to first token and memory of MODEL on the CPU."""
-    from slablm import kernels
     from slablm.cli.console import quiet_libraries
     from slablm.evaluation.energy import RaplMeter, find_meter
     from slablm.evaluation.speed import Workload, measure_speed, weight_bytes
+    from slablm.runtime import kernels
 
     workload = Workload(prompt_tokens, new_tokens, document)
     counts = _thread_counts(threads)
@@ -92,7 +92,7 @@ def bench(
 def _contenders(
     model: str, against: str | None, dtype: str, value_bits: int, options: dict[str, Any]
 ) -> list[Contender]:
-    from slablm import loading
+    from slablm.dense import loading
     from slablm.evaluation.contender import Contender
 
     if value_bits not in (8, 16):
@@ -199,7 +199,7 @@ def _cell(samples: Samples, reference: Samples | None) -> str:
 
 
 def _print_memory(weights: dict[str, int], footprints: dict[str, Footprint]) -> None:
-    from slablm.memory import human_bytes
+    from slablm.system.memory import human_bytes
 
     base = weights.get(REFERENCE)
     body = []

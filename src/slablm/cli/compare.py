@@ -18,9 +18,9 @@ from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
-    from slablm.comparison import Conditions, Grid, Tasks
-    from slablm.records import Cell, Record, ResultsFile
-    from slablm.table import Row
+    from slablm.comparison.measure import Conditions, Grid, Tasks
+    from slablm.comparison.records import Cell, Record, ResultsFile
+    from slablm.comparison.table import Row
 
 T = TypeVar("T")
 RESULTS = "results.jsonl"
@@ -57,7 +57,7 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare methods on MODEL, cell by cell; run it again to continue where it was stopped."""
-    from slablm.comparison import Grid, Tasks
+    from slablm.comparison.measure import Grid, Tasks
 
     grid = Grid(
         tuple(_split(methods)),
@@ -91,7 +91,7 @@ def run(
     """Check, measure what is missing, write the report; returns all records.
 
     Args:
-        source: the dense model, as for `slablm.loading.load`.
+        source: the dense model, as for `slablm.dense.loading.load`.
         out: folder of the results.
         grid: what to compare.
         config: all other settings of the methods.
@@ -99,17 +99,17 @@ def run(
         max_windows: only the first evaluation windows; None for all.
         eval_seq_len: tokens per evaluation window.
         tasks: zero-shot tasks.
-        load_options: dtype, device and so on for `slablm.loading.load`.
+        load_options: dtype, device and so on for `slablm.dense.loading.load`.
 
     Raises:
         SlabError: any bad input. Cheap checks come before the model is loaded.
     """
-    from slablm import loading
     from slablm.cli.console import quiet_libraries
-    from slablm.comparison import measure_cells
-    from slablm.plots import require_matplotlib
-    from slablm.records import ResultsFile
-    from slablm.report import write_report
+    from slablm.comparison.measure import measure_cells
+    from slablm.comparison.plots import require_matplotlib
+    from slablm.comparison.records import ResultsFile
+    from slablm.comparison.report import write_report
+    from slablm.dense import loading
 
     cells = grid.cells(config)
     tasks.identity()
@@ -137,11 +137,11 @@ def _conditions(
     load_options: dict[str, Any],
 ) -> Conditions:
     """Load the model once to check it, to read its digest and to cut the texts."""
-    from slablm import loading
     from slablm.api import check_model
     from slablm.calibration.text import calibration_windows, check_length, load_text, windows_from_text
-    from slablm.comparison import Conditions, model_digest
-    from slablm.targets import select_targets
+    from slablm.comparison.measure import Conditions, model_digest
+    from slablm.dense import loading
+    from slablm.dense.targets import select_targets
 
     num_tokens = None if max_windows is None else max_windows * eval_seq_len
     content = load_text(text, split="evaluation", num_tokens=num_tokens)
@@ -178,8 +178,8 @@ def _reporting(
     cells: Sequence[Cell], conditions: Conditions, results: ResultsFile
 ) -> Iterator[tuple[Callable[[Record, bool], None], Callable[[str, int, int], None]]]:
     """The callbacks of `measure_cells`: a bar within each cell; a line with the time left after each."""
-    from slablm.comparison import cell_key
-    from slablm.table import show_perplexity
+    from slablm.comparison.measure import cell_key
+    from slablm.comparison.table import show_perplexity
 
     missing = [cell for cell in cells if results.get(cell_key(cell, conditions)) is None]
     log.print(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
@@ -215,8 +215,8 @@ def _duration(seconds: float) -> str:
 
 def _show(records: Sequence[Record], out: Path, json: bool) -> None:
     """The final tables, or the JSON object."""
-    from slablm.report import REPORT
-    from slablm.table import headline, rows
+    from slablm.comparison.report import REPORT
+    from slablm.comparison.table import headline, rows
 
     lines = rows(records)
     if json:
@@ -237,7 +237,7 @@ def _show(records: Sequence[Record], out: Path, json: bool) -> None:
 
 
 def _print_perplexities(lines: Sequence[Row]) -> None:
-    from slablm.table import show_perplexity, show_relative
+    from slablm.comparison.table import show_perplexity, show_relative
 
     body = [
         (
@@ -260,7 +260,7 @@ def _print_perplexities(lines: Sequence[Row]) -> None:
 
 
 def _print_accuracies(lines: Sequence[Row], tasks: Sequence[str]) -> None:
-    from slablm.table import show_accuracy, show_average, show_points
+    from slablm.comparison.table import show_accuracy, show_average, show_points
 
     body = []
     for line in lines:

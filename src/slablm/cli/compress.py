@@ -49,8 +49,8 @@ def compress(
     or a full disk, the same command with --resume goes on from there. Started by torchrun, several processes (one GPU
     each with --device cuda) compress one model together.
     """
-    from slablm.distributed import join
-    from slablm.memory import parse_bytes
+    from slablm.system.distributed import join
+    from slablm.system.memory import parse_bytes
 
     with join(device) as world:
         config = options.config(context)
@@ -75,16 +75,16 @@ def run(source: str, out: Path, config: CompressionConfig, **chosen: Any) -> dic
         source: the dense model.
         out: target folder.
         config: settings.
-        chosen: fields of `slablm.runs.RunOptions`.
+        chosen: fields of `slablm.compression.run.RunOptions`.
 
     Raises:
         SlabError: any bad input. Cheap checks come before the model is read.
     """
+    from slablm.checkpoint.inspection import inspect_folder
+    from slablm.checkpoint.layer_report import error_summary
     from slablm.cli.console import quiet_libraries
-    from slablm.inspection import inspect_folder
-    from slablm.layer_report import error_summary
-    from slablm.memory import peak_resident_bytes
-    from slablm.runs import RunOptions, compress_folder
+    from slablm.compression.run import RunOptions, compress_folder
+    from slablm.system.memory import peak_resident_bytes
 
     start = time.perf_counter()
     quiet_libraries()
@@ -119,7 +119,7 @@ def run(source: str, out: Path, config: CompressionConfig, **chosen: Any) -> dic
 
 
 def _print_summary(result: dict[str, Any]) -> None:
-    from slablm.memory import human_bytes
+    from slablm.system.memory import human_bytes
 
     lines = {
         "written to": result["out"],

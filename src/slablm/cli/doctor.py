@@ -14,7 +14,8 @@ def doctor(json: Json = False) -> None:
     import torch
     import transformers
 
-    from slablm import __version__, kernels
+    from slablm import __version__
+    from slablm.runtime import kernels
 
     facts = {
         "slablm": __version__,

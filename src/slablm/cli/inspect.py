@@ -10,12 +10,12 @@ import typer
 from slablm.cli.console import Json, print_json
 
 if TYPE_CHECKING:
-    from slablm.inspection import Inspection
+    from slablm.checkpoint.inspection import Inspection
 
 
 def inspect(out: Annotated[Path, typer.Argument(help="A slablm checkpoint folder.")], json: Json = False) -> None:
     """Check the integrity of OUT and show what every layer costs."""
-    from slablm.inspection import inspect_folder
+    from slablm.checkpoint.inspection import inspect_folder
 
     inspection = inspect_folder(out)
     if json:
@@ -29,7 +29,7 @@ def _print_table(inspection: Inspection) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from slablm.memory import human_bytes
+    from slablm.system.memory import human_bytes
 
     table = Table(title="Compressed layers", box=SIMPLE)
     table.add_column("layer", no_wrap=True)

@@ -51,9 +51,9 @@ def plan(
     The options are those of compress. The exit status is 1 if it is impossible on this machine.
     """
     from slablm.cli.console import quiet_libraries
-    from slablm.memory import parse_bytes
+    from slablm.compression.run import RunOptions
     from slablm.planning.plan import plan as make_plan
-    from slablm.runs import RunOptions
+    from slablm.system.memory import parse_bytes
 
     config = options.config(context)
     run_options = RunOptions(
@@ -103,7 +103,7 @@ def _tables(plan: Plan) -> list[Table]:
 
 
 def _needs(plan: Plan) -> list[Table]:
-    from slablm.memory import human_bytes
+    from slablm.system.memory import human_bytes
 
     assert plan.outlook is not None
     size, memory, disk = plan.outlook.size, plan.outlook.memory, plan.outlook.disk
@@ -135,7 +135,7 @@ def _needs(plan: Plan) -> list[Table]:
 
 
 def _fill(table: Table, parts: list[Part], base: int) -> None:
-    from slablm.memory import human_bytes
+    from slablm.system.memory import human_bytes
 
     table.show_header = False
     if base:

@@ -45,10 +45,10 @@ class Contender:
 
     Attributes:
         name: how tables call it.
-        source: as for `slablm.loading.load`.
-        dtype: as for `slablm.loading.load`.
+        source: as for `slablm.dense.loading.load`.
+        dtype: as for `slablm.dense.loading.load`.
         value_bits: 16 runs a model as it is loaded, 8 a compressed one with 8-bit values.
-        options: further arguments of `slablm.loading.load`.
+        options: further arguments of `slablm.dense.loading.load`.
     """
 
     name: str
@@ -63,7 +63,7 @@ class Contender:
         Raises:
             SlabError: it cannot be loaded, or has no 8-bit form.
         """
-        from slablm import loading
+        from slablm.dense import loading
 
         model, _ = loading.load(self.source, dtype=self.dtype, **self.options)
         if self.value_bits != 16:
@@ -92,8 +92,9 @@ class Contender:
 
 
 def _use_value_bits(model: PreTrainedModel, value_bits: int, source: str) -> None:
-    from slablm import hf, kernels
-    from slablm.modules import SlabLinear
+    from slablm.checkpoint import hf
+    from slablm.runtime import kernels
+    from slablm.runtime.linear import SlabLinear
 
     if not any(isinstance(layer, SlabLinear) for layer in model.modules()):
         raise SlabError(f"{source} is not compressed: {value_bits}-bit values are a form of compressed models")
@@ -106,10 +107,10 @@ def _measure_footprint(contender: Contender, prompt_tokens: int) -> Footprint:
     """In a fresh process: load, read, write, look."""
     from transformers import AutoModelForCausalLM  # noqa: F401 (belongs to what is there before the model)
 
-    import slablm.hf  # noqa: F401
+    import slablm.checkpoint.hf  # noqa: F401
     from slablm.cli.console import quiet_libraries
     from slablm.evaluation.speed import Workload, prompt, write
-    from slablm.memory import peak_resident_bytes, resident_bytes
+    from slablm.system.memory import peak_resident_bytes, resident_bytes
 
     quiet_libraries()
     before = resident_bytes()

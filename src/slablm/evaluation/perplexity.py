@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from slablm.errors import SlabError
-from slablm.float32 import fast_float32
+from slablm.system.float32 import fast_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

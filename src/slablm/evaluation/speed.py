@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from slablm.errors import SlabError
-from slablm.modules import SlabLinear
+from slablm.runtime.linear import SlabLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

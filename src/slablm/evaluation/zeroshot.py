@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from slablm.errors import SlabError
-from slablm.float32 import fast_float32
+from slablm.system.float32 import fast_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

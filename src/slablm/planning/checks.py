@@ -14,21 +14,21 @@ import torch
 from slablm.api import with_value_dtype
 from slablm.calibration.statistics import rows_per_window
 from slablm.calibration.text import UNSEEN_WINDOWS, windows_wanted
+from slablm.compression.streaming import empty_model
 from slablm.config import CompressionConfig
+from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
-from slablm.memory import human_bytes, resident_bytes
 from slablm.methods import NEEDS_GRAM, NEEDS_HELD_OUT
 from slablm.planning.memory import Memory, Situation, plan_memory, spilled_bytes
 from slablm.planning.rehearsal import Rehearsal, rehearse
 from slablm.planning.size import Size, budgets, plan_size
-from slablm.streaming import empty_model
-from slablm.targets import Targets, select_targets
+from slablm.system.memory import human_bytes, resident_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slablm.runs import RunOptions
-    from slablm.streaming import DenseModel
+    from slablm.compression.run import RunOptions
+    from slablm.compression.streaming import DenseModel
 
 # transformers writes a few small files, the model card and digests of the journal beside the tensors.
 _SMALL_FILES = 100_000

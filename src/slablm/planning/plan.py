@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from slablm import loading
 from slablm.api import check_packable, with_value_dtype
 from slablm.calibration.text import check_length
+from slablm.compression.blocks import compress_layer
+from slablm.compression.run import RunOptions
 from slablm.config import CompressionConfig
+from slablm.dense import loading
+from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
-from slablm.layerwise import compress_layer
-from slablm.memory import give_back, resident_bytes
 from slablm.methods import LayerStats
 from slablm.planning.checks import Known, Outlook, look_ahead
 from slablm.planning.skeleton import open_skeleton
 from slablm.planning.timing import Duration, estimate
-from slablm.runs import RunOptions
-from slablm.targets import Targets, select_targets
+from slablm.system.memory import give_back, resident_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

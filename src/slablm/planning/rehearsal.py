@@ -22,7 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from slablm.calibration.capture import BlockCall, capture_block_calls
 from slablm.calibration.statistics import StatsCollector, Use
-from slablm.targets import Targets, find_blocks
+from slablm.dense.targets import Targets, find_blocks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,19 +13,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from slablm import checkpoint, integrity
+from slablm.checkpoint import integrity
+from slablm.checkpoint.inspection import SizeOnDisk
+from slablm.checkpoint.layer_report import LayerReport
+from slablm.checkpoint.save import divide
+from slablm.checkpoint.shards import Piece, header
+from slablm.compression.blocks import replace_module
+from slablm.compression.streaming import tensor_names
 from slablm.config import CompressionConfig
+from slablm.dense.targets import Targets
 from slablm.errors import SlabError
-from slablm.inspection import SizeOnDisk
-from slablm.layer_report import LayerReport
-from slablm.layerwise import replace_module
 from slablm.methods import RowBudget, row_budget
 from slablm.methods.budget import PAPER_VALUE_BITS
-from slablm.modules import SlabLinear
 from slablm.packing import PackedSpec
-from slablm.shards import Piece, header
-from slablm.streaming import tensor_names
-from slablm.targets import Targets
+from slablm.runtime.linear import SlabLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +79,7 @@ def plan_size(
         config: the settings, `value_dtype` included.
         max_shard_size: bytes of tensors per file.
     """
-    from slablm import hf
+    from slablm.checkpoint import hf
 
     dtype: torch.dtype = getattr(torch, config.value_dtype or "")
     dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
@@ -87,7 +88,7 @@ def plan_size(
     state, groups = model.state_dict(), tensor_names(model)
     pieces = {names[0]: Piece.of(_stored(state[names[0]], dtype)) for names in groups}
     metadata = {"format": "pt", **integrity.record(dict.fromkeys(state, _DIGEST), groups)}
-    shards = checkpoint.divide(model, pieces, max_shard_size)
+    shards = divide(model, pieces, max_shard_size)
     files = [{name: pieces[name] for name in inside} for inside in shards.filename_to_tensors.values()]
     header_bytes = sum(len(header(file, metadata)) for file in files)
     stored = {name: piece.nbytes for name, piece in pieces.items()}
@@ -117,5 +118,5 @@ def _empty_layer(model: nn.Module, name: str, budget: RowBudget, dtype: torch.dt
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """The form of `slablm.hf.stored_form`, which needs no values here: parameters have been rounded to fit."""
+    """The form of `slablm.checkpoint.hf.stored_form`, without values: parameters have been rounded to fit."""
     return tensor.to("meta", dtype if tensor.dtype == torch.float32 and tensor.ndim >= 2 else tensor.dtype)

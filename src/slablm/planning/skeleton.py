@@ -1,7 +1,7 @@
 """A model without its weights: from the headers of its files, or from its config.json alone.
 
-Unlike `slablm.streaming.open_dense`, nothing here reads a weight or downloads one: of a model on the hub only the
-config and the tokenizer are fetched, its weights are looked at if they are on this machine already.
+Unlike `slablm.compression.streaming.open_dense`, nothing here reads a weight or downloads one: of a model on the
+hub only the config and the tokenizer are fetched, its weights are looked at if they are on this machine already.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slablm import loading, sources
-from slablm.checkpoint import CONFIG
+from slablm.checkpoint.save import CONFIG
+from slablm.checkpoint.shards import Piece
+from slablm.compression.streaming import empty_model, own_dtypes, why_whole
+from slablm.dense import loading, sources
 from slablm.errors import SlabError
-from slablm.shards import Piece
-from slablm.streaming import empty_model, own_dtypes, why_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,8 +49,8 @@ def open_skeleton(source: str, dtype: str, revision: str | None, *, trust_remote
     """Find a model's config, tokenizer and headers.
 
     Args:
-        source: as for `slablm.loading.load`; a folder may hold no weights.
-        dtype: as for `slablm.loading.load`.
+        source: as for `slablm.dense.loading.load`; a folder may hold no weights.
+        dtype: as for `slablm.dense.loading.load`.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run model code from the hub.
 

@@ -15,13 +15,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from slablm.calibration.text import windows_wanted
+from slablm.compression.blocks import compress_layer
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.float32 import fast_float32
-from slablm.layerwise import compress_layer
 from slablm.methods import NEEDS_GRAM, LayerStats, row_budget
 from slablm.planning.rehearsal import Rehearsal
 from slablm.planning.size import Size
+from slablm.system.float32 import fast_float32
 
 _TRIAL_WEIGHTS = 1 << 20
 _LEAST_ROWS = 64

@@ -1,0 +1,215 @@
+"""Results as data: one record per measured cell, one JSON line per record.
+
+A *cell* is one point of the grid of a comparison: the dense model, or a method with its settings. Everything that
+changes a cell's numbers goes into its key (see `slablm.comparison.measure.cell_key`); a file of results is a set
+of records with different keys, from one run or from many.
+
+The file is only ever appended to, one whole line at a time, and synchronised to the disk after each. A process that is
+killed while it writes leaves a last line without its newline; such a line is taken off, never half believed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from slablm.config import CompressionConfig
+from slablm.errors import SlabError
+from slablm.evaluation.perplexity import Perplexity
+
+DENSE = "dense"
+# Their cells are points of bits × group size; ratio and pattern are the pruners'.
+QUANTIZERS = frozenset({"rtn", "gptq"})
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid.
+
+    Attributes:
+        config: method and settings; None for the dense model.
+    """
+
+    config: CompressionConfig | None
+
+    @property
+    def method(self) -> str:
+        """Name of the method, ``dense`` without one."""
+        return self.config.method if self.config else DENSE
+
+    @property
+    def setting(self) -> str:
+        """What cells of different methods have in common when they are compared, such as ``50 % 2:4``."""
+        if self.config is None:
+            return DENSE
+        if self.method in QUANTIZERS:
+            return f"{self.config.value_bits} bit, group {self.config.group_size}"
+        if self.config.bits_per_weight is not None:
+            size = f"{self.config.bits_per_weight:g} bits"
+        else:
+            size = f"{100 * self.config.ratio:.4g} % {self.config.pattern}"
+        return f"{size}, refined" if self.config.refine else size
+
+    @property
+    def label(self) -> str:
+        """Method and setting."""
+        return self.method if self.config is None else f"{self.method} {self.setting}"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What was measured in one cell.
+
+    Attributes:
+        key: digest of everything that changes the numbers.
+        cell: method and settings.
+        conditions: what all cells of the run share, in words: model, texts, windows, device.
+        compression_ratio: the paper's, over all target weights; 0 for the dense model.
+        bits_per_weight: true bits over target weights; 16 for the dense model.
+        perplexity: loss of every window.
+        ratio_to_dense: perplexity over the dense model's.
+        layer_errors: relative output error on calibration inputs, by full layer name.
+        unseen_errors: the same on text that calibrated nothing; empty where that was not measured.
+        seconds: time of each step.
+        peak_memory_bytes: largest resident set of the process until the end of the cell; None if unknown.
+        versions: of slablm, torch, transformers and python.
+        accuracies: task → acc, stderr, n and correct (0 or 1 per question); None if no task was asked for.
+    """
+
+    key: str
+    cell: Cell
+    conditions: dict[str, Any]
+    compression_ratio: float
+    bits_per_weight: float
+    perplexity: Perplexity
+    ratio_to_dense: float
+    layer_errors: dict[str, float]
+    unseen_errors: dict[str, float]
+    seconds: dict[str, float]
+    peak_memory_bytes: int | None
+    versions: dict[str, str]
+    accuracies: dict[str, dict[str, Any]] | None = None
+
+    @property
+    def layer_error(self) -> float | None:
+        """Mean of `layer_errors`."""
+        return fmean(self.layer_errors.values()) if self.layer_errors else None
+
+    @property
+    def unseen_error(self) -> float | None:
+        """Mean of `unseen_errors`."""
+        return fmean(self.unseen_errors.values()) if self.unseen_errors else None
+
+    @property
+    def average_accuracy(self) -> float | None:
+        """Unweighted mean over the tasks."""
+        if not self.accuracies:
+            return None
+        accuracies = [float(result["acc"]) for result in self.accuracies.values()]
+        return sum(accuracies) / len(accuracies)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        stderr = self.perplexity.stderr
+        return {
+            "key": self.key,
+            "method": self.cell.method,
+            "config": self.cell.config.to_dict() if self.cell.config else None,
+            "seed": self.cell.config.seed if self.cell.config else None,
+            "conditions": self.conditions,
+            "compression_ratio": self.compression_ratio,
+            "bits_per_weight": self.bits_per_weight,
+            "perplexity": {
+                "value": self.perplexity.value,
+                "stderr": None if math.isnan(stderr) else stderr,
+                "ratio_to_dense": self.ratio_to_dense,
+                "tokens_per_window": self.perplexity.tokens_per_window,
+                "window_losses": list(self.perplexity.window_losses),
+            },
+            "accuracies": self.accuracies,
+            "layer_errors": self.layer_errors,
+            "unseen_errors": self.unseen_errors,
+            "seconds": self.seconds,
+            "peak_memory_bytes": self.peak_memory_bytes,
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Record:
+        """Inverse of `to_dict`; derived numbers are derived again."""
+        perplexity = data["perplexity"]
+        return cls(
+            key=data["key"],
+            cell=Cell(CompressionConfig.from_dict(data["config"]) if data["config"] else None),
+            conditions=data["conditions"],
+            compression_ratio=data["compression_ratio"],
+            bits_per_weight=data["bits_per_weight"],
+            perplexity=Perplexity(tuple(perplexity["window_losses"]), perplexity["tokens_per_window"]),
+            ratio_to_dense=perplexity["ratio_to_dense"],
+            layer_errors=data["layer_errors"],
+            unseen_errors=data.get("unseen_errors", {}),  # older records have none
+            seconds=data["seconds"],
+            peak_memory_bytes=data["peak_memory_bytes"],
+            versions=data["versions"],
+            accuracies=data["accuracies"],
+        )
+
+
+class ResultsFile:
+    """The JSON lines of a comparison.
+
+    Opening one drops a torn last line from the file.
+
+    Args:
+        path: the file; it and its folder are made when the first record is written.
+
+    Raises:
+        SlabError: a line is damaged that was once written completely, or the file cannot be read or written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lines: dict[str, dict[str, Any]] = {}
+        try:
+            content = path.read_bytes() if path.exists() else b""
+            whole = content[: content.rfind(b"\n") + 1]
+            if len(whole) < len(content):
+                os.truncate(path, len(whole))
+        except OSError as error:
+            raise SlabError(f"{path} cannot be used for results: {error.strerror}") from error
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                data = json.loads(line)
+                self._lines[data["key"]] = data
+            except (ValueError, KeyError, TypeError) as error:
+                raise SlabError(
+                    f"{path}: line {number} is damaged: delete the line (its cell is then computed again) "
+                    "or use another --out"
+                ) from error
+
+    def get(self, key: str) -> Record | None:
+        """The record with this key, None if its cell is not finished."""
+        data = self._lines.get(key)
+        return None if data is None else Record.from_dict(data)
+
+    def append(self, record: Record) -> None:
+        """Add a record; it is on the disk when this returns.
+
+        Raises:
+            SlabError: it cannot be written.
+        """
+        data = record.to_dict()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("ab") as file:
+                file.write(json.dumps(data, allow_nan=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SlabError(f"{self.path} cannot be written: {error.strerror}") from error
+        self._lines[record.key] = data

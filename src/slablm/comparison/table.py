@@ -1,0 +1,234 @@
+"""From records to what a reader sees: rows with paired differences, verdicts, and the words of the headline.
+
+Methods are compared within a setting (`Cell.setting`): the same ratio and pattern, or the same bits and group size.
+Every row is compared with the *reference* of its setting: ``slab`` where it was measured, otherwise the method with
+the lowest perplexity. Perplexities are paired per window, accuracies per question (`slablm.evaluation.paired`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slablm.comparison.records import QUANTIZERS, Record
+from slablm.evaluation.paired import PairedDifference, average_difference, paired_difference
+
+SLAB = "slab"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        record: the measured cell.
+        reference: method of the setting's reference; None where there is nothing to compare with.
+        loss: log-loss of this row minus the reference's; None for the reference itself.
+        accuracy: mean accuracy of this row minus the reference's, as `loss`; None also without tasks.
+    """
+
+    record: Record
+    reference: str | None
+    loss: PairedDifference | None
+    accuracy: PairedDifference | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form, NaN as None."""
+        record = self.record
+        return {
+            "method": record.cell.method,
+            "setting": record.cell.setting,
+            "compression_ratio": record.compression_ratio,
+            "bits_per_weight": record.bits_per_weight,
+            "perplexity": record.perplexity.value,
+            "stderr": _number(record.perplexity.stderr),
+            "ratio_to_dense": record.ratio_to_dense,
+            "layer_error": record.layer_error,
+            "unseen_layer_error": record.unseen_error,
+            "reference": self.reference,
+            "log_loss_difference": _difference(self.loss),
+            "average_accuracy": record.average_accuracy,
+            "accuracies": {task: result["acc"] for task, result in (record.accuracies or {}).items()} or None,
+            "accuracy_difference": _difference(self.accuracy),
+        }
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The reference of a setting against the best of the others.
+
+    Attributes:
+        setting: the setting.
+        reference: record of the reference.
+        rival: the record with the lowest perplexity among the others.
+        loss: log-loss of the reference minus the rival's.
+        accuracy: mean accuracy likewise, against the same rival; None without tasks.
+    """
+
+    setting: str
+    reference: Record
+    rival: Record
+    loss: PairedDifference
+    accuracy: PairedDifference | None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval of the perplexities leaves out "no difference"."""
+        low, high = self.loss.interval
+        return low > 0 or high < 0
+
+
+def settings(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records of each setting, in order; without the dense model."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        if record.cell.config is not None:
+            groups.setdefault(record.cell.setting, []).append(record)
+    return groups
+
+
+def rows(records: Sequence[Record]) -> list[Row]:
+    """One row per record, in order."""
+    references = {setting: _reference(group) for setting, group in settings(records).items() if len(group) > 1}
+    return [_row(record, references.get(record.cell.setting)) for record in records]
+
+
+def verdicts(records: Sequence[Record]) -> list[Verdict]:
+    """One verdict per setting with at least two methods."""
+    found = []
+    for setting, group in settings(records).items():
+        reference = _reference(group)
+        others = [record for record in group if record is not reference]
+        if others:
+            rival = min(others, key=lambda record: record.perplexity.value)
+            difference, accuracy = loss_difference(rival, reference), accuracy_difference(rival, reference)
+            found.append(Verdict(setting, reference, rival, difference, accuracy))
+    return found
+
+
+def headline(records: Sequence[Record]) -> str:
+    """The outcome in one sentence."""
+    pruned = [verdict for verdict in verdicts(records) if verdict.reference.cell.method not in QUANTIZERS]
+    if not pruned:
+        best = min((r for r in records if r.cell.config), key=lambda record: record.perplexity.value)
+        return (
+            f"Lowest perplexity: {best.cell.label} with {show_perplexity(best)}, {best.ratio_to_dense:.2f} × dense, "
+            f"at {best.bits_per_weight:.2f} true bits per weight."
+        )
+    winners = [min((v.reference, v.rival), key=lambda record: record.perplexity.value).cell.method for v in pruned]
+    counts = Counter(winners).most_common()
+    total = f"{len(pruned)} setting{'s' if len(pruned) > 1 else ''}"
+    text = ", ".join(f"{method} in {count}" for method, count in counts) + f" of {total}"
+    if all(verdict.loss.mean < 0 for verdict in pruned):
+        lower = sorted(-100 * verdict.loss.relative()[0] for verdict in pruned)
+        span = f"{lower[0]:.1f} %" + (f" to {lower[-1]:.1f} %" if len(lower) > 1 else "")
+        text += f", {span} below the best of the others"
+    doubtful = sum(not verdict.clear for verdict in pruned)
+    doubt = f" In {doubtful} of {len(pruned)} the 95 % interval of the difference includes zero." if doubtful else ""
+    return f"Lowest perplexity among the pruners: {text}.{doubt}"
+
+
+def stronger_quantizers(records: Sequence[Record]) -> list[tuple[Record, Record]]:
+    """The unwelcome part: pruned cells and, for each, the best quantizer that is no larger and no worse.
+
+    Only cells of the reference method (``slab`` if measured) are looked at.
+    """
+    quantized = [record for record in records if record.cell.method in QUANTIZERS]
+    references = [v for group in settings(records).values() if (v := _reference(group)) not in quantized]
+    pairs = []
+    for record in references:
+        better = [
+            q
+            for q in quantized
+            if q.bits_per_weight <= record.bits_per_weight and q.perplexity.value <= record.perplexity.value
+        ]
+        if better:
+            pairs.append((record, min(better, key=lambda q: q.perplexity.value)))
+    return pairs
+
+
+def loss_difference(a: Record, b: Record) -> PairedDifference:
+    """Mean log-loss of b minus a, in nats per token, paired per window."""
+    return paired_difference(a.perplexity.window_losses, b.perplexity.window_losses)
+
+
+def accuracy_difference(a: Record, b: Record) -> PairedDifference | None:
+    """Mean accuracy of b minus a over the tasks, paired per question within each; None without tasks."""
+    if not a.accuracies or not b.accuracies:
+        return None
+    return average_difference(
+        [paired_difference(a.accuracies[task]["correct"], b.accuracies[task]["correct"]) for task in a.accuracies]
+    )
+
+
+def show_perplexity(record: Record) -> str:
+    """Value ± standard error, with as many decimals as say something."""
+    perplexity = record.perplexity
+    digits = 0 if perplexity.value >= 1000 else 1 if perplexity.value >= 100 else 2
+    value = f"{perplexity.value:,.{digits}f}"
+    return value if math.isnan(perplexity.stderr) else f"{value} ± {perplexity.stderr:,.{digits}f}"
+
+
+def show_errors(record: Record) -> str:
+    """Mean relative output errors of the layers, on calibration text and on unseen text, as far as there are any."""
+    return " / ".join(f"{error:.3f}" for error in (record.layer_error, record.unseen_error) if error is not None)
+
+
+def show_relative(loss: PairedDifference) -> str:
+    """Relative difference of perplexities with its interval, in percent; from tenfold on, as a factor."""
+    value, low, high = loss.relative()
+    if value < 9:
+        return _percent(value, low, high)
+    return f"× {1 + value:,.1f}" + ("" if math.isnan(low) else f" [{1 + low:,.1f}, {1 + high:,.1f}]")
+
+
+def show_points(accuracy: PairedDifference) -> str:
+    """Difference of accuracies with its interval, in percentage points."""
+    return _percent(accuracy.mean, *accuracy.interval, unit="pp")
+
+
+def show_accuracy(accuracy: float, stderr: float) -> str:
+    """An accuracy and its standard error, in percent."""
+    return f"{100 * accuracy:.1f}" if math.isnan(stderr) else f"{100 * accuracy:.1f} ± {100 * stderr:.1f}"
+
+
+def show_average(record: Record) -> str:
+    """Mean accuracy over the tasks ± standard error, in percent; empty without tasks."""
+    if record.average_accuracy is None or not record.accuracies:
+        return ""
+    variance = sum(result["stderr"] ** 2 for result in record.accuracies.values())
+    return show_accuracy(record.average_accuracy, math.sqrt(variance) / len(record.accuracies))
+
+
+def _reference(group: Sequence[Record]) -> Record:
+    named = [record for record in group if record.cell.method == SLAB]
+    return named[0] if named else min(group, key=lambda record: record.perplexity.value)
+
+
+def _row(record: Record, reference: Record | None) -> Row:
+    if reference is None:
+        return Row(record, None, None, None)
+    if reference is record:
+        return Row(record, record.cell.method, None, None)
+    return Row(
+        record, reference.cell.method, loss_difference(reference, record), accuracy_difference(reference, record)
+    )
+
+
+def _percent(value: float, low: float, high: float, unit: str = "%") -> str:
+    if math.isnan(low):
+        return f"{100 * value:+.1f} {unit}".replace("-", "−")
+    return f"{100 * value:+.1f} {unit} [{100 * low:+.1f}, {100 * high:+.1f}]".replace("-", "−")
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _difference(difference: PairedDifference | None) -> dict[str, Any] | None:
+    if difference is None:
+        return None
+    return {"mean": difference.mean, "interval": [_number(end) for end in difference.interval]}

@@ -1,0 +1,385 @@
+"""The one loop over the decoder: capture → decompose → swap → propagate.
+
+Blocks are compressed in order. The statistics of a block come from the inputs that the *already compressed* blocks in
+front of it produce, so that every layer is fitted to what it will really see:
+
+    for each block:  run it dense on all windows, collecting statistics
+                     decompose its linear layers
+                     refine them together, if that is asked for
+                     run it compressed on all windows; the outputs are the next block's inputs
+
+Where a block's weights come from, and where the finished block goes, is up to a `BlockStore`. With the plain one the
+model is in memory and stays there; `slablm.compression.streaming` has one that reads each block from
+files and drops it again.
+
+Several ranks can walk through the blocks together, each with its share of the windows and of a block's matrices; see
+`slablm.system.distributed`.
+
+Memory: the blocks that the store holds, the hidden states of all windows (windows × seq_len × hidden_size values, in a
+bounded buffer), and the activations and statistics of one block. Attention and MLP activations exist for one window at
+a time.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from slablm.calibration.activations import Activations
+from slablm.calibration.stream import Calibration
+from slablm.checkpoint.layer_report import LayerReport
+from slablm.compression.refinement import refine
+from slablm.config import CompressionConfig
+from slablm.dense.targets import Targets, find_blocks
+from slablm.errors import SlabError
+from slablm.methods import Decomposition, LayerStats, PrunedWeight, get_method
+from slablm.methods.allocation import Demand, allot, log_error
+from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.methods.slab_plus import sensible_budgets
+from slablm.packing import PackedWeight, pack
+from slablm.runtime.linear import SlabLinear
+from slablm.system.distributed import ALONE, World, assign
+from slablm.system.float32 import fast_float32
+from slablm.system.memory import give_back, mapped_apart
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Blocks and the buffers of a decomposition come and go while smaller things stay: larger ones are kept off the heap.
+_HEAP_PIECE = 4 << 20
+
+Progress = Callable[[int, int, LayerReport], None]
+
+
+@dataclass
+class FinishedBlock:
+    """What remains of one block's target layers.
+
+    Attributes:
+        packed: packed weights by full name; empty with a method that has no packed form.
+        reports: one per layer.
+    """
+
+    packed: dict[str, PackedWeight] = field(default_factory=dict)
+    reports: list[LayerReport] = field(default_factory=list)
+
+
+class BlockStore:
+    """Where blocks come from and where they go. This one: the model is in memory, and so it stays."""
+
+    done = 0  # blocks that an earlier run has finished
+
+    def activations(self, count: int) -> Activations:
+        """An empty buffer for the hidden states of `count` windows."""
+        return Activations(count)
+
+    def outside(self) -> AbstractContextManager[None]:
+        """Within it, what the decoder has outside its blocks is there to be run."""
+        return nullcontext()
+
+    def load(self, index: int) -> None:
+        """Make dense block `index` ready to be run; blocks loaded before need not be kept."""
+
+    def finished(self, index: int) -> FinishedBlock:
+        """Block `index` as an earlier run has left it; only for the first `done` blocks."""
+        raise NotImplementedError
+
+    def finish(self, index: int, block: FinishedBlock) -> None:
+        """Take over block `index`; its target layers are `SlabLinear` by now."""
+
+
+@torch.no_grad()
+@fast_float32()
+def compress_blocks(
+    model: PreTrainedModel,
+    targets: Targets,
+    windows: Tensor,
+    config: CompressionConfig,
+    on_layer: Progress | None = None,
+    store: BlockStore | None = None,
+    world: World = ALONE,
+) -> list[LayerReport]:
+    """Compress the target layers of a model in place.
+
+    A layer becomes a `SlabLinear`; with one of the methods in `YARDSTICKS` it stays linear and its weight becomes Ŵ.
+
+    Args:
+        model: the dense model, in eval mode.
+        targets: the layers, from `select_targets`.
+        windows: token ids for all ranks, [windows, seq_len]: the first `config.num_samples` calibrate; with any that
+            follow only errors are measured.
+        config: method and settings.
+        on_layer: called after each layer with (layers done, layers in all, report); refinement comes later, and only
+            the reports that are returned know of it.
+        store: where blocks come from and go to.
+        world: the ranks that divide the work; of more than one, all get the same blocks.
+
+    Returns:
+        One report per layer, in the order of the model.
+
+    Raises:
+        SlabError: NaN or Inf in activations, an impossible ratio or pattern.
+    """
+    store = store or BlockStore()
+    _, blocks = find_blocks(model)
+    total = sum(len(names) for names in targets.names)
+    reports: list[LayerReport] = []
+    count = iter(range(1, total + 1))
+
+    def note(report: LayerReport) -> None:
+        if on_layer is not None:
+            on_layer(next(count), total, report)
+
+    # A run that was stopped while it put its result together has nothing left to calibrate.
+    calibrated = Calibration(model, blocks, windows, config, store, world) if store.done < len(blocks) else None
+    for index in range(len(blocks)):
+        layers = {name: _linear(model, name) for name in targets.names[index]}
+        if calibrated is not None:
+            with mapped_apart(above=_HEAP_PIECE):
+                store.load(index)
+        if index < store.done:
+            finished = store.finished(index) if world.first else FinishedBlock()
+            for report in finished.reports:
+                note(report)
+            if calibrated is not None:
+                finished = _exchange(finished, layers, world)
+                _use_approximations(layers, finished.packed)
+        else:
+            assert calibrated is not None
+            sensitivity = calibrated.sensitivity(index, layers)
+            stats = calibrated.stats(index, layers)
+            dense = _DenseBlock.of(index, layers, stats, calibrated) if config.refine else None
+            with mapped_apart(above=_HEAP_PIECE):
+                configs = world.tell(_layer_configs(layers, stats, sensitivity, config))
+                finished = _compress_layers(layers, stats, configs, note, world)
+            if dense is not None and finished.packed:  # a yardstick has nothing that could be refined
+                finished = dense.refined(finished, calibrated, config.seed)
+                _use_approximations(layers, finished.packed)
+        reports += finished.reports
+        if calibrated is not None:
+            calibrated.propagate(index)
+        for name, weight in finished.packed.items():
+            replace_module(model, name, SlabLinear.from_packed(weight, layers[name].bias))
+        store.finish(index, finished)
+    return reports
+
+
+def _layer_configs(
+    layers: dict[str, nn.Linear], stats: dict[str, LayerStats], sensitivity: dict[str, float], config: CompressionConfig
+) -> dict[str, CompressionConfig]:
+    """Settings of each layer of a block: a budget in true bits is the mean of what the layers get."""
+    budget = config.bits_per_weight
+    if budget is None or not sensitivity:
+        return dict.fromkeys(layers, config)
+    unknown = math.exp(sum(map(math.log, sensitivity.values())) / len(sensitivity))
+    demands = []
+    for name, layer in layers.items():
+        gram = stats[name].gram
+        assert gram is not None
+        least, most = sensible_budgets((layer.out_features, layer.in_features), config.group_size)
+        importance = math.log2(sensitivity.get(name, unknown)) + log_error(layer.weight, gram / stats[name].tokens)
+        demands.append(Demand(layer.weight.numel(), importance, min(least, budget), max(most, budget)))
+    budgets = allot(budget, demands)
+    return {name: replace(config, bits_per_weight=bits) for name, bits in zip(layers, budgets, strict=True)}
+
+
+def _compress_layers(
+    layers: dict[str, nn.Linear],
+    stats: dict[str, LayerStats],
+    configs: dict[str, CompressionConfig],
+    note: Callable[[LayerReport], None],
+    world: World,
+) -> FinishedBlock:
+    """Compress the target layers of one block, each on one rank; `stats` is used up.
+
+    Every layer's weight becomes Ŵ, for the propagation (dense is faster while it lasts).
+    """
+    finished = FinishedBlock()
+    owners = assign({name: layer.weight.numel() for name, layer in layers.items()}, world.size)
+    others = {name: layer for name, layer in layers.items() if owners[name] != world.rank}
+    for name in others:
+        del stats[name]
+    for name, layer in layers.items():
+        if name in others:
+            continue
+        # Statistics of a layer are dropped with it: a Gram matrix is larger than the weight.
+        report, approximation, weight = compress_layer(name, layer.weight, stats.pop(name), configs[name])
+        layer.weight.data = approximation.to(layer.weight.dtype)
+        if weight is not None:
+            finished.packed[name] = weight
+        finished.reports.append(report)
+        note(report)
+        del approximation
+        give_back()
+    finished = _exchange(finished, layers, world)
+    _use_approximations(others, finished.packed)
+    for report in finished.reports:
+        if report.name in others:
+            note(report)
+    return finished
+
+
+@dataclass(frozen=True)
+class _DenseBlock:
+    """What refinement has to know of a block after its layers were replaced.
+
+    Attributes:
+        index: which block.
+        layers: its target layers by full name; they hold Ŵ by the time of `refined`.
+        weights: their dense weights.
+        stats: statistics of their inputs, without Gram matrices.
+        outputs: hidden states behind the dense block, for every piece.
+    """
+
+    index: int
+    layers: dict[str, nn.Linear]
+    weights: dict[str, Tensor]
+    stats: dict[str, LayerStats]
+    outputs: Activations
+
+    @classmethod
+    def of(
+        cls, index: int, layers: dict[str, nn.Linear], stats: dict[str, LayerStats], calibrated: Calibration
+    ) -> _DenseBlock:
+        """Look at a block while it is dense."""
+        weights = {name: layer.weight.detach() for name, layer in layers.items()}
+        small = {name: replace(known, gram=None, held_out=None) for name, known in stats.items()}
+        return cls(index, layers, weights, small, calibrated.dense_outputs(index))
+
+    def refined(self, finished: FinishedBlock, calibrated: Calibration, seed: int) -> FinishedBlock:
+        """The block's layers after refinement, with the errors that they have now."""
+
+        def run(weights: dict[str, Tensor], states: Tensor) -> Tensor:
+            given = {self.layers[name]: weight.to(self.weights[name].dtype) for name, weight in weights.items()}
+            return calibrated.run_with(self.index, given, states)
+
+        packed = refine(finished.packed, run, calibrated.pieces, self.outputs, seed)
+        reports = []
+        for report in finished.reports:
+            name = report.name
+            stats, weight, refined = self.stats[name], self.weights[name], packed[name].dense()
+            error, unseen = stats.output_error(weight, refined), stats.unseen_error(weight, refined)
+            reports.append(replace(report, output_error=error, unseen_error=unseen))
+        return FinishedBlock(packed, reports)
+
+
+def _exchange(mine: FinishedBlock, names: Collection[str], world: World) -> FinishedBlock:
+    """The layers that all ranks have finished, in the order of `names`; with several ranks they must be packed."""
+    if world.size == 1:
+        return mine
+    specs = {name: weight.spec for name, weight in mine.packed.items()}
+    tensors = {f"{name}.{part}": t for name, weight in mine.packed.items() for part, t in weight.parts().items()}
+    packed, reports = {}, {}
+    for (their_reports, their_specs), theirs in world.gather((mine.reports, specs), tensors):
+        for report in their_reports:
+            name, spec = report.name, their_specs[report.name]
+            packed[name] = spec.from_parts({part: theirs[f"{name}.{part}"] for part in spec.parts()}, name)
+            reports[name] = report
+    return FinishedBlock({name: packed[name] for name in names}, [reports[name] for name in names])
+
+
+def _use_approximations(layers: dict[str, nn.Linear], packed: dict[str, PackedWeight]) -> None:
+    """Give layers the weights Ŵ that `_compress_layers` gave them in an earlier run: the same bits."""
+    for name, layer in layers.items():
+        layer.weight.data = packed[name].dense().to(layer.weight)
+
+
+def compress_layer(
+    name: str, weight: Tensor, stats: LayerStats, config: CompressionConfig
+) -> tuple[LayerReport, Tensor, PackedWeight | None]:
+    """Run the method on one weight and round the result as it is stored.
+
+    Args:
+        name: full name of the layer, for errors and the report.
+        weight: W, [m, n].
+        stats: statistics of its inputs.
+        config: method and settings.
+
+    Returns:
+        The report, Ŵ [m, n] float32, and its packed form if the method has one.
+
+    Raises:
+        SlabError: see `compress_blocks`.
+    """
+    start = time.perf_counter()
+    try:
+        result = get_method(config.method)(weight, stats, config)
+    except SlabError as error:
+        raise SlabError(f"{name}: {error}") from error
+    if weight.device.type == "cuda":  # until here the work is only launched
+        torch.cuda.synchronize(weight.device)
+    seconds = time.perf_counter() - start
+    dtype = value_dtype(config, weight.dtype)
+    packed: PackedWeight | None = None
+    kept, grid = 1.0, None
+    if isinstance(result, Decomposition):
+        packed = pack(result, dtype, name)
+        approximation, true_bits, kept = packed.dense(), 8 * packed.nbytes, result.kept / weight.shape[1]
+        grid = result.grid
+    else:
+        approximation, true_bits = result.dense(), result.true_bits()
+        if isinstance(result, PrunedWeight):
+            approximation, kept = approximation.to(dtype).float(), result.values.numel() / weight.numel()
+    report = LayerReport(
+        name=name,
+        shape=result.shape,
+        kept_fraction=kept,
+        paper_bits=result.bits(),
+        true_bits=true_bits,
+        output_error=stats.output_error(weight, approximation),
+        seconds=seconds,
+        unseen_error=stats.unseen_error(weight, approximation),
+        value_bits=PAPER_VALUE_BITS if grid is None else grid.bits,
+        group_size=None if grid is None else grid.group_size,
+    )
+    return report, approximation, packed
+
+
+def value_dtype(config: CompressionConfig, model_dtype: torch.dtype) -> torch.dtype:
+    """Type of stored values: as configured, else bfloat16 for a bfloat16 model and float16 for all others."""
+    if config.value_dtype is not None:
+        dtype = getattr(torch, config.value_dtype)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    return torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float16
+
+
+def rounded(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """A parameter that stays dense, as it will be stored: a float32 matrix is rounded to the value type.
+
+    Args:
+        tensor: the parameter.
+        name: how errors call it.
+        dtype: the value type.
+
+    Returns:
+        A tensor of the same type; any other kind of parameter is returned as it is.
+
+    Raises:
+        SlabError: a value does not fit into the value type.
+    """
+    if tensor.dtype != torch.float32 or tensor.ndim < 2:
+        return tensor
+    result = tensor.to(dtype).float()
+    if not torch.isfinite(result).all():
+        raise SlabError(f"{name}: a value does not fit into {dtype}: use --value-dtype bfloat16")
+    return result
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the module called `name` is."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    assert isinstance(module, nn.Linear)
+    return module

@@ -1,0 +1,323 @@
+"""One compression from a model's files to a finished folder: streamed, journaled, and to be continued after a kill.
+
+journal      lock OUT, refuse or continue what an earlier run has left
+open_dense   the model, of which only headers are read
+windows      calibration tokens; with them the fingerprint is complete
+blocks       the loop in `slablm.compression.blocks`, one block in memory
+assemble     the result, copied together from the journal, shard by shard
+publish      moved to OUT; the journal goes away
+
+With several ranks, all of them take part in the blocks. The rest is done by rank 0, which tells the others where to
+begin and with what; they check that they would have begun with the same.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from slablm import __version__
+from slablm.api import check_model, check_packable, prepare_model, with_value_dtype
+from slablm.calibration.text import calibration_windows
+from slablm.checkpoint import integrity
+from slablm.checkpoint.card import model_card
+from slablm.checkpoint.inspection import read_quantization_config
+from slablm.checkpoint.layer_report import LayerReport
+from slablm.checkpoint.save import MAX_SHARD_SIZE, assemble, check_target, publish, remove_abandoned
+from slablm.checkpoint.shards import sync, sync_folder
+from slablm.comparison.measure import versions
+from slablm.compression.blocks import Progress, compress_blocks
+from slablm.compression.journal import Journal, open_journal, unfinished_folder
+from slablm.compression.streaming import DenseModel, StreamedBlocks, open_dense
+from slablm.config import CompressionConfig
+from slablm.dense.loading import check_dense, is_compressed
+from slablm.dense.targets import Targets, select_targets
+from slablm.errors import SlabError
+from slablm.planning.checks import preflight
+from slablm.system.distributed import ALONE, World
+from slablm.system.memory import give_back, human_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_PUBLISH = "publish.json"
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What a run does besides the numbers.
+
+    Attributes:
+        dtype: type the model is calibrated in, as for `slablm.dense.loading.load`.
+        device: compute device.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run model code from the hub.
+        overwrite: replace a model that the target holds.
+        resume: continue an unfinished run.
+        max_memory: bytes of RAM for the calibration activations of one rank; None for as much as they take.
+        max_shard_size: bytes of tensors per file of the result.
+        world: the ranks that compress together; the compute device is the world's then.
+    """
+
+    dtype: str = "auto"
+    device: str = "cpu"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    overwrite: bool = False
+    resume: bool = False
+    max_memory: int | None = None
+    max_shard_size: int = MAX_SHARD_SIZE
+    world: World = ALONE
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What became of a run.
+
+    Attributes:
+        config: the settings, the value type filled in.
+        dense_bytes: bytes of the dense model's parameters; None if there was nothing left to do.
+        resumed_blocks: blocks that an earlier run had finished.
+    """
+
+    config: CompressionConfig
+    dense_bytes: int | None
+    resumed_blocks: int
+
+
+def compress_folder(
+    source: str,
+    out: Path,
+    config: CompressionConfig,
+    options: RunOptions,
+    on_layer: Progress | None = None,
+    say: Say = lambda line: None,
+) -> RunResult:
+    """Compress a model into a folder.
+
+    Args:
+        source: as for `slablm.dense.loading.load`.
+        out: target folder.
+        config: settings.
+        options: everything else.
+        on_layer: see `slablm.compress`.
+        say: told what is going on, one line at a time.
+
+    Raises:
+        SlabError: any bad input; cheap checks come before the model is read. Nothing is changed in `out`.
+    """
+    check_packable(config.method)
+    world = options.world
+    if config.num_samples < world.size:
+        raise SlabError(
+            f"{config.num_samples} calibration windows cannot be divided among {world.size} ranks: "
+            f"use --num-samples {world.size} or more, or fewer ranks"
+        )
+    if config.refine and world.size > 1:
+        raise SlabError(f"--refine needs a single process, not {world.size} ranks")
+    check_dense(source)
+    if not world.first:
+        return _help(source, out, config, options)
+    remove_abandoned(out)
+    publishing = unfinished_folder(out) / _PUBLISH
+    if not publishing.exists():  # else `out` may hold this run's own result
+        if options.resume and not options.overwrite and not unfinished_folder(out).exists() and _complete(out, config):
+            say(f"{out} is complete, there is nothing to go on with")
+            world.tell(None)
+            return RunResult(config, None, 0)
+        check_target(out, options.overwrite)
+    with open_journal(out, resume=options.resume) as journal:
+        return _Run(source, out, config, options, journal, say).go(on_layer)
+
+
+class _Run:
+    """The steps between a locked journal and a published result.
+
+    Args:
+        source: see `compress_folder`, as all that follows.
+    """
+
+    def __init__(
+        self, source: str, out: Path, config: CompressionConfig, options: RunOptions, journal: Journal, say: Say
+    ) -> None:
+        self.source, self.out, self.options, self.journal, self.say = source, out, options, journal, say
+        say(f"Reading {source}")
+        self.dense = _open(source, config, options)
+        check_model(self.dense.model)
+        self.targets = select_targets(self.dense.model, config)
+        for name, reason in self.targets.left_dense.items():
+            say(f"left dense: {name} ({reason})")
+        preflight(self.dense, config, options, out, present=sum(f.stat().st_size for f in journal.folder.iterdir()))
+        say(f"Calibrating on {config.calibration}: {config.num_samples} windows of {config.seq_len} tokens")
+        self.windows = calibration_windows(self.dense.model, self.dense.tokenizer, config)
+        give_back()  # what reading the model and the text has left in the heap
+        fingerprint = _fingerprint(source, self.dense, self.windows, config, options)
+        journal.accept(fingerprint)
+        options.world.tell((self.windows, fingerprint, journal.done))
+        self._say_what_it_takes()
+        self.config = _prepared(self.dense, self.targets, config)
+
+    def go(self, on_layer: Progress | None) -> RunResult:
+        """Compress what is not done yet, put the result together, publish it."""
+        model, journal = self.dense.model, self.journal
+        dense_bytes, resumed = sum(parameter.nbytes for parameter in model.parameters()), journal.done
+        limit, world = self.options.max_memory, self.options.world
+        blocks = StreamedBlocks(
+            self.dense, self.targets, self.config, journal,
+            max_activation_bytes=limit, folder=journal.folder, done=resumed,
+        )  # fmt: skip
+        reports = compress_blocks(model, self.targets, self.windows, self.config, on_layer, blocks, world)
+        if not (journal.folder / _PUBLISH).exists():
+            self._assemble(reports, blocks.names)
+        self._publish()
+        journal.remove()
+        world.tell(None)
+        return RunResult(self.config, dense_bytes, resumed)
+
+    def _say_what_it_takes(self) -> None:
+        if self.dense.whole_because:
+            self.say(f"The whole model is in memory: {self.dense.whole_because}")
+        model, limit, ranks = self.dense.model, self.options.max_memory, self.options.world.size
+        count, seq_len = self.windows.shape
+        most = -(-count // ranks) * seq_len  # tokens of the busiest rank
+        needed = most * model.config.get_text_config().hidden_size * model.dtype.itemsize
+        file = f", all but {human_bytes(limit)} in a file" if limit is not None and needed > limit else ""
+        whose = "all windows" if ranks == 1 else f"the windows of each of {ranks} ranks"
+        self.say(f"Memory for hidden states of {whose}: {human_bytes(needed)}{file}")
+        if self.journal.done:
+            self.say(f"Going on after {self.journal.done} finished blocks")
+
+    def _assemble(self, reports: list[LayerReport], names: list[list[str]]) -> None:
+        """Put the result together in the journal's folder, and make sure that it has reached the disk."""
+        from slablm.checkpoint import hf
+
+        model, folder = self.dense.model, self.journal.model_folder
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        hf.describe(model, self.config, reports)
+        pieces, digests = self.journal.everything()
+        digests |= {alias: digests[first] for first, *aliases in names for alias in aliases}
+        assemble(model, folder, pieces, integrity.record(digests, names), self.options.max_shard_size)
+        self.dense.tokenizer.save_pretrained(folder)
+        card = model_card(self.source, self.config, reports, self.targets.left_dense, __version__)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        for path in folder.iterdir():
+            with path.open("rb+") as file:
+                sync(file)
+        sync_folder(folder)
+
+    def _publish(self) -> None:
+        """Move the result to its place; after a kill in between, go on with that."""
+        note, folder = self.journal.folder / _PUBLISH, self.journal.model_folder
+        present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        names = json.loads(note.read_text(encoding="utf-8")) if note.exists() else present
+        if present == names:  # nothing has moved yet, and `out` may have been filled in the meantime
+            check_target(self.out, self.options.overwrite)
+        if not note.exists():
+            self.journal.write_json(_PUBLISH, names)
+        publish(folder, self.out, names)
+        sync_folder(self.out)
+        sync_folder(self.out.parent)
+
+
+def _help(source: str, out: Path, config: CompressionConfig, options: RunOptions) -> RunResult:
+    """What a rank other than 0 does: open the model, be told where to begin, and walk through the blocks.
+
+    Raises:
+        SlabError: this rank would have begun with something else than rank 0; or as for `compress_folder`.
+    """
+    world = options.world
+    dense = _open(source, config, options)
+    check_model(dense.model)
+    targets = select_targets(dense.model, config)
+    told = world.tell(None)
+    if told is None:  # there is nothing left to do
+        return RunResult(config, None, 0)
+    windows, fingerprint, done = told
+    _check_alike(fingerprint, _fingerprint(source, dense, windows, config, options))
+    config = _prepared(dense, targets, config)
+    blocks = StreamedBlocks(
+        dense, targets, config, None, max_activation_bytes=options.max_memory,
+        folder=out.parent if out.parent.is_dir() else None, done=done,
+    )  # fmt: skip
+    try:
+        compress_blocks(dense.model, targets, windows, config, None, blocks, world)
+        world.tell(None)  # rank 0 has published the result
+    except SlabError as error:
+        kept = "finished blocks are kept, run the same command with --resume to go on"
+        raise type(error)(f"{error}; {kept}") from error
+    return RunResult(config, None, done)
+
+
+def _check_alike(first: dict[str, str], mine: dict[str, str]) -> None:
+    """Refuse a rank that would get other numbers than rank 0, from what their fingerprints say."""
+    for name, value in mine.items():
+        # Hosts may have copies of the model, in another folder and of another date.
+        if name != "model" and not name.startswith("date of ") and value != first.get(name):
+            raise SlabError(
+                f"another {name} than on rank 0 (there {first.get(name)}, here {value}): "
+                "all ranks need the same command, model, versions, number of threads and kind of CPU"
+            )
+
+
+def _prepared(dense: DenseModel, targets: Targets, config: CompressionConfig) -> CompressionConfig:
+    """The settings with the value type filled in; a model in memory is checked and rounded."""
+    if dense.weights:  # checked and rounded block by block
+        return with_value_dtype(config, dense.model)
+    return prepare_model(dense.model, targets, config)
+
+
+def _open(source: str, config: CompressionConfig, options: RunOptions) -> DenseModel:
+    return open_dense(
+        source,
+        dtype=options.dtype,
+        device=options.device if options.world.size == 1 else options.world.device,
+        revision=options.revision,
+        trust_remote_code=options.trust_remote_code,
+        whole_because="it writes its own calibration text" if config.calibration == "self" else "",
+    )
+
+
+def _complete(out: Path, config: CompressionConfig) -> bool:
+    """Whether `out` holds a result with these settings: the run to be continued had come to its end."""
+    if not is_compressed(str(out)):
+        return False
+    settings = read_quantization_config(out)["compression"]
+    wanted = config.to_dict()
+    return all(settings.get(key) == value for key, value in wanted.items() if value is not None)
+
+
+def _fingerprint(
+    source: str, dense: DenseModel, windows: Tensor, config: CompressionConfig, options: RunOptions
+) -> dict[str, str]:
+    """Everything the bytes of the result depend on, by the name an error should use."""
+    shown: dict[str, Any] = {"model": source, "device": options.device, "dtype": dense.model.dtype}
+    for file in dense.files:
+        status = file.stat()
+        shown[f"file {file.name}"] = f"{status.st_size} bytes, header {_header_digest(file)}"
+        shown[f"date of {file.name}"] = f"{status.st_mtime_ns} ns"
+    shown["model config"] = _text_digest(dense.model.config.to_json_string())
+    shown |= {f"setting {key}": value for key, value in config.to_dict().items()}
+    shown["calibration tokens"] = integrity.digest(windows)
+    shown |= {f"version of {name}": version for name, version in versions().items()}
+    # Sums are split over threads and vector lanes; other splits round differently.
+    shown |= {"number of threads": torch.get_num_threads(), "CPU capability": torch.backends.cpu.get_cpu_capability()}
+    return {name: str(value) for name, value in shown.items()}
+
+
+def _header_digest(file: Path) -> str:
+    """Digest of a file's first megabyte at most: headers are in front."""
+    with file.open("rb") as opened:
+        return hashlib.blake2b(opened.read(1 << 20), digest_size=8).hexdigest()
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

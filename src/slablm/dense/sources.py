@@ -1,0 +1,98 @@
+"""Where a dense model's tensors are: its safetensors files, one or sharded, by their headers alone.
+
+What cannot be streamed (GGUF and pickle files, adapters, names that transformers changes while it loads) is no error
+here: such a model is read as a whole, by transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from slablm.checkpoint.save import CONFIG, INDEX
+from slablm.checkpoint.shards import Piece, TensorFile
+from slablm.errors import SlabError
+
+_SINGLE = "model.safetensors"
+_ADAPTER = "adapter_config.json"
+
+
+def model_files(source: str, revision: str | None) -> list[Path]:
+    """The safetensors files of a model, downloaded if need be; empty if it has none.
+
+    Args:
+        source: hub id or local folder.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        SlabError: the index is damaged, or a file that it names is not there.
+    """
+    if _find(source, _ADAPTER, revision) is not None:
+        return []
+    single = _find(source, _SINGLE, revision)
+    if single is not None:
+        return [single]
+    index = _find(source, INDEX, revision)
+    if index is None:
+        return []
+    files = []
+    for name in sorted(set(_weight_map(index).values())):
+        file = _find(source, name, revision)
+        if file is None:
+            raise SlabError(f"{index} names {name}, which is missing: download the model again")
+        files.append(file)
+    return files
+
+
+def open_weights(files: list[Path], source: str, revision: str | None) -> dict[str, Piece]:
+    """All tensors of a model by name.
+
+    Args:
+        files: from `model_files`.
+        source: hub id or local folder.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        SlabError: a file is truncated or damaged, or does not hold what the index says.
+    """
+    opened = {file.name: TensorFile.open(file).pieces for file in files}
+    index = _find(source, INDEX, revision) if _SINGLE not in opened else None
+    if index is not None:
+        for name, file_name in _weight_map(index).items():
+            if name not in opened[file_name]:
+                raise SlabError(f"{index} names tensor {name!r}, which {file_name} lacks: download the model again")
+    return {name: piece for pieces in opened.values() for name, piece in pieces.items()}
+
+
+def other_file_name(source: str) -> bool:
+    """Whether the config of a local model sends transformers to weights under another name."""
+    path = Path(source) / CONFIG
+    if not path.is_file():
+        return False
+    config: Any = json.loads(path.read_text(encoding="utf-8"))
+    return isinstance(config, dict) and config.get("transformers_weights") is not None
+
+
+def _find(source: str, name: str, revision: str | None) -> Path | None:
+    from transformers.utils.hub import cached_file
+
+    if Path(source).is_dir():
+        path = Path(source) / name
+        return path if path.exists() else None
+    try:
+        found = cached_file(source, name, revision=revision)
+    except OSError:  # transformers' way to say that there is none
+        return None
+    return None if found is None else Path(found)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError("no file names")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SlabError(f"{index} is damaged ({error!r}): download the model again") from error
+    assert isinstance(weight_map, dict)
+    return weight_map

@@ -1,0 +1,37 @@
+"""Running packed weights: the reference in plain torch, the kernels for CPU and GPU, and the dispatcher between them.
+
+- `to_runtime(packed, value_bits)` lays a packed weight out for the kernels of its device (`to_native`: CPU, `to_gpu`:
+  GPU); `from_runtime` is its inverse.
+- `linear(inputs, weight)` applies it, `dense_linear` does so for a dense 16-bit weight.
+- `explain(device)` says what code runs, and why.
+"""
+
+from slablm.runtime.kernels.dispatch import (
+    REFERENCE,
+    Backend,
+    backend,
+    dense_linear,
+    explain,
+    from_runtime,
+    linear,
+    to_runtime,
+)
+from slablm.runtime.kernels.gpu_layout import GpuWeight, from_gpu, to_gpu
+from slablm.runtime.kernels.layout import NativeWeight, to_native, to_packed
+
+__all__ = [
+    "REFERENCE",
+    "Backend",
+    "GpuWeight",
+    "NativeWeight",
+    "backend",
+    "dense_linear",
+    "explain",
+    "from_gpu",
+    "from_runtime",
+    "linear",
+    "to_gpu",
+    "to_native",
+    "to_packed",
+    "to_runtime",
+]

@@ -1,0 +1,175 @@
+"""The compiled kernels, called through ctypes on `data_ptr()`.
+
+One shared library holds a unit per instruction set; it says itself which of them this CPU can run. Python only hands
+over pointers: shapes and types were checked when the `NativeWeight` was made.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from slablm.runtime import kernels
+from slablm.runtime.kernels.layout import NativeWeight
+
+MAX_TOKENS = 8
+ABI_VERSION = 2
+# Fastest first; the number is the library's.
+INSTRUCTION_SETS = {"avx512": 2, "avx2": 1, "neon": 3, "portable": 0}
+
+_SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+_SUFFIX = {"Windows": ".dll"}.get(platform.system(), ".so")
+
+
+class _Weight(ctypes.Structure):
+    """`SlabWeight` of csrc/slablm.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "kept", "rank")),
+        *((name, ctypes.c_int32) for name in ("value_type", "plane_count")),
+        *((name, ctypes.c_void_p) for name in ("values", "scales", "planes", "left", "right")),
+    )
+
+
+@dataclass(frozen=True)
+class Library:
+    """The loaded library.
+
+    Attributes:
+        functions: the ctypes handle.
+        path: the file.
+        supported: names of the instruction sets that the library has and this CPU can run, fastest first.
+    """
+
+    functions: ctypes.CDLL
+    path: Path
+    supported: tuple[str, ...]
+
+
+@cache
+def load() -> Library | str:
+    """The library, or why there is none, as one sentence."""
+    found = [path for folder in kernels.__path__ if (path := Path(folder) / f"_kernels{_SUFFIX}").is_file()]
+    if not found:
+        return "slablm was installed without its compiled kernels (no C++ compiler at install time)"
+    try:
+        functions = ctypes.CDLL(str(found[0]))
+        version = functions.slablm_abi_version()
+    except (OSError, AttributeError) as error:
+        return f"{found[0]} does not load ({error})"
+    if version != ABI_VERSION:
+        return f"{found[0]} belongs to another version of slablm: reinstall slablm"
+    pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
+    functions.slablm_matvec.argtypes = (i32, pointer, pointer, i32, i64, pointer, i32, i32)
+    functions.slablm_dense_matvec.argtypes = (i32, pointer, i32, i64, i64, pointer, i32, i64, pointer, i32, i32)
+    functions.slablm_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
+    supported = tuple(name for name, number in INSTRUCTION_SETS.items() if functions.slablm_supports(number))
+    return Library(functions, found[0], supported)
+
+
+def matvec(library: Library, instruction_set: str, weight: NativeWeight, inputs: Tensor) -> Tensor:
+    """Ŵ applied to a few tokens, straight from the planes.
+
+    Args:
+        library: from `load`.
+        instruction_set: one of `library.supported`.
+        weight: [m, n].
+        inputs: [t, n] with t ≤ `MAX_TOKENS`, contiguous, float32, float16 or bfloat16.
+
+    Returns:
+        [t, m] in the inputs' dtype, accumulated in float32.
+    """
+    outputs = torch.empty(inputs.shape[0], weight.out_features, dtype=inputs.dtype)
+    scalar_type = _SCALAR_TYPES[inputs.dtype]
+    status = library.functions.slablm_matvec(
+        INSTRUCTION_SETS[instruction_set],
+        _address(weight),
+        inputs.data_ptr(),
+        scalar_type,
+        inputs.shape[0],
+        outputs.data_ptr(),
+        scalar_type,
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return outputs
+
+
+def dense_matvec(library: Library, instruction_set: str, weight: Tensor, inputs: Tensor) -> Tensor:
+    """A dense 16-bit weight applied to a few tokens.
+
+    Args:
+        library: from `load`.
+        instruction_set: one of `library.supported`.
+        weight: [m, n], contiguous, float16 or bfloat16.
+        inputs: as for `matvec`.
+
+    Returns:
+        [t, m] in the inputs' dtype, accumulated in float32.
+    """
+    outputs = torch.empty(inputs.shape[0], weight.shape[0], dtype=inputs.dtype)
+    scalar_type = _SCALAR_TYPES[inputs.dtype]
+    status = library.functions.slablm_dense_matvec(
+        INSTRUCTION_SETS[instruction_set],
+        weight.data_ptr(),
+        _SCALAR_TYPES[weight.dtype],
+        *weight.shape,
+        inputs.data_ptr(),
+        scalar_type,
+        inputs.shape[0],
+        outputs.data_ptr(),
+        scalar_type,
+        torch.get_num_threads(),
+    )
+    _check(status)
+    return outputs
+
+
+def unpack(library: Library, instruction_set: str, weight: NativeWeight, begin: int, end: int, output: Tensor) -> None:
+    """Rows begin … end of Ŵ into `output`, a contiguous float32 or bfloat16 tensor of at least (end − begin)·n."""
+    status = library.functions.slablm_unpack(
+        INSTRUCTION_SETS[instruction_set],
+        _address(weight),
+        begin,
+        end,
+        output.data_ptr(),
+        _SCALAR_TYPES[output.dtype],
+        torch.get_num_threads(),
+    )
+    _check(status)
+
+
+# Made once per weight; not an attribute of it, because addresses must not be copied along.
+_structs: WeakKeyDictionary[NativeWeight, _Weight] = WeakKeyDictionary()
+
+
+def _address(weight: NativeWeight) -> int:
+    """Address of the weight's `SlabWeight`."""
+    struct = _structs.get(weight)
+    if struct is None:
+        struct = _structs[weight] = _Weight(
+            rows=weight.out_features,
+            columns=weight.in_features,
+            kept=weight.kept,
+            rank=weight.rank,
+            value_type=_SCALAR_TYPES[weight.values.dtype],
+            plane_count=weight.planes.shape[2],
+            values=weight.values.data_ptr(),
+            scales=None if weight.scales is None else weight.scales.data_ptr(),
+            planes=weight.planes.data_ptr(),
+            left=weight.left.data_ptr(),
+            right=weight.right.data_ptr(),
+        )
+    return ctypes.addressof(struct)
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        raise RuntimeError("a kernel refused its arguments, or memory is short; this is a bug in slablm")

@@ -1,0 +1,370 @@
+"""What a reader sees: rows, verdicts, plots and the page, on made-up records."""
+
+import html
+import json
+import math
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import replace
+from xml.etree import ElementTree
+
+import pytest
+
+from slablm import CompressionConfig, SlabError
+from slablm.comparison import plots, table
+from slablm.comparison.records import QUANTIZERS, Cell, Record
+from slablm.comparison.report import write_report
+from slablm.evaluation.perplexity import Perplexity
+from slablm.methods import METHODS
+
+PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
+CHROMIUM = shutil.which("chromium")
+QUIET = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+def record(method, loss, bits, *, windows=6, accuracy=None, **settings):
+    """A made-up cell; windows and questions have difficulties that all methods share."""
+    config = None if method == "dense" else CompressionConfig(method=method, **settings)
+    # A string seeds the generator the same way in every process.
+    noise = random.Random(f"{method} {settings}")
+    losses = tuple(loss + 0.3 * math.sin(i) + 0.01 * noise.gauss(0, 1) for i in range(windows))
+    accuracies = None
+    if accuracy is not None:
+        accuracies = {
+            task: task_result([int(noise.random() < accuracy) for _ in range(40)])
+            for task in ("arc_easy", "piqa", "winogrande")
+        }
+    layers = [f"model.layers.{depth}.{projection}" for depth in range(4) for projection in PROJECTIONS]
+    return Record(
+        key=f"{method} {settings}",
+        cell=Cell(config),
+        conditions={},
+        compression_ratio=1 - bits / 16,
+        bits_per_weight=bits,
+        perplexity=Perplexity(losses, 31),
+        ratio_to_dense=math.exp(statistics.fmean(losses) - 3),
+        layer_errors={name: 0.1 + 0.2 * noise.random() for name in layers} if config else {},
+        unseen_errors=dict.fromkeys(layers, 0.4321) if config else {},
+        seconds={"load": 0.1, "compress": 12.3, "perplexity": 0.2},
+        peak_memory_bytes=None,
+        versions={"slablm": "0.1.0", "torch": "2.13"},
+        accuracies=accuracies,
+    )
+
+
+def task_result(correct):
+    mean = statistics.fmean(correct)
+    stderr = statistics.stdev(correct) / math.sqrt(len(correct))
+    return {"acc": mean, "stderr": stderr, "n": len(correct), "correct": correct}
+
+
+def small(**options):
+    return [
+        record("dense", 3.0, 16, **options),
+        record("slab", 3.3, 8.6, **options),
+        record("wanda", 3.8, 9.0, **options),
+        record("sparsegpt", 3.7, 9.0, **options),
+    ]
+
+
+@pytest.fixture(scope="module")
+def everything():
+    """Every method, several patterns and two group sizes, with accuracies."""
+    records = [record("dense", 3.0, 16, accuracy=0.7)]
+    pruned = [(8.6, {}), (5.4, {"ratio": 0.7}), (8.7, {"pattern": "2:4"}), (8.8, {"pattern": "4:8"})]
+    quantized = [(9, {"value_bits": 8}), (4.5, {"value_bits": 4}), (4.7, {"value_bits": 4, "group_size": 64})]
+    for bits, settings in (*pruned, *quantized):
+        for index, method in enumerate(METHODS):
+            if (method in QUANTIZERS) == ("value_bits" in settings):
+                loss = 3.2 + 0.15 * index + 4 / bits
+                records.append(record(method, loss, bits, accuracy=0.5, **settings))
+    return records
+
+
+@pytest.fixture(scope="module")
+def page(everything, tmp_path_factory):
+    """The report on everything: (text, folder)."""
+    folder = tmp_path_factory.mktemp("report")
+    description = {"model": "tiny <model> & more", "calibration": "builtin", "calibration windows": "4 of 32 tokens"}
+    path = write_report(everything, folder, description, "slablm compare 'a b' --methods <all>")
+    return path.read_text(encoding="utf-8"), folder
+
+
+def test_both_errors_of_the_layers_are_shown():
+    dense, slab = small()[:2]
+    seen = statistics.fmean(slab.layer_errors.values())
+    assert table.show_errors(slab) == f"{seen:.3f} / 0.432"
+    assert table.show_errors(replace(slab, unseen_errors={})) == f"{seen:.3f}"
+    assert table.show_errors(dense) == ""
+
+
+def test_rows_compare_with_slab_within_a_setting():
+    records = small()
+    rows = table.rows(records)
+    assert [row.record for row in rows] == records
+    assert [row.reference for row in rows] == [None, "slab", "slab", "slab"]
+    assert [row.loss is None for row in rows] == [True, True, False, False]
+    wanda, slab = records[2].perplexity, records[1].perplexity
+    assert 1 + rows[2].loss.relative()[0] == pytest.approx(wanda.value / slab.value)
+    differences = [b - a for a, b in zip(slab.window_losses, wanda.window_losses, strict=True)]
+    half = 2.5706 * statistics.stdev(differences) / math.sqrt(6)  # t of 5 degrees
+    assert rows[2].loss.interval == pytest.approx((rows[2].loss.mean - half, rows[2].loss.mean + half), abs=1e-6)
+
+
+def test_without_slab_the_best_is_the_reference():
+    rows = table.rows([r for r in small() if r.cell.method != "slab"])
+    assert {row.reference for row in rows[1:]} == {"sparsegpt"}
+
+
+def test_a_method_alone_is_compared_with_nothing():
+    assert table.rows(small()[:2])[1].reference is None
+    assert table.verdicts(small()[:2]) == []
+    assert re.match(r"Lowest perplexity: slab 50 % unstructured with 2\d\.\d\d ± ", table.headline(small()[:2]))
+
+
+def test_the_verdict_is_against_the_best_of_the_others():
+    (verdict,) = table.verdicts(small())
+    assert (verdict.reference.cell.method, verdict.rival.cell.method) == ("slab", "sparsegpt")
+    assert verdict.clear
+    lower = 100 * (1 - verdict.reference.perplexity.value / verdict.rival.perplexity.value)
+    assert f"slab in 1 of 1 setting, {lower:.1f} % below" in table.headline(small())
+
+
+def test_losing_is_said_as_plainly():
+    records = [record("slab", 3.9, 8.6), record("wanda", 3.2, 9.0), *small()[:1]]
+    (verdict,) = table.verdicts(records)
+    assert verdict.loss.mean > 0
+    assert table.headline(records) == "Lowest perplexity among the pruners: wanda in 1 of 1 setting."
+
+
+def test_a_difference_within_its_interval_is_called_so():
+    records = [record("slab", 3.3, 8.6), record("wanda", 3.3, 9.0)]
+    assert not table.verdicts(records)[0].clear
+    assert "In 1 of 1 the 95 % interval of the difference includes zero." in table.headline(records)
+
+
+def test_accuracies_are_paired_per_question():
+    a = record("slab", 3.3, 8.6)
+    b = record("wanda", 3.8, 9.0)
+    first, second = [1, 1, 0, 1], [1, 0, 0, 0]
+    object.__setattr__(a, "accuracies", {"one": task_result(first), "two": task_result(first)})
+    object.__setattr__(b, "accuracies", {"one": task_result(second), "two": task_result(first)})
+    difference = table.rows([a, b])[1].accuracy
+    # Task one: differences 0, −1, 0, −1; task two: none.
+    assert difference.mean == pytest.approx(-0.25)
+    assert difference.stderr == pytest.approx(math.sqrt(1 / 3 / 4) / 2)
+    assert difference.degrees == pytest.approx(3)
+
+
+def test_quantizers_that_are_smaller_and_better_are_named():
+    slab, wanda = record("slab", 3.3, 8.6), record("wanda", 3.8, 9.0)
+    better, worse = record("rtn", 3.1, 8.2, value_bits=8), record("rtn", 3.9, 3.2, value_bits=3)
+    larger = record("gptq", 3.0, 8.7, value_bits=8)
+    assert table.stronger_quantizers([slab, wanda, better, worse, larger]) == [(slab, better)]
+    assert table.stronger_quantizers([slab, wanda, worse, larger]) == []
+
+
+def test_one_window_gives_no_interval_and_no_nan():
+    rows = table.rows(small(windows=1))
+    assert rows[2].to_dict()["log_loss_difference"]["interval"] == [None, None]
+    assert rows[2].to_dict()["stderr"] is None
+    assert "nan" not in table.show_relative(rows[2].loss) + table.show_perplexity(rows[2].record)
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [(3.3, r"27\.\d\d ± 2\.\d\d"), (5.0, r"14\d\.\d ± 1\d\.\d"), (9.0, r"8,\d\d\d ± 7\d\d")],
+)
+def test_perplexities_are_shown_with_sensible_digits(loss, text):
+    assert re.fullmatch(text, table.show_perplexity(record("wanda", loss, 9.0)))
+
+
+def test_large_differences_are_factors():
+    loss = table.rows([record("slab", 3.3, 8.6), record("magnitude", 7.3, 9.0)])[1].loss
+    assert re.fullmatch(r"× 5\d\.\d \[5\d\.\d, 5\d\.\d\]", table.show_relative(loss))
+
+
+def test_places_of_layers():
+    assert plots.place("model.layers.3.mlp.up_proj") == (3, "mlp.up_proj")
+    assert plots.place("model.layers.3.mlp.experts.17.up_proj") == (3, "mlp.experts.up_proj")
+
+
+def test_every_method_has_its_own_colour_and_marker(everything):
+    looks = [plots._look(method, 5) for method in METHODS]
+    assert len({look["color"] for look in looks}) == len({look["marker"] for look in looks}) == len(METHODS)
+
+
+def test_patterns_are_told_apart_by_their_filling():
+    variants = ["unstructured", "2:4", "4:8", "group 128", "group 64"]
+    assert [plots._fill(variant, variants) for variant in variants] == ["full", "none", "left", "full", "none"]
+    assert plots._fill("2:4", ["2:4"]) == "none"
+
+
+def test_the_report_shows_every_cell(page, everything):
+    text, _ = page
+    body = text[text.index("<h2>All cells") : text.index("<h2>Perplexity over size")]
+    for entry in everything:
+        assert table.show_perplexity(entry) in body
+        assert f"<td>{entry.bits_per_weight:.2f}</td>" in body
+        assert entry.cell.config is None or f">{entry.cell.setting}</th>" in body
+    assert len(re.findall('<td class="text stay">', body)) == len(everything)
+    assert "12.3" in body
+
+
+def test_the_report_needs_nothing_from_elsewhere(page):
+    text, folder = page
+    assert not re.search(r"https?:|//[a-z]|@import|<script|<link rel=\"stylesheet|\bsrc=", text)
+    linked = re.findall(r'<a href="([^"]*)"', text)
+    assert linked
+    assert all((folder / name).is_file() for name in linked)
+
+
+def test_what_the_user_typed_is_escaped(page):
+    text, _ = page
+    assert "tiny <model>" not in text
+    assert "<h1>tiny &lt;model&gt; &amp; more</h1>" in text
+    assert "--methods &lt;all&gt;" in text
+
+
+def test_no_plot_is_empty(page, everything):
+    text, folder = page
+    svgs = re.findall(r"<svg.*?</svg>", text, flags=re.DOTALL)
+    settings = table.settings(everything)
+    assert len(svgs) == 1 + 2 * len(settings)
+    assert len(list((folder / "plots").glob("*.png"))) == len(list((folder / "plots").glob("*.svg"))) == len(svgs)
+    points, accuracies, errors = svgs[0], svgs[1 : 1 + len(settings)], svgs[1 + len(settings) :]
+    # One point for every cell but dense, which is a line.
+    assert sum(map(len, data(points))) == len(everything) - 1
+    for svg, members in zip(accuracies, settings.values(), strict=True):
+        assert len(data(svg)) == 3 * (len(members) + 1)
+    for svg, members in zip(errors, settings.values(), strict=True):
+        assert [len(line) for line in data(svg)] == [4] * len(members) * len(PROJECTIONS)
+
+
+def data(svg):
+    """What is drawn for data: for each series the set of its markers' places (none for a bar)."""
+    groups = [group for group in ElementTree.fromstring(svg).iter("g") if "-data_" in group.get("id", "")]
+    assert all(group.find(".//path") is not None for group in groups)
+    return [{(use.get("x"), use.get("y")) for use in group.iter("use")} for group in groups]
+
+
+def test_ids_are_unique_on_the_page(page):
+    ids = re.findall(r'\bid="([^"]*)"', page[0])
+    used = re.findall(r'(?:url\(#|href="#)([^")]*)', page[0])
+    assert used
+    assert set(used) <= set(ids)
+    assert not any(" " in name for name in ids)
+
+
+def test_colours_follow_the_readers_scheme(page):
+    svgs = "".join(re.findall(r"<svg.*?</svg>", page[0], flags=re.DOTALL))
+    assert "var(--series-0)" in svgs
+    assert "var(--ink)" in svgs
+    assert plots.COLOURS[0][0] not in svgs
+
+
+def test_a_report_without_tasks_or_quantizers(tmp_path):
+    text = write_report(small(windows=1), tmp_path, {"model": "m"}, "slablm compare m").read_text(encoding="utf-8")
+    assert "Zero-shot" not in text
+    assert "No quantizer was measured" in text
+    assert "a single window gives no interval" in text
+    assert "nan" not in re.sub(r"<svg.*?</svg>", "", text, flags=re.DOTALL)
+
+
+def test_the_report_says_where_plain_quantization_is_better(tmp_path):
+    records = [*small(), record("rtn", 3.1, 8.2, value_bits=8), record("gptq", 3.9, 3.2, value_bits=3)]
+    text = write_report(records, tmp_path, {"model": "m"}, "slablm compare m").read_text(encoding="utf-8")
+    said = re.findall(r"<li>(rtn|gptq) .*? against (\w+) 50 % unstructured", text)
+    assert said == [("rtn", "slab")]
+    assert "No quantizer was measured" not in text
+
+
+def test_the_same_records_give_the_same_page(tmp_path):
+    pages = [write_report(small(), tmp_path / name, {"model": "m"}, "x").read_bytes() for name in "ab"]
+    assert pages[0] == pages[1]
+
+
+def test_missing_matplotlib_is_one_clear_line(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SlabError, match=r"pip install 'slablm\[report\]'"):
+        write_report(small(), tmp_path / "out", {"model": "m"}, "x")
+    assert not (tmp_path / "out").exists()
+
+
+def browse(page, folder):
+    """Load a page in headless Chromium; its document afterwards, and the lines of its console."""
+    path = folder / "page.html"
+    path.write_text(page, encoding="utf-8")
+    command = [CHROMIUM, *QUIET, f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr"]
+    done = subprocess.run(
+        [*command, "--virtual-time-budget=5000", "--window-size=1400,1000", "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+
+
+MEASURE = """
+<script>
+addEventListener("load", () => {
+  const found = [];
+  for (const frame of document.querySelectorAll("iframe")) {
+    const page = frame.contentDocument, svgs = [...page.querySelectorAll("figure svg")];
+    page.querySelectorAll("details").forEach(d => d.open = true);
+    found.push({
+      width: frame.clientWidth,
+      overflow: page.documentElement.scrollWidth - frame.clientWidth,
+      plots: svgs.map(svg => [svg.getBoundingClientRect().width, svg.getBoundingClientRect().height]),
+      outside: [...page.querySelectorAll("h1, h2, p, li, figure, .scroll")]
+        .filter(e => e.getBoundingClientRect().right > frame.clientWidth + 0.5).length,
+    });
+  }
+  document.title = JSON.stringify(found);
+});
+</script>
+"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed: the report is not looked at in a browser")
+def test_the_report_in_a_browser_at_both_widths(page, tmp_path):
+    # Frames rather than windows: Chromium's windows have a minimum width that is wider than a phone.
+    frames = "".join(
+        f'<iframe width="{width}" height="800" style="border:0" srcdoc="{html.escape(page[0])}"></iframe>'
+        for width in (1280, 390)
+    )
+    document, console = browse(f"<!doctype html><title></title>{MEASURE}{frames}", tmp_path)
+    assert console == []
+    measured = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", document)[1]))
+    assert [frame["width"] for frame in measured] == [1280, 390]
+    for frame in measured:
+        assert frame["overflow"] <= 0
+        assert frame["outside"] == 0
+        assert len(frame["plots"]) == page[0].count("<svg")
+        assert all(width > 250 and height > 100 for width, height in frame["plots"])
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+def test_the_browser_test_would_notice(tmp_path):
+    """What the test above relies on: errors reach the log, and wide content shows as overflow."""
+    wide = html.escape('<p style="width:500px">wide</p><script>nonsense()</script>')
+    frame = f'<iframe width="390" height="800" style="border:0" srcdoc="{wide}"></iframe>'
+    document, console = browse(f"<!doctype html><title></title>{MEASURE}{frame}", tmp_path)
+    assert len(console) == 1
+    assert "nonsense is not defined" in console[0]
+    measured = json.loads(html.unescape(re.search(r"<title>(.*?)</title>", document)[1]))
+    assert measured[0]["overflow"] > 100

