@@ -183,12 +183,12 @@ def decomposition_table(shapes: list[tuple[int, int]]) -> None:
     for m, n in shapes:
         weight = torch.randn(m, n, device=DEVICE, dtype=torch.bfloat16)
         stats = LayerStats(torch.rand(n, device=DEVICE) + 0.1, 0, torch.empty(0, n, device=DEVICE))
-        get_method("slab")(weight, stats, config)  # once for cuBLAS and the allocator
+        get_method("slab").function(weight, stats, config)  # once for cuBLAS and the allocator
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
         start.record()
-        get_method("slab")(weight, stats, config)
+        get_method("slab").function(weight, stats, config)
         end.record()
         torch.cuda.set_sync_debug_mode("default")
         end.synchronize()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,16 +25,18 @@ import torch
 import typer
 from pareto import SEQ_LEN, Texts, evaluation_windows
 
-from slablm.api import prepare_model
 from slablm.calibration import stream
 from slablm.calibration.text import calibration_windows
 from slablm.checkpoint.layer_report import error_summary, size_summary
-from slablm.compression.blocks import compress_blocks, replace_module
+from slablm.compression.blocks import compress_blocks
+from slablm.compression.preparation import prepare_model
 from slablm.config import CompressionConfig
 from slablm.dense import loading
 from slablm.dense.targets import select_targets
 from slablm.evaluation.perplexity import perplexity
+from slablm.methods import get_method
 from slablm.runtime.linear import SlabLinear
+from slablm.runtime.replace_module import replace_module
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def arms(bits: float) -> list[Arm]:
     """From the paper's algorithm to all of `slab+`, at `bits` true bits per weight."""
     budget = {"method": "slab+", "bits_per_weight": bits}
     even = (stream, "sensitivities", lambda *args: {})
-    no_feedback = (stream, "NEEDS_HELD_OUT", frozenset())
+    no_feedback = (stream, "get_method", lambda name: replace(get_method(name), needs_held_out=False))
     # The package has a function of the same name.
     no_descent = (import_module("slablm.methods.slab_plus"), "DESCENTS", 0)
     return [

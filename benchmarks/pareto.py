@@ -23,8 +23,9 @@ import typer
 from torch import Tensor
 
 from slablm.calibration.text import calibration_windows, load_text, windows_from_text
+from slablm.comparison.cells import Cell
 from slablm.comparison.measure import Conditions, Tasks, measure_cells, model_digest
-from slablm.comparison.records import Cell, Record, ResultsFile
+from slablm.comparison.records import Record, ResultsFile
 from slablm.config import CompressionConfig
 from slablm.dense import loading
 from slablm.evaluation.perplexity import Perplexity

@@ -27,9 +27,10 @@ from slablm.calibration.text import calibration_windows, load_text, windows_from
 from slablm.checkpoint.card import model_card
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.checkpoint.save import save as checkpoint
-from slablm.cli.console import progress, quiet_libraries
+from slablm.cli.console import progress
 from slablm.dense import loading
 from slablm.dense.generation import continue_text
+from slablm.dense.loading import quiet_libraries
 from slablm.dense.targets import select_targets
 from slablm.evaluation import Perplexity, perplexity
 from slablm.system.memory import human_bytes

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from slablm.errors import SlabError
+from slablm.system.versions import __version__
 
 if TYPE_CHECKING:
     from slablm.api import compress, decompose
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from slablm.planning.plan import Plan, plan
     from slablm.runtime.linear import SlabLinear
 
-__version__ = "0.1.0"
 __all__ = [
     "CompressionConfig",
     "Decomposition",

@@ -1,8 +1,9 @@
-"""The Python API: `compress` a model, `decompose` one matrix."""
+"""The Python API: `compress` a model in memory, `compress_folder` from files to files, `decompose` one matrix."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,12 +11,15 @@ from torch import Tensor
 
 from slablm.calibration.text import calibration_windows
 from slablm.checkpoint.layer_report import LayerReport
-from slablm.compression.blocks import Progress, compress_blocks, rounded, value_dtype
+from slablm.compression import run
+from slablm.compression.blocks import Progress, compress_blocks
+from slablm.compression.options import RunOptions
+from slablm.compression.preparation import check_model, check_packable, prepare_model
 from slablm.config import CompressionConfig
 from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
-from slablm.methods import YARDSTICKS, LayerStats, Result, get_method
-from slablm.runtime.linear import SlabLinear
+from slablm.methods import LayerStats, Result, get_method
+from slablm.planning.checks import preflight
 from slablm.system.finite import check_finite
 
 if TYPE_CHECKING:
@@ -59,6 +63,32 @@ def compress(
     return model
 
 
+def compress_folder(
+    source: str,
+    out: Path,
+    config: CompressionConfig | None = None,
+    options: RunOptions | None = None,
+    on_layer: Progress | None = None,
+    say: run.Say = lambda line: None,
+) -> run.RunResult:
+    """Compress a model into a folder, one block in memory at a time; what `slablm compress` does.
+
+    Args:
+        source: as for `slablm.dense.loading.load`.
+        out: target folder.
+        config: settings; the default is `slab+` at 50 %.
+        options: everything else.
+        on_layer: see `compress`.
+        say: told what is going on, one line at a time.
+
+    Raises:
+        SlabError: any bad input; cheap checks come before the model is read. Nothing is changed in `out`.
+    """
+    return run.compress_folder(
+        source, out, config or CompressionConfig(), options or RunOptions(), on_layer, say, check=preflight
+    )
+
+
 def compress_model(
     model: PreTrainedModel,
     targets: Targets,
@@ -94,32 +124,6 @@ def compress_model(
     return reports
 
 
-def prepare_model(model: PreTrainedModel, targets: Targets, config: CompressionConfig) -> CompressionConfig:
-    """Check a dense model, and round what stays dense as it would be stored; in place.
-
-    Args:
-        model: the dense model.
-        targets: from `select_targets`.
-        config: settings.
-
-    Returns:
-        The settings with the value type filled in.
-
-    Raises:
-        SlabError: the model is compressed already; NaN or Inf in weights; a value that the value type cannot hold.
-    """
-    check_model(model)
-    _check_parameters(model)
-    config = with_value_dtype(config, model)
-    _round_other_matrices(model, targets, getattr(torch, config.value_dtype or ""))
-    return config
-
-
-def with_value_dtype(config: CompressionConfig, model: PreTrainedModel) -> CompressionConfig:
-    """The settings with the value type filled in."""
-    return replace(config, value_dtype=str(value_dtype(config, model.dtype)).removeprefix("torch."))
-
-
 def decompose(
     weight: Tensor, input_norms: Tensor | None = None, config: CompressionConfig | None = None, **settings: Any
 ) -> Result:
@@ -149,39 +153,4 @@ def decompose(
     check_finite(weight, "weight")
     check_finite(norms, "input_norms")
     stats = LayerStats(norms, tokens=0, sample=torch.empty(0, n))
-    return get_method(config.method)(weight, stats, config)
-
-
-def check_model(model: PreTrainedModel) -> None:
-    """Refuse a model that is compressed or quantized already.
-
-    Raises:
-        SlabError: with the way out.
-    """
-    if any(isinstance(module, SlabLinear) for module in model.modules()):
-        raise SlabError("the model is already compressed by slablm: start from the dense model")
-    if getattr(model.config, "quantization_config", None) is not None:
-        raise SlabError("the model is already quantized: start from the unquantized model")
-
-
-def check_packable(method: str) -> None:
-    """Refuse methods whose result cannot be saved.
-
-    Raises:
-        SlabError: an unknown method, or one that is only there to be compared with.
-    """
-    get_method(method)
-    if method in YARDSTICKS:
-        raise SlabError(f"method {method!r} has no packed format, it is a yardstick: see it in `slablm compare`")
-
-
-def _check_parameters(model: PreTrainedModel) -> None:
-    for name, parameter in model.named_parameters():
-        check_finite(parameter, name)
-
-
-def _round_other_matrices(model: PreTrainedModel, targets: Targets, dtype: torch.dtype) -> None:
-    compressed = {f"{name}.weight" for names in targets.names for name in names}
-    for name, parameter in model.named_parameters():
-        if name not in compressed:
-            parameter.data = rounded(parameter.data, name, dtype)
+    return get_method(config.method).function(weight, stats, config)

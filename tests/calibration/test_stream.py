@@ -26,7 +26,7 @@ def test_pieces(monkeypatch, windows, tokens, expected):
 def test_differentiable_in_the_weights_given(tiny_model):
     """A block with other weights gives what it would give with them inside, and itself stays as it is."""
     from slablm import CompressionConfig
-    from slablm.compression.blocks import BlockStore
+    from slablm.compression.store import BlockStore
     from slablm.system.distributed import ALONE
 
     blocks, windows = tiny_model.model.layers, torch.arange(60).view(2, 30)

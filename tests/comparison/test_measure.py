@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 
 from slablm import CompressionConfig, SlabError
 from slablm.comparison import measure as measuring
-from slablm.comparison.measure import Conditions, Grid, Tasks, cell_key, measure_cells, model_digest
-from slablm.comparison.records import Cell, Record, ResultsFile
+from slablm.comparison.cells import Cell, Grid
+from slablm.comparison.measure import Conditions, Tasks, cell_key, measure_cells, model_digest
+from slablm.comparison.records import Record, ResultsFile
 from slablm.evaluation import perplexity
+from slablm.methods import METHODS
 
 BASE = CompressionConfig(calibration="builtin", num_samples=4, seq_len=32, iterations=4)
 
@@ -307,7 +309,8 @@ def test_a_missing_task_file():
 def test_a_changed_method_is_measured_again_and_no_other(conditions, monkeypatch):
     cells = [Cell(replace(BASE, method=method)) for method in ("slab+", "slab")] + [Cell(None)]
     before = [cell_key(cell, conditions) for cell in cells]
-    monkeypatch.setitem(measuring.METHOD_VERSIONS, "slab+", measuring.METHOD_VERSIONS["slab+"] + 1)
+    changed = replace(METHODS["slab+"], version=METHODS["slab+"].version + 1)
+    monkeypatch.setitem(METHODS, "slab+", changed)
     after = [cell_key(cell, conditions) for cell in cells]
     assert before[0] != after[0]
     assert before[1:] == after[1:]

@@ -16,7 +16,8 @@ import pytest
 
 from slablm import CompressionConfig, SlabError
 from slablm.comparison import plots, table
-from slablm.comparison.records import QUANTIZERS, Cell, Record
+from slablm.comparison.cells import Cell
+from slablm.comparison.records import Record
 from slablm.comparison.report import write_report
 from slablm.evaluation.perplexity import Perplexity
 from slablm.methods import METHODS
@@ -88,7 +89,7 @@ def everything():
     quantized = [(9, {"value_bits": 8}), (4.5, {"value_bits": 4}), (4.7, {"value_bits": 4, "group_size": 64})]
     for bits, settings in (*pruned, *quantized):
         for index, method in enumerate(METHODS):
-            if (method in QUANTIZERS) == ("value_bits" in settings):
+            if METHODS[method].quantizes == ("value_bits" in settings):
                 loss = 3.2 + 0.15 * index + 4 / bits
                 records.append(record(method, loss, bits, accuracy=0.5, **settings))
     return records

@@ -74,8 +74,8 @@ def test_compress_save_reload(family, tmp_path):
 @torch.no_grad()
 def test_propagation_equals_the_whole_model(family, monkeypatch):
     """With a method that changes nothing, the walk over the blocks must give the model's own activations."""
-    from slablm.compression import blocks
-    from slablm.methods import METHODS
+    from slablm.compression import blocks, layer
+    from slablm.methods import METHODS, Method
     from slablm.methods.decomposition import Decomposition
 
     def lossless(weight, stats, config):
@@ -85,9 +85,9 @@ def test_propagation_equals_the_whole_model(family, monkeypatch):
         return Decomposition(torch.ones(m, n, dtype=torch.bool), weight.float(), empty(m, 0), empty(0, n), None)
 
     norms = {}
-    monkeypatch.setitem(METHODS, "lossless", lossless)
+    monkeypatch.setitem(METHODS, "lossless", Method(lossless))
     # No rounding: the comparison below is exact up to float32.
-    monkeypatch.setattr(blocks, "value_dtype", lambda config, dtype: torch.float32)
+    monkeypatch.setattr(layer, "value_dtype", lambda config, dtype: torch.float32)
     model = tiny(family)
     windows = torch.randint(3, 200, (3, 24), generator=torch.Generator().manual_seed(0))
     expected = {}

@@ -23,9 +23,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from slablm import SlabError
+from slablm.api import compress_folder
 from slablm.calibration.capture import collect_stats
 from slablm.calibration.statistics import Use
-from slablm.compression.run import RunOptions, compress_folder
+from slablm.compression.options import RunOptions
 from slablm.system.distributed import ALONE, World, _start_name, assign, join
 from tests.compression.test_run import assert_same_folders, build
 

@@ -10,7 +10,8 @@ import signal
 
 import pytest
 
-from slablm.compression.run import RunOptions, compress_folder
+from slablm.api import compress_folder
+from slablm.compression.options import RunOptions
 from tests.compression.test_run import assert_same_folders, build
 
 MOMENTS = 400  # more than a run has

@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from slablm import SlabError
-from slablm.api import compress_model
+from slablm.api import compress_folder, compress_model
 from slablm.calibration.text import calibration_windows
 from slablm.checkpoint import save
 from slablm.checkpoint.card import model_card
 from slablm.checkpoint.inspection import inspect_folder
-from slablm.compression import blocks, run, streaming
+from slablm.compression import blocks, run
 from slablm.compression.journal import Journal
-from slablm.compression.run import RunOptions, compress_folder
-from slablm.dense import loading
+from slablm.compression.options import RunOptions
+from slablm.dense import loading, opening
 from slablm.dense.targets import select_targets
 from slablm.system.distributed import World
 from tests.compression.test_architectures import FAMILIES, SMALL
@@ -166,13 +166,13 @@ def test_never_more_than_one_block_in_memory(quick, tmp_path, monkeypatch):
         return original(*args)
 
     streamed_models = []
-    skeleton = streaming._skeleton
+    skeleton = opening._skeleton
 
     def keeping(*args):
         streamed_models.append(skeleton(*args)[0])
         return streamed_models[-1], ""
 
-    monkeypatch.setattr(streaming, "_skeleton", keeping)
+    monkeypatch.setattr(opening, "_skeleton", keeping)
     monkeypatch.setattr(blocks, "compress_layer", counting)
     compress_folder(str(source), tmp_path / "out", quick, RunOptions())
     assert seen == [block] * 14

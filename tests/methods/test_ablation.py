@@ -124,7 +124,7 @@ def test_lowrank_has_rank_16_no_signs_and_ignores_the_rank_of_slab():
 def test_every_arm_uses_its_budget_and_no_more(arm, pattern):
     m, n = 144, 160
     weight, stats = problem(m, n, 1)
-    result = METHODS[arm](weight, stats, CompressionConfig(ratio=0.5, pattern=pattern))
+    result = METHODS[arm].function(weight, stats, CompressionConfig(ratio=0.5, pattern=pattern))
     budget = 0.5 * 16 * m * n
     assert budget - 16 * m < result.bits() <= budget
     assert (result.mask.sum(dim=1) == result.kept).all()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods import METHODS, NEEDS_GRAM, LayerStats
+from slablm.methods import METHODS, LayerStats
 from slablm.methods.sweep import Block, column_sweep, inverse_factor
 
 
@@ -154,8 +154,8 @@ def test_needs_gram_names_the_methods_that_refuse_to_work_without(name):
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     stats = LayerStats(torch.ones(64), 10, torch.empty(0, 64))
     config = CompressionConfig(ratio=0.3)
-    if name in NEEDS_GRAM:
+    if METHODS[name].needs_gram:
         with pytest.raises(SlabError, match=f"'{re.escape(name)}' needs the Gram matrix"):
-            METHODS[name](weight, stats, config)
+            METHODS[name].function(weight, stats, config)
     else:
-        assert METHODS[name](weight, stats, config).shape == (64, 64)
+        assert METHODS[name].function(weight, stats, config).shape == (64, 64)

@@ -7,7 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 from slablm import CompressionConfig
 from slablm.calibration.capture import capture_block_calls
 from slablm.calibration.statistics import SAMPLED_TOKENS
-from slablm.compression.streaming import empty_model
+from slablm.dense.opening import empty_model
 from slablm.dense.targets import find_blocks, select_targets
 from slablm.methods import METHODS, LayerStats
 from slablm.planning.memory import _open_sums, workspace_per_weight
@@ -35,7 +35,7 @@ def test_workspace_of_a_decomposition(method, settings, dtype):
     stats = LayerStats(torch.ones(1000), 1, torch.empty(0, 1000))
     config = CompressionConfig(method=method, iterations=2, **settings)
     results = []
-    peak = real_peak(lambda: results.append(METHODS[method](weight, stats, config)))
+    peak = real_peak(lambda: results.append(METHODS[method].function(weight, stats, config)))
     expected = workspace_per_weight(method, results[0].kept / 1000, float32=dtype == torch.float32)
     assert peak == pytest.approx(expected * weight.numel(), rel=0.08)
 

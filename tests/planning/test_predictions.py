@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slablm import CompressionConfig, SlabError, plan
-from slablm.compression.run import RunOptions, compress_folder
-from slablm.methods import METHODS, YARDSTICKS, LayerStats, RowBudget, row_budget
+from slablm.api import compress_folder
+from slablm.compression.options import RunOptions
+from slablm.methods import METHODS, LayerStats, RowBudget, row_budget
 from slablm.planning import checks
 from tests.compression.test_architectures import FAMILIES
 from tests.compression.test_run import build
 
 DATA = Path(__file__).parent.parent / "data"
-PACKABLE = [method for method in METHODS if method not in YARDSTICKS]
+PACKABLE = [name for name, method in METHODS.items() if method.packable]
 
 
 def planned(source, config, out="out", **options):
@@ -89,7 +90,7 @@ def test_a_methods_budget_is_what_it_stores(method, m, groups, rank, pattern):
     gram = torch.eye(4 * groups)
     stats = LayerStats(torch.ones(4 * groups), 1, torch.empty(0, 4 * groups), gram, gram)
     try:
-        result = METHODS[method](weight, stats, config)
+        result = METHODS[method].function(weight, stats, config)
     except SlabError:
         with pytest.raises(SlabError, match="keeps no entry"):
             row_budget((m, 4 * groups), config)

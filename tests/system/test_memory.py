@@ -39,7 +39,7 @@ def test_peak_memory_is_that_of_a_python_with_torch():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_an_empty_model_takes_no_memory():
     """Weights that exist for a moment must not pile up: under a limit on memory a deep model could not be opened."""
-    from slablm.compression.streaming import empty_model
+    from slablm.dense.opening import empty_model
     from tests.conftest import tiny_config
 
     def data():

@@ -12,7 +12,8 @@ Each has calls of its own, as masks and positions are as long as what is run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,19 +24,30 @@ from slablm.calibration.capture import capture_block_calls, collect_stats
 from slablm.calibration.sensitivity import sensitivities
 from slablm.calibration.statistics import Use
 from slablm.config import CompressionConfig
-from slablm.methods import NEEDS_GRAM, NEEDS_HELD_OUT, LayerStats
+from slablm.methods import LayerStats, get_method
 from slablm.system.distributed import World
 from slablm.system.finite import check_finite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slablm.compression.blocks import BlockStore
-
-# One window in so many is kept back for the methods of `NEEDS_HELD_OUT`.
+# One window in so many is kept back for the methods that need it.
 HELD_OUT_SHARE = 8
 PROBES, PROBE_TOKENS = 2, 512
 PIECES, PIECE_TOKENS = 72, 512
+
+
+class BlockSource(Protocol):
+    """What calibration asks of whoever holds the model."""
+
+    def activations(self, count: int) -> Activations:
+        """An empty buffer for the hidden states of `count` windows."""
+
+    def outside(self) -> AbstractContextManager[None]:
+        """Within it, what the decoder has outside its blocks is there to be run."""
+
+    def load(self, index: int) -> None:
+        """Make dense block `index` ready to be run."""
 
 
 class Stream:
@@ -45,7 +57,7 @@ class Stream:
         model: the model.
         blocks: its decoder blocks.
         windows: token ids, [windows, tokens]; none for a stream that is not needed.
-        store: gives the first blocks.
+        source: gives the first blocks.
         hidden: the buffer; by default all in RAM.
     """
 
@@ -54,12 +66,12 @@ class Stream:
         model: PreTrainedModel,
         blocks: nn.ModuleList,
         windows: Tensor,
-        store: BlockStore,
+        source: BlockSource,
         hidden: Activations | None = None,
     ) -> None:
         self._blocks = blocks
         self.hidden, self.calls = (
-            capture_block_calls(model, blocks, windows, model.device, load=store.load, hidden=hidden)
+            capture_block_calls(model, blocks, windows, model.device, load=source.load, hidden=hidden)
             if len(windows)
             else (Activations(0), [])
         )
@@ -84,7 +96,7 @@ class Calibration:
         blocks: its decoder blocks.
         windows: token ids of all ranks, [windows, seq_len]; the first `config.num_samples` calibrate.
         config: method and settings.
-        store: gives the first blocks and the buffer.
+        source: gives the first blocks and the buffer.
         world: the ranks that divide the windows.
     """
 
@@ -94,7 +106,7 @@ class Calibration:
         blocks: nn.ModuleList,
         windows: Tensor,
         config: CompressionConfig,
-        store: BlockStore,
+        source: BlockSource,
         world: World,
     ) -> None:
         self._blocks, self._config, self._world = blocks, config, world
@@ -104,10 +116,10 @@ class Calibration:
         probes = calibrating[: PROBES if config.bits_per_weight is not None else 0, :PROBE_TOKENS]
         pieces = _pieces(calibrating) if config.refine else windows[:0]
         windows = windows[mine.start : mine.stop]
-        with store.outside():
-            self._windows = Stream(model, blocks, windows, store, store.activations(len(windows)))
-            self._probes = Stream(model, blocks, probes, store)
-            self._pieces = Stream(model, blocks, pieces, store)
+        with source.outside():
+            self._windows = Stream(model, blocks, windows, source, source.activations(len(windows)))
+            self._probes = Stream(model, blocks, probes, source)
+            self._pieces = Stream(model, blocks, pieces, source)
 
     @property
     def pieces(self) -> Activations:
@@ -131,7 +143,7 @@ class Calibration:
             layers,
             lambda i: self._windows.run(index, self._windows.hidden[i]),
             self._uses,
-            with_gram=self._config.method in NEEDS_GRAM,
+            with_gram=get_method(self._config.method).needs_gram,
             seed=self._config.seed,
             world=self._world,
         )
@@ -176,7 +188,7 @@ def window_uses(method: str, calibrating: int, unseen: int) -> list[Use]:
         unseen: number of windows after them.
     """
     kept_back = 0
-    if method in NEEDS_HELD_OUT:
+    if get_method(method).needs_held_out:
         kept_back = max(calibrating // HELD_OUT_SHARE, min(1, calibrating - 1))
     fitted = calibrating - kept_back
     return [Use.FIT] * fitted + [Use.HOLD_BACK] * kept_back + [Use.MEASURE] * unseen

@@ -3,10 +3,7 @@
 Importing this module registers ``quant_method: "slab"``, so that a plain ``AutoModelForCausalLM.from_pretrained``
 loads a slablm folder. `slablm/__init__.py` imports it as soon as transformers' registry exists.
 
-A reader *without* slablm must not get a wrong model. transformers 5 only warns about an unknown ``quant_method``, then
-fills the missing weights with random numbers. But before it opens any weights it looks at ``transformers_weights`` in
-``config.json``, and refuses with a ValueError that quotes the entry when it is no safetensors file name. So slablm
-writes a sentence there that says what to do (`GUARD`), and its quantizer takes it away while loading.
+A reader *without* slablm stops at the guard (`slablm.checkpoint.guard`), which the quantizer takes away while loading.
 """
 
 from __future__ import annotations
@@ -23,20 +20,19 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slablm.checkpoint import integrity
+from slablm.checkpoint.guard import FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
 from slablm.checkpoint.layer_report import LayerReport
-from slablm.compression.blocks import replace_module
+from slablm.checkpoint.stored import stored_form
 from slablm.config import VALUE_DTYPES, CompressionConfig
 from slablm.errors import SlabError
-from slablm.packing import FORMAT_VERSION, READABLE_VERSIONS, PackedSpec
+from slablm.packing import PackedSpec
 from slablm.runtime import kernels
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.narrow import narrow_matrices
+from slablm.runtime.replace_module import replace_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-QUANT_METHOD = "slab"
-GUARD = "this model is compressed by slablm: run `pip install slablm` and `import slablm` before loading it"
 
 
 @dataclass(frozen=True)
@@ -202,17 +198,6 @@ class SlabHfQuantizer(HfQuantizer):
         return True
 
 
-def stored_form(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor as it is saved: a float32 matrix in the value type where that loses nothing.
-
-    `slablm.compression.blocks.rounded` has seen to it that it loses nothing.
-    """
-    if tensor.dtype != torch.float32 or tensor.ndim < 2:
-        return tensor
-    narrow = tensor.to(dtype)
-    return narrow if torch.equal(narrow.float(), tensor) else tensor
-
-
 def _own_memory(model: nn.Module) -> None:
     """Copy what is left in the mapped checkpoint file: a few small vectors would keep all of it in memory.
 
@@ -223,19 +208,6 @@ def _own_memory(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.device.type == "cpu":
             tensor.data = tensor.data.clone()
-
-
-def check_version(version: Any) -> None:
-    """Refuse formats this slablm does not know.
-
-    Raises:
-        SlabError: naming both versions.
-    """
-    if version not in READABLE_VERSIONS:
-        raise SlabError(
-            f"checkpoint format version {version} is not supported, this slablm reads versions up to {FORMAT_VERSION}: "
-            "upgrade slablm (pip install -U slablm)"
-        )
 
 
 def describe(model: PreTrainedModel, config: CompressionConfig, reports: list[LayerReport]) -> SlabQuantizationConfig:

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slablm.checkpoint.guard import FORMAT_VERSION
 from slablm.checkpoint.shards import WAY_OUT, TensorFile
 from slablm.errors import SlabError
-from slablm.packing import FORMAT_VERSION
 
 METADATA_KEY = "slablm"
 

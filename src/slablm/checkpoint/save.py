@@ -21,6 +21,7 @@ from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 
 from slablm.checkpoint import integrity
+from slablm.checkpoint.guard import GUARD
 from slablm.checkpoint.shards import Piece, open_all, write_tensors
 from slablm.errors import SlabError
 from slablm.runtime.linear import SlabLinear
@@ -171,8 +172,6 @@ def _write_json(path: Path, data: Any) -> None:
 
 
 def _set_guard(folder: Path) -> None:
-    from slablm.checkpoint.hf import GUARD
-
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     config["transformers_weights"] = GUARD
     _write_json(folder / CONFIG, config)

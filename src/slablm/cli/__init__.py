@@ -38,7 +38,7 @@ app.command("doctor")(doctor)
 def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
     """Options in front of the verb."""
     if version:
-        from slablm import __version__
+        from slablm.system.versions import __version__
 
         typer.echo(f"slablm {__version__}")
         raise typer.Exit

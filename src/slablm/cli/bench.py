@@ -44,7 +44,7 @@ def bench(
     json: Json = False,
 ) -> None:
     """Measure prefill, decode, time to first token and memory of MODEL on the CPU."""
-    from slablm.cli.console import quiet_libraries
+    from slablm.dense.loading import quiet_libraries
     from slablm.evaluation.energy import RaplMeter, find_meter
     from slablm.evaluation.speed import Workload, measure_speed, weight_bytes
     from slablm.runtime import kernels

@@ -18,8 +18,9 @@ from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
-    from slablm.comparison.measure import Conditions, Grid, Tasks
-    from slablm.comparison.records import Cell, Record, ResultsFile
+    from slablm.comparison.cells import Cell, Grid
+    from slablm.comparison.measure import Conditions, Tasks
+    from slablm.comparison.records import Record, ResultsFile
     from slablm.comparison.table import Row
 
 T = TypeVar("T")
@@ -57,7 +58,8 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare methods on MODEL, cell by cell; run it again to continue where it was stopped."""
-    from slablm.comparison.measure import Grid, Tasks
+    from slablm.comparison.cells import Grid
+    from slablm.comparison.measure import Tasks
 
     grid = Grid(
         tuple(_split(methods)),
@@ -104,12 +106,12 @@ def run(
     Raises:
         SlabError: any bad input. Cheap checks come before the model is loaded.
     """
-    from slablm.cli.console import quiet_libraries
     from slablm.comparison.measure import measure_cells
     from slablm.comparison.plots import require_matplotlib
     from slablm.comparison.records import ResultsFile
     from slablm.comparison.report import write_report
     from slablm.dense import loading
+    from slablm.dense.loading import quiet_libraries
 
     cells = grid.cells(config)
     tasks.identity()
@@ -137,9 +139,9 @@ def _conditions(
     load_options: dict[str, Any],
 ) -> Conditions:
     """Load the model once to check it, to read its digest and to cut the texts."""
-    from slablm.api import check_model
     from slablm.calibration.text import calibration_windows, check_length, load_text, windows_from_text
     from slablm.comparison.measure import Conditions, model_digest
+    from slablm.compression.preparation import check_model
     from slablm.dense import loading
     from slablm.dense.targets import select_targets
 

@@ -80,10 +80,11 @@ def run(source: str, out: Path, config: CompressionConfig, **chosen: Any) -> dic
     Raises:
         SlabError: any bad input. Cheap checks come before the model is read.
     """
+    from slablm.api import compress_folder
     from slablm.checkpoint.inspection import inspect_folder
     from slablm.checkpoint.layer_report import error_summary
-    from slablm.cli.console import quiet_libraries
-    from slablm.compression.run import RunOptions, compress_folder
+    from slablm.compression.options import RunOptions
+    from slablm.dense.loading import quiet_libraries
     from slablm.system.memory import peak_resident_bytes
 
     start = time.perf_counter()

@@ -22,14 +22,6 @@ TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code that comes w
 log = Console(stderr=True, highlight=False)
 
 
-def quiet_libraries() -> None:
-    """Silence the progress bars and notices of transformers; ours say what a user needs."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-
-
 @contextmanager
 def progress(description: str) -> Iterator[tuple[Progress, Any]]:
     """A progress bar with elapsed and remaining time on stderr."""

@@ -14,8 +14,8 @@ def doctor(json: Json = False) -> None:
     import torch
     import transformers
 
-    from slablm import __version__
     from slablm.runtime import kernels
+    from slablm.system.versions import __version__
 
     facts = {
         "slablm": __version__,

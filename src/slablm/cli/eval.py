@@ -39,8 +39,8 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure perplexity on non-overlapping windows or, with --tasks or --task-file, zero-shot accuracy instead."""
-    from slablm.cli.console import quiet_libraries
     from slablm.dense import loading
+    from slablm.dense.loading import quiet_libraries
 
     def load() -> tuple[Any, Any]:
         quiet_libraries()

@@ -20,9 +20,9 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Continue PROMPT greedily and print the text."""
-    from slablm.cli.console import quiet_libraries
     from slablm.dense import loading
     from slablm.dense.generation import continue_text
+    from slablm.dense.loading import quiet_libraries
 
     quiet_libraries()
     loaded, tokenizer = loading.load(

@@ -50,8 +50,8 @@ def plan(
 
     The options are those of compress. The exit status is 1 if it is impossible on this machine.
     """
-    from slablm.cli.console import quiet_libraries
-    from slablm.compression.run import RunOptions
+    from slablm.compression.options import RunOptions
+    from slablm.dense.loading import quiet_libraries
     from slablm.planning.plan import plan as make_plan
     from slablm.system.memory import parse_bytes
 

@@ -1,19 +1,9 @@
-"""Measure many methods on one model, every cell of the grid once.
-
-The grid, for the paper's Table I by default:
-
-- the dense model;
-- every pruning method, unstructured, at every ratio;
-- every pruning method with every N:M pattern, at ratio 1 − N/M and no other. That is the ratio the pattern stands for:
-  a plain pruner with 2:4 removes half of the weights whatever smaller ratio one asks for, and above it the pattern is
-  hardly felt. So 2:4 and 4:8 are cells at 50 %, also when 0.5 is not among the ratios;
-- `slab+` also with every budget in true bits;
-- every quantizer (`rtn`, `gptq`) with every number of bits and every group size; ratio and pattern mean nothing to it.
+"""Measure many methods on one model, every cell of the grid (`slablm.comparison.cells`) once.
 
 Every cell starts from the dense model, loaded anew, so that one model is in memory at a time. Results are appended to
 a file as they come (`slablm.comparison.records`); a cell whose key is there already is not computed again. The key is a
 digest of all that changes the numbers: settings, weights, calibration and evaluation tokens, tasks, `NUMBERS_VERSION`
-and `METHOD_VERSIONS`.
+and the method's version.
 """
 
 from __future__ import annotations
@@ -21,22 +11,21 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import platform
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from slablm.checkpoint import integrity
-from slablm.comparison.records import QUANTIZERS, Cell, Record, ResultsFile
-from slablm.config import CompressionConfig
+from slablm.comparison.cells import Cell
+from slablm.comparison.records import Record, ResultsFile
 from slablm.errors import SlabError
 from slablm.methods import get_method
 from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.system.versions import versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,68 +35,11 @@ if TYPE_CHECKING:
 # To be raised whenever a change of the methods or of the evaluation changes results, or the form of a record changes:
 # old cells are then measured again.
 NUMBERS_VERSION = 1
-# The same for a change of one method alone.
-METHOD_VERSIONS = {"slab+": 2}
 _ORIGIN = ("_name_or_path", "_commit_hash", "architectures", "transformers_version")
 
 Step = Callable[[str, int, int], None]
-# The method whose size can be given in true bits.
-BY_TRUE_BITS = "slab+"
 
 OnCell = Callable[[Record, bool], None]
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What to compare.
-
-    Args:
-        methods: names of methods.
-        ratios: the paper's compression ratios, of unstructured cells.
-        patterns: ``unstructured`` and N:M patterns.
-        value_bits: bits per code, of the quantizers.
-        group_sizes: columns that share a scale, of the quantizers.
-        budgets: true bits per weight of further cells of `slab+`.
-    """
-
-    methods: tuple[str, ...]
-    ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)
-    patterns: tuple[str, ...] = ("unstructured", "2:4", "4:8")
-    value_bits: tuple[int, ...] = (3, 4, 8)
-    group_sizes: tuple[int, ...] = (128,)
-    budgets: tuple[float, ...] = ()
-
-    def cells(self, base: CompressionConfig) -> list[Cell]:
-        """All cells in the order they are measured: dense, then setting by setting, every method of it.
-
-        Args:
-            base: all other settings.
-
-        Raises:
-            SlabError: an unknown method, a ratio or pattern out of range, or nothing to measure.
-        """
-        for method in self.methods:
-            get_method(method)
-        pruners = [method for method in self.methods if method not in QUANTIZERS]
-        quantizers = [method for method in self.methods if method in QUANTIZERS]
-        configs = [replace(base, method=method, **at) for at in self._pruner_settings() for method in pruners]
-        configs += [replace(base, method=method, **at) for at in self._quantizer_settings() for method in quantizers]
-        if self.budgets and BY_TRUE_BITS not in self.methods:
-            raise SlabError(f"a budget in true bits is for method {BY_TRUE_BITS!r}: name it as well")
-        configs += [replace(base, method=BY_TRUE_BITS, bits_per_weight=budget) for budget in self.budgets]
-        if not configs:
-            raise SlabError("nothing to compare: name at least one method, and a ratio and pattern for it")
-        # The same value given twice is one cell.
-        return [Cell(None), *map(Cell, dict.fromkeys(configs))]
-
-    def _pruner_settings(self) -> Iterator[dict[str, Any]]:
-        for pattern in self.patterns:
-            n_of_m = CompressionConfig(pattern=pattern).n_of_m
-            ratios = self.ratios if n_of_m is None else [1 - n_of_m.survivors / n_of_m.group]
-            yield from ({"ratio": ratio, "pattern": pattern} for ratio in ratios)
-
-    def _quantizer_settings(self) -> Iterator[dict[str, Any]]:
-        return ({"value_bits": bits, "group_size": size} for bits in self.value_bits for size in self.group_sizes)
 
 
 @dataclass(frozen=True)
@@ -181,12 +113,13 @@ def cell_key(cell: Cell, conditions: Conditions) -> str:
     """
     settings = cell.config.to_dict() if cell.config else {}
     settings.pop("calibration", None)
+    version = get_method(cell.method).version if cell.config else 1
     calibrating = conditions.calibration[: cell.config.num_samples] if cell.config else None
     return _digest(
         {
             "numbers": NUMBERS_VERSION,
             "settings": settings,
-            **({"method": METHOD_VERSIONS[cell.method]} if cell.method in METHOD_VERSIONS else {}),
+            **({"method": version} if version > 1 else {}),
             "model": conditions.model_digest,
             "calibration": None if calibrating is None else integrity.digest(calibrating),
             "evaluation": integrity.digest(conditions.evaluation),
@@ -266,10 +199,11 @@ def _measure(cell: Cell, key: str, conditions: Conditions, dense: Record | None,
 
 def _compress(model: PreTrainedModel, cell: Cell, conditions: Conditions, on_step: Step) -> list[LayerReport]:
     """Compress in place; all layers are linear with Ŵ in the end. Nothing is done to the dense model."""
-    from slablm.api import prepare_model
-    from slablm.compression.blocks import compress_blocks, replace_module
+    from slablm.compression.blocks import compress_blocks
+    from slablm.compression.preparation import prepare_model
     from slablm.dense.targets import select_targets
     from slablm.runtime.linear import SlabLinear
+    from slablm.runtime.replace_module import replace_module
 
     if cell.config is None:
         return []
@@ -293,20 +227,6 @@ def _accuracies(model: PreTrainedModel, conditions: Conditions) -> dict[str, dic
     tasks = conditions.tasks
     results = evaluate_tasks(model, conditions.tokenizer, tasks.names, tasks.files, tasks.limit)
     return {task: result.to_dict() for task, result in results.items()}
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers come from."""
-    import transformers
-
-    from slablm import __version__
-
-    return {
-        "slablm": __version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-    }
 
 
 class _Clock:

@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slablm.comparison.records import DENSE, QUANTIZERS, Cell, Record
+from slablm.comparison.cells import DENSE, Cell
+from slablm.comparison.records import Record
 from slablm.errors import SlabError
 from slablm.methods import METHODS
 
@@ -97,7 +98,7 @@ def perplexity_plot(records: Sequence[Record]) -> Figure:
                     [r.bits_per_weight for r in group],
                     [r.perplexity.value for r in group],
                     # N:M cells are not steps of one series.
-                    linestyle="-" if variant == UNSTRUCTURED or method in QUANTIZERS else "none",
+                    linestyle="-" if variant == UNSTRUCTURED or group[0].cell.quantizes else "none",
                     fillstyle=_fill(variant, variants),
                     **_look(method, 7),
                 )[0]
@@ -267,7 +268,7 @@ def _variant(cell: Cell) -> str:
     """What a marker's filling stands for: the pattern, or the group size of a quantizer."""
     if cell.config is None:
         return DENSE
-    return f"group {cell.config.group_size}" if cell.method in QUANTIZERS else cell.config.pattern
+    return f"group {cell.config.group_size}" if cell.quantizes else cell.config.pattern
 
 
 def _fill(variant: str, variants: Sequence[str]) -> str:

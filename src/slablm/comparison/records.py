@@ -18,47 +18,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from slablm.comparison.cells import Cell
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.evaluation.perplexity import Perplexity
-
-DENSE = "dense"
-# Their cells are points of bits × group size; ratio and pattern are the pruners'.
-QUANTIZERS = frozenset({"rtn", "gptq"})
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One point of the grid.
-
-    Attributes:
-        config: method and settings; None for the dense model.
-    """
-
-    config: CompressionConfig | None
-
-    @property
-    def method(self) -> str:
-        """Name of the method, ``dense`` without one."""
-        return self.config.method if self.config else DENSE
-
-    @property
-    def setting(self) -> str:
-        """What cells of different methods have in common when they are compared, such as ``50 % 2:4``."""
-        if self.config is None:
-            return DENSE
-        if self.method in QUANTIZERS:
-            return f"{self.config.value_bits} bit, group {self.config.group_size}"
-        if self.config.bits_per_weight is not None:
-            size = f"{self.config.bits_per_weight:g} bits"
-        else:
-            size = f"{100 * self.config.ratio:.4g} % {self.config.pattern}"
-        return f"{size}, refined" if self.config.refine else size
-
-    @property
-    def label(self) -> str:
-        """Method and setting."""
-        return self.method if self.config is None else f"{self.method} {self.setting}"
 
 
 @dataclass(frozen=True)

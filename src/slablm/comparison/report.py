@@ -17,7 +17,8 @@ import jinja2
 from markupsafe import Markup
 
 from slablm.comparison import plots, table
-from slablm.comparison.records import DENSE, QUANTIZERS, Record
+from slablm.comparison.cells import DENSE
+from slablm.comparison.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +69,9 @@ def _render(records: Sequence[Record], folder: Path, description: dict[str, Any]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )
-    template = environment.from_string(resources.files("slablm.comparison").joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    template = environment.from_string(
+        resources.files("slablm.comparison").joinpath(TEMPLATE).read_text(encoding="utf-8")
+    )
     measured = [record for record in records if record.accuracies]
     return template.render(
         table=table,
@@ -76,7 +79,7 @@ def _render(records: Sequence[Record], folder: Path, description: dict[str, Any]
         rows=table.rows(records),
         verdicts=table.verdicts(records),
         headline=table.headline(records),
-        quantizers=any(record.cell.method in QUANTIZERS for record in records),
+        quantizers=any(record.cell.quantizes for record in records),
         stronger=table.stronger_quantizers(records),
         tasks=list(measured[0].accuracies or {}) if measured else [],
         perplexity_plot=_plot(plots.perplexity_plot(records), folder, "Perplexity over size"),

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from slablm.comparison.records import QUANTIZERS, Record
+from slablm.comparison.records import Record
 from slablm.evaluation.paired import PairedDifference, average_difference, paired_difference
 
 SLAB = "slab"
@@ -111,7 +111,7 @@ def verdicts(records: Sequence[Record]) -> list[Verdict]:
 
 def headline(records: Sequence[Record]) -> str:
     """The outcome in one sentence."""
-    pruned = [verdict for verdict in verdicts(records) if verdict.reference.cell.method not in QUANTIZERS]
+    pruned = [verdict for verdict in verdicts(records) if not verdict.reference.cell.quantizes]
     if not pruned:
         best = min((r for r in records if r.cell.config), key=lambda record: record.perplexity.value)
         return (
@@ -136,7 +136,7 @@ def stronger_quantizers(records: Sequence[Record]) -> list[tuple[Record, Record]
 
     Only cells of the reference method (``slab`` if measured) are looked at.
     """
-    quantized = [record for record in records if record.cell.method in QUANTIZERS]
+    quantized = [record for record in records if record.cell.quantizes]
     references = [v for group in settings(records).values() if (v := _reference(group)) not in quantized]
     pairs = []
     for record in references:

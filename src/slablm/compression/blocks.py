@@ -23,10 +23,8 @@ a time.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Collection
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,16 +33,17 @@ from torch import Tensor, nn
 from slablm.calibration.activations import Activations
 from slablm.calibration.stream import Calibration
 from slablm.checkpoint.layer_report import LayerReport
+from slablm.compression.layer import compress_layer
 from slablm.compression.refinement import refine
+from slablm.compression.store import BlockStore, FinishedBlock
 from slablm.config import CompressionConfig
 from slablm.dense.targets import Targets, find_blocks
-from slablm.errors import SlabError
-from slablm.methods import Decomposition, LayerStats, PrunedWeight, get_method
+from slablm.methods import LayerStats
 from slablm.methods.allocation import Demand, allot, log_error
-from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.methods.slab_plus import sensible_budgets
-from slablm.packing import PackedWeight, pack
+from slablm.packing import PackedWeight
 from slablm.runtime.linear import SlabLinear
+from slablm.runtime.replace_module import replace_module
 from slablm.system.distributed import ALONE, World, assign
 from slablm.system.float32 import fast_float32
 from slablm.system.memory import give_back, mapped_apart
@@ -56,43 +55,6 @@ if TYPE_CHECKING:
 _HEAP_PIECE = 4 << 20
 
 Progress = Callable[[int, int, LayerReport], None]
-
-
-@dataclass
-class FinishedBlock:
-    """What remains of one block's target layers.
-
-    Attributes:
-        packed: packed weights by full name; empty with a method that has no packed form.
-        reports: one per layer.
-    """
-
-    packed: dict[str, PackedWeight] = field(default_factory=dict)
-    reports: list[LayerReport] = field(default_factory=list)
-
-
-class BlockStore:
-    """Where blocks come from and where they go. This one: the model is in memory, and so it stays."""
-
-    done = 0  # blocks that an earlier run has finished
-
-    def activations(self, count: int) -> Activations:
-        """An empty buffer for the hidden states of `count` windows."""
-        return Activations(count)
-
-    def outside(self) -> AbstractContextManager[None]:
-        """Within it, what the decoder has outside its blocks is there to be run."""
-        return nullcontext()
-
-    def load(self, index: int) -> None:
-        """Make dense block `index` ready to be run; blocks loaded before need not be kept."""
-
-    def finished(self, index: int) -> FinishedBlock:
-        """Block `index` as an earlier run has left it; only for the first `done` blocks."""
-        raise NotImplementedError
-
-    def finish(self, index: int, block: FinishedBlock) -> None:
-        """Take over block `index`; its target layers are `SlabLinear` by now."""
 
 
 @torch.no_grad()
@@ -108,7 +70,7 @@ def compress_blocks(
 ) -> list[LayerReport]:
     """Compress the target layers of a model in place.
 
-    A layer becomes a `SlabLinear`; with one of the methods in `YARDSTICKS` it stays linear and its weight becomes Ŵ.
+    A layer becomes a `SlabLinear`; with a yardstick it stays linear and its weight becomes Ŵ.
 
     Args:
         model: the dense model, in eval mode.
@@ -289,94 +251,6 @@ def _use_approximations(layers: dict[str, nn.Linear], packed: dict[str, PackedWe
     """Give layers the weights Ŵ that `_compress_layers` gave them in an earlier run: the same bits."""
     for name, layer in layers.items():
         layer.weight.data = packed[name].dense().to(layer.weight)
-
-
-def compress_layer(
-    name: str, weight: Tensor, stats: LayerStats, config: CompressionConfig
-) -> tuple[LayerReport, Tensor, PackedWeight | None]:
-    """Run the method on one weight and round the result as it is stored.
-
-    Args:
-        name: full name of the layer, for errors and the report.
-        weight: W, [m, n].
-        stats: statistics of its inputs.
-        config: method and settings.
-
-    Returns:
-        The report, Ŵ [m, n] float32, and its packed form if the method has one.
-
-    Raises:
-        SlabError: see `compress_blocks`.
-    """
-    start = time.perf_counter()
-    try:
-        result = get_method(config.method)(weight, stats, config)
-    except SlabError as error:
-        raise SlabError(f"{name}: {error}") from error
-    if weight.device.type == "cuda":  # until here the work is only launched
-        torch.cuda.synchronize(weight.device)
-    seconds = time.perf_counter() - start
-    dtype = value_dtype(config, weight.dtype)
-    packed: PackedWeight | None = None
-    kept, grid = 1.0, None
-    if isinstance(result, Decomposition):
-        packed = pack(result, dtype, name)
-        approximation, true_bits, kept = packed.dense(), 8 * packed.nbytes, result.kept / weight.shape[1]
-        grid = result.grid
-    else:
-        approximation, true_bits = result.dense(), result.true_bits()
-        if isinstance(result, PrunedWeight):
-            approximation, kept = approximation.to(dtype).float(), result.values.numel() / weight.numel()
-    report = LayerReport(
-        name=name,
-        shape=result.shape,
-        kept_fraction=kept,
-        paper_bits=result.bits(),
-        true_bits=true_bits,
-        output_error=stats.output_error(weight, approximation),
-        seconds=seconds,
-        unseen_error=stats.unseen_error(weight, approximation),
-        value_bits=PAPER_VALUE_BITS if grid is None else grid.bits,
-        group_size=None if grid is None else grid.group_size,
-    )
-    return report, approximation, packed
-
-
-def value_dtype(config: CompressionConfig, model_dtype: torch.dtype) -> torch.dtype:
-    """Type of stored values: as configured, else bfloat16 for a bfloat16 model and float16 for all others."""
-    if config.value_dtype is not None:
-        dtype = getattr(torch, config.value_dtype)
-        assert isinstance(dtype, torch.dtype)
-        return dtype
-    return torch.bfloat16 if model_dtype == torch.bfloat16 else torch.float16
-
-
-def rounded(tensor: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """A parameter that stays dense, as it will be stored: a float32 matrix is rounded to the value type.
-
-    Args:
-        tensor: the parameter.
-        name: how errors call it.
-        dtype: the value type.
-
-    Returns:
-        A tensor of the same type; any other kind of parameter is returned as it is.
-
-    Raises:
-        SlabError: a value does not fit into the value type.
-    """
-    if tensor.dtype != torch.float32 or tensor.ndim < 2:
-        return tensor
-    result = tensor.to(dtype).float()
-    if not torch.isfinite(result).all():
-        raise SlabError(f"{name}: a value does not fit into {dtype}: use --value-dtype bfloat16")
-    return result
-
-
-def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put `module` where the module called `name` is."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -23,59 +23,34 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slablm import __version__
-from slablm.api import check_model, check_packable, prepare_model, with_value_dtype
 from slablm.calibration.text import calibration_windows
 from slablm.checkpoint import integrity
 from slablm.checkpoint.card import model_card
 from slablm.checkpoint.inspection import read_quantization_config
 from slablm.checkpoint.layer_report import LayerReport
-from slablm.checkpoint.save import MAX_SHARD_SIZE, assemble, check_target, publish, remove_abandoned
+from slablm.checkpoint.save import assemble, check_target, publish, remove_abandoned
 from slablm.checkpoint.shards import sync, sync_folder
-from slablm.comparison.measure import versions
 from slablm.compression.blocks import Progress, compress_blocks
 from slablm.compression.journal import Journal, open_journal, unfinished_folder
-from slablm.compression.streaming import DenseModel, StreamedBlocks, open_dense
+from slablm.compression.options import RunOptions
+from slablm.compression.preparation import check_model, check_packable, prepare_model, with_value_dtype
+from slablm.compression.streaming import StreamedBlocks
 from slablm.config import CompressionConfig
 from slablm.dense.loading import check_dense, is_compressed
+from slablm.dense.opening import DenseModel, open_dense
 from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
-from slablm.planning.checks import preflight
-from slablm.system.distributed import ALONE, World
 from slablm.system.memory import give_back, human_bytes
+from slablm.system.versions import __version__, versions
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 _PUBLISH = "publish.json"
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What a run does besides the numbers.
-
-    Attributes:
-        dtype: type the model is calibrated in, as for `slablm.dense.loading.load`.
-        device: compute device.
-        revision: branch, tag or commit on the hub.
-        trust_remote_code: run model code from the hub.
-        overwrite: replace a model that the target holds.
-        resume: continue an unfinished run.
-        max_memory: bytes of RAM for the calibration activations of one rank; None for as much as they take.
-        max_shard_size: bytes of tensors per file of the result.
-        world: the ranks that compress together; the compute device is the world's then.
-    """
-
-    dtype: str = "auto"
-    device: str = "cpu"
-    revision: str | None = None
-    trust_remote_code: bool = False
-    overwrite: bool = False
-    resume: bool = False
-    max_memory: int | None = None
-    max_shard_size: int = MAX_SHARD_SIZE
-    world: World = ALONE
+# Refuses a run that cannot end well, before anything is calibrated: model, settings, options, target folder, and bytes
+# that an unfinished run holds already. `slablm.planning` stands below this room, so its check is handed in.
+Check = Callable[[DenseModel, CompressionConfig, RunOptions, Path, int], None]
 
 
 @dataclass(frozen=True)
@@ -100,6 +75,7 @@ def compress_folder(
     options: RunOptions,
     on_layer: Progress | None = None,
     say: Say = lambda line: None,
+    check: Check = lambda dense, config, options, out, present: None,
 ) -> RunResult:
     """Compress a model into a folder.
 
@@ -110,6 +86,7 @@ def compress_folder(
         options: everything else.
         on_layer: see `slablm.compress`.
         say: told what is going on, one line at a time.
+        check: called when the model is open and nothing is computed yet.
 
     Raises:
         SlabError: any bad input; cheap checks come before the model is read. Nothing is changed in `out`.
@@ -135,7 +112,10 @@ def compress_folder(
             return RunResult(config, None, 0)
         check_target(out, options.overwrite)
     with open_journal(out, resume=options.resume) as journal:
-        return _Run(source, out, config, options, journal, say).go(on_layer)
+        run = _Run(source, out, config, options, journal, say)
+        check(run.dense, config, options, out, sum(file.stat().st_size for file in journal.folder.iterdir()))
+        run.calibrate()
+        return run.go(on_layer)
 
 
 class _Run:
@@ -148,18 +128,22 @@ class _Run:
     def __init__(
         self, source: str, out: Path, config: CompressionConfig, options: RunOptions, journal: Journal, say: Say
     ) -> None:
-        self.source, self.out, self.options, self.journal, self.say = source, out, options, journal, say
+        self.source, self.out, self.config, self.options = source, out, config, options
+        self.journal, self.say = journal, say
         say(f"Reading {source}")
         self.dense = _open(source, config, options)
         check_model(self.dense.model)
         self.targets = select_targets(self.dense.model, config)
         for name, reason in self.targets.left_dense.items():
             say(f"left dense: {name} ({reason})")
-        preflight(self.dense, config, options, out, present=sum(f.stat().st_size for f in journal.folder.iterdir()))
-        say(f"Calibrating on {config.calibration}: {config.num_samples} windows of {config.seq_len} tokens")
+
+    def calibrate(self) -> None:
+        """Read the calibration text; with it all is known that the result depends on."""
+        config, options, journal = self.config, self.options, self.journal
+        self.say(f"Calibrating on {config.calibration}: {config.num_samples} windows of {config.seq_len} tokens")
         self.windows = calibration_windows(self.dense.model, self.dense.tokenizer, config)
         give_back()  # what reading the model and the text has left in the heap
-        fingerprint = _fingerprint(source, self.dense, self.windows, config, options)
+        fingerprint = _fingerprint(self.source, self.dense, self.windows, config, options)
         journal.accept(fingerprint)
         options.world.tell((self.windows, fingerprint, journal.done))
         self._say_what_it_takes()

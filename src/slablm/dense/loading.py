@@ -75,6 +75,14 @@ def load(
     return model, tokenizer
 
 
+def quiet_libraries() -> None:
+    """Silence the progress bars and notices of transformers; ours say what a user needs."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def explained(source: str) -> Iterator[None]:
     """Turn what transformers raises while it reads a model into one line.

@@ -108,7 +108,7 @@ def _measure_footprint(contender: Contender, prompt_tokens: int) -> Footprint:
     from transformers import AutoModelForCausalLM  # noqa: F401 (belongs to what is there before the model)
 
     import slablm.checkpoint.hf  # noqa: F401
-    from slablm.cli.console import quiet_libraries
+    from slablm.dense.loading import quiet_libraries
     from slablm.evaluation.speed import Workload, prompt, write
     from slablm.system.memory import peak_resident_bytes, resident_bytes
 

@@ -33,8 +33,8 @@ class LayerStats:
         input_norms: ‖X[:, j]‖₂ per input feature, [n] float32. This is d in the paper's score |W| · d.
         tokens: number of rows of X.
         sample: a few rows of X, [s, n] float32, for measuring the output error; may be empty.
-        gram: XᵀX, [n, n] float32, for the methods of `slablm.methods.NEEDS_GRAM`; None for all others.
-        held_out: XᵀX of tokens that are not in `gram`, for the methods of `slablm.methods.NEEDS_HELD_OUT`.
+        gram: XᵀX, [n, n] float32, for methods that need it (`slablm.methods.Method`); None for all others.
+        held_out: XᵀX of tokens that are not in `gram`, for methods that need it.
         unseen: a few inputs, [s, n] float32, of text that is in none of the above; None if there was no more text.
     """
 

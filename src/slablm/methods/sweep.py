@@ -146,6 +146,6 @@ def required_gram(stats: LayerStats, method: str) -> Tensor:
     if stats.gram is None:
         raise SlabError(
             f"method {method!r} needs the Gram matrix of the calibration inputs: collect LayerStats.gram for every "
-            "method in NEEDS_GRAM"
+            "method that needs it"
         )
     return stats.gram

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from slablm.api import with_value_dtype
 from slablm.calibration.statistics import rows_per_window
 from slablm.calibration.text import UNSEEN_WINDOWS, windows_wanted
-from slablm.compression.streaming import empty_model
+from slablm.compression.preparation import with_value_dtype
 from slablm.config import CompressionConfig
+from slablm.dense.opening import empty_model
 from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
-from slablm.methods import NEEDS_GRAM, NEEDS_HELD_OUT
+from slablm.methods import get_method
 from slablm.planning.memory import Memory, Situation, plan_memory, spilled_bytes
 from slablm.planning.rehearsal import Rehearsal, rehearse
 from slablm.planning.size import Size, budgets, plan_size
@@ -27,8 +27,8 @@ from slablm.system.memory import human_bytes, resident_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from slablm.compression.run import RunOptions
-    from slablm.compression.streaming import DenseModel
+    from slablm.compression.options import RunOptions
+    from slablm.dense.opening import DenseModel
 
 # transformers writes a few small files, the model card and digests of the journal beside the tensors.
 _SMALL_FILES = 100_000
@@ -135,7 +135,8 @@ def look_ahead(
         return None, problems
     device = torch.device(options.device)
     ranks = options.world.size
-    grams = (config.method in NEEDS_GRAM) + (config.method in NEEDS_HELD_OUT)
+    method = get_method(config.method)
+    grams = method.needs_gram + method.needs_held_out
     rehearsal = rehearse(model, targets, config.seq_len, _samples(config), device, grams=grams)
     situation = Situation(
         itemsize=model.dtype.itemsize,

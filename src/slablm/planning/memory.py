@@ -24,7 +24,7 @@ from slablm.calibration.statistics import Use
 from slablm.calibration.stream import window_uses
 from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text, windows_wanted
 from slablm.config import CompressionConfig
-from slablm.methods import NEEDS_GRAM
+from slablm.methods import get_method
 from slablm.planning.rehearsal import Rehearsal, Work
 from slablm.planning.size import Size
 
@@ -166,7 +166,7 @@ def plan_memory(
 
 def largest_workspace(size: Size, config: CompressionConfig, situation: Situation) -> int:
     """Bytes beside the weight while the most expensive matrix is decomposed."""
-    sweep = _SWEEP_MATRICES * FLOAT32_BYTES if config.method in NEEDS_GRAM else 0
+    sweep = _SWEEP_MATRICES * FLOAT32_BYTES if get_method(config.method).needs_gram else 0
     return round(
         max(
             layer.weights
@@ -180,16 +180,9 @@ def largest_workspace(size: Size, config: CompressionConfig, situation: Situatio
 
 
 def workspace_per_weight(method: str, kept_fraction: float, *, float32: bool, accelerator: bool = False) -> float:
-    """Bytes per weight at a decomposition's peak, which is at its end, where the kept entries are gathered.
+    """Bytes per weight at a decomposition's peak (`slablm.methods.Method.workspace`).
 
-    The alternating methods then have W, both backgrounds, the residual and the scores as float32, the mask, and the
-    matrix to gather from: 25 bytes (or one more float32 matrix and nothing gathered yet: 29). Pruners have scores,
-    mask and, unless the model is float32, W as float32; the scores of 16-bit weights are often equal, and resolving
-    that in all rows takes 18 bytes. Gathering takes two int64 indices and a float32 per entry on
-    the CPU, a place for every weight on accelerators.
-
-    `slab+` holds beside that what it started from, the sweep's transposed copy, errors and a mask: not measured as
-    closely.
+    Gathering takes two int64 indices and a float32 per entry on the CPU, a place for every weight on accelerators.
 
     Args:
         method: name of the method.
@@ -198,11 +191,7 @@ def workspace_per_weight(method: str, kept_fraction: float, *, float32: bool, ac
         accelerator: not on the CPU.
     """
     gathered = 24 + 4 * kept_fraction if accelerator else 20 * kept_fraction
-    if method in ("wanda", "magnitude", "sparse"):
-        return 5 + gathered if float32 else max(18, 9 + gathered)
-    if method == "slab+":
-        return 54 + gathered
-    return max(29, 25 + gathered)
+    return get_method(method).workspace(gathered, float32)
 
 
 def spilled_bytes(window_bytes: int, windows: int, max_memory: int | None) -> int:
@@ -219,7 +208,7 @@ def spilled_bytes(window_bytes: int, windows: int, max_memory: int | None) -> in
 
 def _open_sums(config: CompressionConfig) -> int:
     """Gram matrices of a layer that `PairwiseSum` holds at most, beyond those that are left in the end."""
-    if config.method not in NEEDS_GRAM:
+    if not get_method(config.method).needs_gram:
         return 0
     uses = window_uses(config.method, config.num_samples, 0)
     fitted, kept_back = uses.count(Use.FIT), uses.count(Use.HOLD_BACK)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from slablm.api import check_packable, with_value_dtype
 from slablm.calibration.text import check_length
-from slablm.compression.blocks import compress_layer
-from slablm.compression.run import RunOptions
+from slablm.compression.layer import compress_layer
+from slablm.compression.options import RunOptions
+from slablm.compression.preparation import check_packable, with_value_dtype
 from slablm.config import CompressionConfig
 from slablm.dense import loading
 from slablm.dense.targets import Targets, select_targets

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor, nn
 
 from slablm.checkpoint import integrity
+from slablm.checkpoint.guard import GUARD
 from slablm.checkpoint.inspection import SizeOnDisk
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.save import divide
 from slablm.checkpoint.shards import Piece, header
-from slablm.compression.blocks import replace_module
-from slablm.compression.streaming import tensor_names
 from slablm.config import CompressionConfig
+from slablm.dense.opening import tensor_names
 from slablm.dense.targets import Targets
 from slablm.errors import SlabError
 from slablm.methods import RowBudget, row_budget
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.packing import PackedSpec
 from slablm.runtime.linear import SlabLinear
+from slablm.runtime.replace_module import replace_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,7 +93,7 @@ def plan_size(
     files = [{name: pieces[name] for name in inside} for inside in shards.filename_to_tensors.values()]
     header_bytes = sum(len(header(file, metadata)) for file in files)
     stored = {name: piece.nbytes for name, piece in pieces.items()}
-    config_bytes = len(model.config.to_json_string()) + len(hf.GUARD)
+    config_bytes = len(model.config.to_json_string()) + len(GUARD)
     if shards.is_sharded:
         config_bytes += len(json.dumps(shards.tensor_to_filename, indent=2))
     file_bytes = sum(stored.values()) + header_bytes

@@ -16,8 +16,8 @@ import torch
 
 from slablm.checkpoint.save import CONFIG
 from slablm.checkpoint.shards import Piece
-from slablm.compression.streaming import empty_model, own_dtypes, why_whole
 from slablm.dense import loading, sources
+from slablm.dense.opening import empty_model, own_dtypes, why_whole
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 
 from slablm.calibration.text import windows_wanted
-from slablm.compression.blocks import compress_layer
+from slablm.compression.layer import compress_layer
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods import NEEDS_GRAM, LayerStats, row_budget
+from slablm.methods import LayerStats, get_method, row_budget
 from slablm.planning.rehearsal import Rehearsal
 from slablm.planning.size import Size
 from slablm.system.float32 import fast_float32
@@ -81,7 +81,7 @@ def estimate(
 
 def _per_weight(shape: tuple[int, int], config: CompressionConfig, dtype: torch.dtype, device: torch.device) -> float:
     """Seconds of the decomposition, packing and the output error included, per weight."""
-    if config.method in NEEDS_GRAM:
+    if get_method(config.method).needs_gram:
         return _per_weight_with_feedback(shape, config, dtype, device)
     m, n = shape
     rows = min(m, max(_LEAST_ROWS, _TRIAL_WEIGHTS // n))
@@ -121,7 +121,7 @@ def _trial(shape: tuple[int, int], config: CompressionConfig, dtype: torch.dtype
     rows, n = shape
     weight = torch.randn(rows, n, device=device).to(dtype)
     sample = torch.randn(512, n, device=device)
-    gram = sample.T @ sample + torch.eye(n, device=device) if config.method in NEEDS_GRAM else None
+    gram = sample.T @ sample + torch.eye(n, device=device) if get_method(config.method).needs_gram else None
     stats = LayerStats(torch.ones(n, device=device), 1, sample, gram, gram, sample)
     try:
         row_budget(shape, config)

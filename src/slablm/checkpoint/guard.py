@@ -1,0 +1,32 @@
+"""Which formats are written and read, and the sentence that keeps other readers from a wrong model.
+
+transformers 5 without slablm only warns about an unknown ``quant_method``, then fills the missing weights with random
+numbers. But before it opens any weights it looks at ``transformers_weights`` in ``config.json``, and refuses with a
+ValueError that quotes the entry when it is no safetensors file name. So slablm writes `GUARD` there, and its quantizer
+(`slablm.checkpoint.hf`) takes it away while loading.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slablm.errors import SlabError
+
+QUANT_METHOD = "slab"
+GUARD = "this model is compressed by slablm: run `pip install slablm` and `import slablm` before loading it"
+# Of FORMAT.md: what is written, and what can be read. Version 2 added values in few bits, 3 errors on unseen text.
+FORMAT_VERSION = 3
+READABLE_VERSIONS = (1, 2, 3)
+
+
+def check_version(version: Any) -> None:
+    """Refuse formats this slablm does not know.
+
+    Raises:
+        SlabError: naming both versions.
+    """
+    if version not in READABLE_VERSIONS:
+        raise SlabError(
+            f"checkpoint format version {version} is not supported, this slablm reads versions up to {FORMAT_VERSION}: "
+            "upgrade slablm (pip install -U slablm)"
+        )

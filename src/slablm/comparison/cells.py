@@ -1,0 +1,117 @@
+"""What is compared: the cells of a grid.
+
+For the paper's Table I by default:
+
+- the dense model;
+- every pruning method, unstructured, at every ratio;
+- every pruning method with every N:M pattern, at ratio 1 − N/M and no other. That is the ratio the pattern stands for:
+  a plain pruner with 2:4 removes half of the weights whatever smaller ratio one asks for, and above it the pattern is
+  hardly felt. So 2:4 and 4:8 are cells at 50 %, also when 0.5 is not among the ratios;
+- `slab+` also with every budget in true bits;
+- every quantizer (`rtn`, `gptq`) with every number of bits and every group size; ratio and pattern mean nothing to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from slablm.config import CompressionConfig
+from slablm.errors import SlabError
+from slablm.methods import METHODS, get_method
+
+DENSE = "dense"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One point of the grid.
+
+    Attributes:
+        config: method and settings; None for the dense model.
+    """
+
+    config: CompressionConfig | None
+
+    @property
+    def method(self) -> str:
+        """Name of the method, ``dense`` without one."""
+        return self.config.method if self.config else DENSE
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether it is a point of bits × group size; ratio and pattern are the pruners'."""
+        return self.config is not None and get_method(self.config.method).quantizes
+
+    @property
+    def setting(self) -> str:
+        """What cells of different methods have in common when they are compared, such as ``50 % 2:4``."""
+        if self.config is None:
+            return DENSE
+        if self.quantizes:
+            return f"{self.config.value_bits} bit, group {self.config.group_size}"
+        if self.config.bits_per_weight is not None:
+            size = f"{self.config.bits_per_weight:g} bits"
+        else:
+            size = f"{100 * self.config.ratio:.4g} % {self.config.pattern}"
+        return f"{size}, refined" if self.config.refine else size
+
+    @property
+    def label(self) -> str:
+        """Method and setting."""
+        return self.method if self.config is None else f"{self.method} {self.setting}"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What to compare.
+
+    Args:
+        methods: names of methods.
+        ratios: the paper's compression ratios, of unstructured cells.
+        patterns: ``unstructured`` and N:M patterns.
+        value_bits: bits per code, of the quantizers.
+        group_sizes: columns that share a scale, of the quantizers.
+        budgets: true bits per weight of further cells of `slab+`.
+    """
+
+    methods: tuple[str, ...]
+    ratios: tuple[float, ...] = (0.5, 0.6, 0.7, 0.8)
+    patterns: tuple[str, ...] = ("unstructured", "2:4", "4:8")
+    value_bits: tuple[int, ...] = (3, 4, 8)
+    group_sizes: tuple[int, ...] = (128,)
+    budgets: tuple[float, ...] = ()
+
+    def cells(self, base: CompressionConfig) -> list[Cell]:
+        """All cells in the order they are measured: dense, then setting by setting, every method of it.
+
+        Args:
+            base: all other settings.
+
+        Raises:
+            SlabError: an unknown method, a ratio or pattern out of range, or nothing to measure.
+        """
+        known = {method: get_method(method) for method in self.methods}
+        pruners = [method for method, traits in known.items() if not traits.quantizes]
+        quantizers = [method for method, traits in known.items() if traits.quantizes]
+        configs = [replace(base, method=method, **at) for at in self._pruner_settings() for method in pruners]
+        configs += [replace(base, method=method, **at) for at in self._quantizer_settings() for method in quantizers]
+        by_bits = [method for method, traits in known.items() if traits.takes_true_bits]
+        if self.budgets and not by_bits:
+            able = ", ".join(name for name, traits in METHODS.items() if traits.takes_true_bits)
+            raise SlabError(f"a budget in true bits is for method {able!r}: name it as well")
+        configs += [replace(base, method=method, bits_per_weight=bits) for bits in self.budgets for method in by_bits]
+        if not configs:
+            raise SlabError("nothing to compare: name at least one method, and a ratio and pattern for it")
+        # The same value given twice is one cell.
+        return [Cell(None), *map(Cell, dict.fromkeys(configs))]
+
+    def _pruner_settings(self) -> Iterator[dict[str, Any]]:
+        for pattern in self.patterns:
+            n_of_m = CompressionConfig(pattern=pattern).n_of_m
+            ratios = self.ratios if n_of_m is None else [1 - n_of_m.survivors / n_of_m.group]
+            yield from ({"ratio": ratio, "pattern": pattern} for ratio in ratios)
+
+    def _quantizer_settings(self) -> Iterator[dict[str, Any]]:
+        return ({"value_bits": bits, "group_size": size} for bits in self.value_bits for size in self.group_sizes)

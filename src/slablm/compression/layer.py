@@ -1,0 +1,67 @@
+"""One weight: decomposed, rounded as it will be stored, and measured."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from slablm.checkpoint.layer_report import LayerReport
+from slablm.checkpoint.stored import value_dtype
+from slablm.config import CompressionConfig
+from slablm.errors import SlabError
+from slablm.methods import Decomposition, LayerStats, PrunedWeight, get_method
+from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.packing import PackedWeight, pack
+
+
+def compress_layer(
+    name: str, weight: Tensor, stats: LayerStats, config: CompressionConfig
+) -> tuple[LayerReport, Tensor, PackedWeight | None]:
+    """Run the method on one weight and round the result as it is stored.
+
+    Args:
+        name: full name of the layer, for errors and the report.
+        weight: W, [m, n].
+        stats: statistics of its inputs.
+        config: method and settings.
+
+    Returns:
+        The report, Ŵ [m, n] float32, and its packed form if the method has one.
+
+    Raises:
+        SlabError: see `compress_blocks`.
+    """
+    start = time.perf_counter()
+    try:
+        result = get_method(config.method).function(weight, stats, config)
+    except SlabError as error:
+        raise SlabError(f"{name}: {error}") from error
+    if weight.device.type == "cuda":  # until here the work is only launched
+        torch.cuda.synchronize(weight.device)
+    seconds = time.perf_counter() - start
+    dtype = value_dtype(config, weight.dtype)
+    packed: PackedWeight | None = None
+    kept, grid = 1.0, None
+    if isinstance(result, Decomposition):
+        packed = pack(result, dtype, name)
+        approximation, true_bits, kept = packed.dense(), 8 * packed.nbytes, result.kept / weight.shape[1]
+        grid = result.grid
+    else:
+        approximation, true_bits = result.dense(), result.true_bits()
+        if isinstance(result, PrunedWeight):
+            approximation, kept = approximation.to(dtype).float(), result.values.numel() / weight.numel()
+    report = LayerReport(
+        name=name,
+        shape=result.shape,
+        kept_fraction=kept,
+        paper_bits=result.bits(),
+        true_bits=true_bits,
+        output_error=stats.output_error(weight, approximation),
+        seconds=seconds,
+        unseen_error=stats.unseen_error(weight, approximation),
+        value_bits=PAPER_VALUE_BITS if grid is None else grid.bits,
+        group_size=None if grid is None else grid.group_size,
+    )
+    return report, approximation, packed
