@@ -1,4 +1,7 @@
-"""The command line: one file per verb, heavy imports only inside them, so that ``--help`` is instant."""
+"""The command line: one file per verb, heavy imports only inside them, so that ``--help`` is instant.
+
+May import: everything.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Evaluation of dense and compressed models alike."""
+"""Evaluation of dense and compressed models alike: perplexity, zero-shot tasks, speed, energy.
+
+May import: `planning` and what stands above it.
+"""
 
 from slablm.evaluation.perplexity import Perplexity, perplexity
 

@@ -3,7 +3,9 @@
 A method is a function ``(weight, stats, config) -> result``; the table `METHODS` (`slablm.methods.table`) names them
 all, with their traits. A result has `shape`, `dense` and `bits` (the paper's accounting). `Decomposition` can be packed
 and saved. `PrunedWeight` and `QuantizedWeight` come from baselines that are only compared; they also know their
-`true_bits`. May import: `slablm.config`, `slablm.errors`.
+`true_bits`.
+
+May import: `slablm.config`, `slablm.errors`.
 """
 
 from slablm.methods.budget import RowBudget

@@ -1,4 +1,7 @@
-"""`Decomposition` ↔ packed tensors, bit-exact both ways."""
+"""`Decomposition` ↔ packed tensors, bit-exact both ways.
+
+May import: `methods`.
+"""
 
 from slablm.packing.packed import GRID_PARTS, PackedSpec, PackedWeight, pack
 

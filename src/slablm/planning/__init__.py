@@ -8,4 +8,6 @@
     checks       what cannot work
 
 `plan` does all of it. `compress` runs `preflight`, the same without the timing, before it calibrates.
+
+May import: `compression` and what stands above it.
 """
