@@ -11,7 +11,7 @@ writes a sentence there that says what to do (`GUARD`), and its quantizer takes 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -29,7 +29,7 @@ from slablm.layer_report import LayerReport
 from slablm.layerwise import replace_module
 from slablm.modules import SlabLinear
 from slablm.narrow import narrow_matrices
-from slablm.packing import FORMAT_VERSION, READABLE_VERSIONS, PackedSpec
+from slablm.packing import FIRST_WITH_FP16_GRID, FORMAT_VERSION, READABLE_VERSIONS, PackedSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -127,7 +127,9 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         """Shapes and types of a layer's packed tensors."""
         spec = self.modules[name]
         dtype = getattr(torch, self.value_dtype)
-        return spec.packed(linear.out_features, linear.in_features, dtype)
+        packed = spec.packed(linear.out_features, linear.in_features, dtype)
+        # An old file means the numbers that were measured when it was written.
+        return packed if self.format_version >= FIRST_WITH_FP16_GRID else replace(packed, grid_dtype=dtype)
 
 
 @register_quantizer(QUANT_METHOD)

@@ -74,7 +74,7 @@ def refine(
 
     movable = {name: _Movable(weight.unpack()) for name, weight in packed.items()}
     _descend(movable, loss, _order(trained, seed))
-    refined = {name: pack(movable[name].rounded(), weight.values.dtype, name) for name, weight in packed.items()}
+    refined = {name: pack(movable[name].rounded(), weight.left.dtype, name) for name, weight in packed.items()}
     return refined if held_out_loss(refined) < held_out_loss(packed) else packed
 
 
