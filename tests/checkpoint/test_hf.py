@@ -4,15 +4,18 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+import slablm
 from slablm import SlabError, SlabLinear
 from slablm.checkpoint.hf import SlabQuantizationConfig
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.checkpoint.layer_report import error_summary
+from slablm.methods.select import kept_columns
 from slablm.runtime import kernels
 
 
@@ -106,6 +109,26 @@ def test_format_2_has_no_errors_on_unseen_text(damaged, compressed_folder):
     assert torch.equal(old(torch.tensor([[5, 6, 7]])).logits, new(torch.tensor([[5, 6, 7]])).logits)
     assert [layer.unseen_error for layer in inspect_folder(folder).layers] == [None] * 14
     assert error_summary(inspect_folder(folder).layers)["unseen_error"] is None
+
+
+def test_bfloat16_grids_of_format_3_read_as_they_were_measured(tiny_folder, tokenizer, quick, tmp_path):
+    """Their magnitudes were bfloat16 numbers; now they are FP16 numbers, the factors as before."""
+    dense = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    config = replace(quick, method="slab+", ratio=0.3, magnitude_bits=7)
+    slablm.compress(dense, config, tokenizer=tokenizer).save_pretrained(tmp_path)
+    packed = []
+    for version in (4, 3):
+        stored = json.loads((tmp_path / "config.json").read_text())
+        stored["quantization_config"]["format_version"] = version
+        (tmp_path / "config.json").write_text(json.dumps(stored))
+        packed.append(AutoModelForCausalLM.from_pretrained(tmp_path).model.layers[0].mlp.up_proj.packed)
+    new, old = packed
+    assert (new.values.dtype, old.values.dtype) == (torch.float16, torch.bfloat16)
+    assert new.left.dtype == old.left.dtype == torch.bfloat16
+    columns = kept_columns(new.unpack().mask, new.values.shape[1])
+    exact = new.grid.nearest(new.values.float().abs(), columns)
+    for weight in packed:
+        assert torch.equal(weight.values.abs(), exact.to(weight.values.dtype))
 
 
 def test_unknown_entries_are_refused(damaged):

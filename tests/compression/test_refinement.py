@@ -84,6 +84,39 @@ def test_lower_error_on_other_pieces_in_the_same_form(form):
         assert not torch.equal(weight.values, before[name].values)
 
 
+@torch.no_grad()
+def test_factors_keep_their_type_beside_a_grid():
+    """Values on a grid are FP16 in any model; the factors must not follow."""
+    packed = {name: pack(weight.unpack(), torch.bfloat16, name) for name, weight in packed_weights("grid").items()}
+    inputs = pieces(18)
+    after = refine(packed, run, buffer(inputs), buffer([run(dense_weights(), x) for x in inputs]), 0)
+    for name, weight in after.items():
+        assert not torch.equal(weight.left, packed[name].left)
+        assert (weight.left.dtype, weight.right.dtype) == (torch.bfloat16, torch.bfloat16)
+        assert weight.spec == packed[name].spec
+
+
+@torch.no_grad()
+def test_a_token_without_an_output_has_no_relative_error():
+    """Padding: its embedding is zero, and so is the output of the dense block."""
+    packed, inputs = packed_weights("signs"), pieces(18)
+    for states in inputs:
+        states[0, 0] = 0
+    after = refine(packed, run, buffer(inputs), buffer([run(dense_weights(), x) for x in inputs]), 0)
+    assert all(torch.isfinite(weight.dense()).all() for weight in after.values())
+    assert not any(torch.equal(weight.values, packed[name].values) for name, weight in after.items())
+
+
+@torch.no_grad()
+def test_a_refinement_that_diverges_changes_nothing():
+    packed, inputs = packed_weights("signs"), pieces(18)
+
+    def broken(weights, states):
+        return run(weights, states) * torch.nan
+
+    assert refine(packed, broken, buffer(inputs), buffer([run(dense_weights(), x) for x in inputs]), 0) is packed
+
+
 @pytest.mark.parametrize("form", FORMS)
 @torch.no_grad()
 def test_what_was_refined_is_the_same_after_a_file(form):

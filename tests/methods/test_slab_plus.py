@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +10,7 @@ from slablm.config import CompressionConfig
 from slablm.methods import LayerStats, get_method
 from slablm.methods.budget import coded_bytes, kept_per_row
 from slablm.methods.slab_plus import (
+    SAMPLED_ROWS,
     Form,
     closed_form,
     damped,
@@ -18,6 +21,7 @@ from slablm.methods.slab_plus import (
     possible_forms,
     refit,
     slab_plus,
+    trial_rows,
 )
 
 
@@ -58,6 +62,38 @@ def test_clearly_better_than_slab_where_inputs_depend_on_each_other():
     slab = get_method("slab").function(weight, stats_of(gram), CompressionConfig())
     assert plus.kept == slab.kept
     assert slow_error(weight, plus.dense(), held_out) < 0.7 * slow_error(weight, slab.dense(), held_out)
+
+
+@pytest.mark.parametrize("m", [1, 63, 64, 65, 127, 4096])
+def test_trials_look_at_random_rows(m):
+    rows = trial_rows(m, seed=0)
+    assert len(rows) == min(m, SAMPLED_ROWS)
+    assert (rows.diff() > 0).all()
+    assert rows[0] >= 0
+    assert rows[-1] < m
+    assert torch.equal(rows, trial_rows(m, seed=0))
+    assert (m <= SAMPLED_ROWS) == torch.equal(rows, trial_rows(m, seed=1))
+
+
+def test_trials_do_not_alias_with_attention_heads(monkeypatch):
+    """A stride over the rows of a q_proj found one pair of the rotary embedding in every head."""
+    seen = []
+
+    def spy(sample, gram, held_out, config, forms):
+        seen.append(sample[:, 0].long())
+        return forms[0], 0.1
+
+    # By its name: in the package the function hides the module.
+    monkeypatch.setattr(import_module("slablm.methods.slab_plus"), "_best_trial", spy)
+    _, gram, held_out = correlated(n=12, tokens=40)
+    weight = torch.arange(4096.0)[:, None].expand(-1, 12)
+    for seed in (3, 3, 4):
+        slab_plus(weight, stats_of(gram, held_out), CompressionConfig(ratio=0.5, iterations=1, seed=seed))
+    for head_size in (32, 64, 128):
+        assert len((seen[0] % head_size).unique()) > head_size / 4
+    assert torch.equal(seen[0], trial_rows(4096, seed=3))
+    assert torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], seen[2])
 
 
 def test_without_held_out_tokens_there_is_no_feedback():

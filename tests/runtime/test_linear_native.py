@@ -1,10 +1,14 @@
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
+from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.packing import PackedSpec
+from slablm.methods import LayerStats
+from slablm.methods.slab_plus import slab_plus
+from slablm.packing import PackedSpec, pack
 from slablm.runtime.linear import SlabLinear
 from tests.runtime.kernels.weights import random_packed
 
@@ -32,6 +36,26 @@ def test_state_dict_and_way_back_are_bit_exact():
         assert all(torch.equal(state[name], before[name]) for name in before)
     layer.use_packed()
     assert layer.native is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_way_back_with_a_grid(dtype):
+    """Values on a grid are FP16; factors must not become so on the way back from the runtime."""
+    weight = torch.randn(12, 80, generator=torch.Generator().manual_seed(0))
+    gram = torch.eye(80)
+    config = CompressionConfig(ratio=0.3, magnitude_bits=7, group_size=16)
+    packed = pack(slab_plus(weight, LayerStats(gram.diagonal(), 1, weight[:0], gram), config), dtype)
+    # Too small for FP16.
+    packed = replace(packed, left=packed.left * 1e-3, right=packed.right * 1e-3)
+    layer = SlabLinear.from_packed(packed)
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    assert before["left"].dtype == dtype
+    layer.use_native()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    assert torch.equal(layer.packed.dense(), packed.dense())
+    layer.use_packed()
+    assert layer.packed.values.dtype == torch.float16
     assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
 
 

@@ -14,9 +14,11 @@ from slablm.errors import SlabError
 
 QUANT_METHOD = "slab"
 GUARD = "this model is compressed by slablm: run `pip install slablm` and `import slablm` before loading it"
-# Of FORMAT.md: what is written, and what can be read. Version 2 added values in few bits, 3 errors on unseen text.
-FORMAT_VERSION = 3
-READABLE_VERSIONS = (1, 2, 3)
+# Of FORMAT.md: what is written, and what can be read. Version 2 added values in few bits, 3 errors on unseen text, and
+# since 4 values on a grid are FP16 numbers in memory.
+FORMAT_VERSION = 4
+READABLE_VERSIONS = (1, 2, 3, 4)
+FIRST_WITH_FP16_GRID = 4
 
 
 def check_version(version: Any) -> None:

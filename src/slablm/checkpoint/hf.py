@@ -8,7 +8,7 @@ A reader *without* slablm stops at the guard (`slablm.checkpoint.guard`), which 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slablm.checkpoint import integrity
-from slablm.checkpoint.guard import FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
+from slablm.checkpoint.guard import FIRST_WITH_FP16_GRID, FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.stored import stored_form
 from slablm.config import VALUE_DTYPES, CompressionConfig
@@ -124,7 +124,9 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         """Shapes and types of a layer's packed tensors."""
         spec = self.modules[name]
         dtype = getattr(torch, self.value_dtype)
-        return spec.packed(linear.out_features, linear.in_features, dtype)
+        packed = spec.packed(linear.out_features, linear.in_features, dtype)
+        # An old file means the numbers that were measured when it was written.
+        return packed if self.format_version >= FIRST_WITH_FP16_GRID else replace(packed, grid_dtype=dtype)
 
 
 @register_quantizer(QUANT_METHOD)

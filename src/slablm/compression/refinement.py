@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from slablm.calibration.activations import Activations
+from slablm.errors import SlabError
 from slablm.methods.decomposition import Decomposition
 from slablm.methods.grid import SMALLEST_SCALE, ValueGrid
 from slablm.methods.select import kept_columns
@@ -57,7 +58,7 @@ def refine(
 
     Returns:
         Packed weights of the same sizes: the refined ones, or those given if they are no better on the pieces that were
-        held back, or if there are too few pieces to hold one back.
+        held back, or have diverged, or if there are too few pieces to hold one back.
     """
     trained = len(inputs) - max(1, len(inputs) // HELD_OUT_SHARE)
     if not packed or trained < 1:
@@ -66,7 +67,9 @@ def refine(
     def loss(weights: dict[str, Tensor], piece: int) -> Tensor:
         wanted = outputs[piece].float()
         difference = run(weights, inputs[piece]).float() - wanted
-        return (difference.square().sum(dim=-1) / wanted.square().sum(dim=-1)).mean()
+        size = wanted.square().sum(dim=-1)
+        # A token without an output, such as padding, has no relative error.
+        return (difference.square().sum(dim=-1) / size.where(size > 0, torch.inf)).mean()
 
     def held_out_loss(candidate: dict[str, PackedWeight]) -> float:
         weights = {name: weight.dense() for name, weight in candidate.items()}
@@ -74,7 +77,10 @@ def refine(
 
     movable = {name: _Movable(weight.unpack()) for name, weight in packed.items()}
     _descend(movable, loss, _order(trained, seed))
-    refined = {name: pack(movable[name].rounded(), weight.values.dtype, name) for name, weight in packed.items()}
+    try:
+        refined = {name: pack(movable[name].rounded(), weight.left.dtype, name) for name, weight in packed.items()}
+    except SlabError:  # it has diverged: a number does not fit into its type
+        return packed
     return refined if held_out_loss(refined) < held_out_loss(packed) else packed
 
 

@@ -11,8 +11,9 @@ quantizer with b + 1 bits.
 The grid is fitted by search. For every offset in `OFFSETS`, each scale is that of the largest magnitude in its group,
 or a share of it (`CLIPS`), whichever has the smaller Σ d_j² (|ŵ_ij| − |w_ij|)²; then each row takes its best offset.
 
-Magnitudes are rounded to 16 bits when they are stored in memory, and codes have to be found again from them. So scales
-are normal FP16 numbers (a magnitude is then off by less than a thousandth of a step per step), and b is at most 7.
+Magnitudes are rounded to FP16 when they are stored in memory, and codes have to be found again from them. So scales are
+normal FP16 numbers (a magnitude is then off by less than a thousandth of a step per step), and b is at most 7. In
+bfloat16 it would be off by up to half a step at 7 bits: the highest code of a row can then be read as the one below.
 """
 
 from __future__ import annotations

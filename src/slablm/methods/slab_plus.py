@@ -18,13 +18,13 @@ diagonal, d_j² = G_jj, and only to choose what is kept.
 
 5. *Descent.* `DESCENTS` times: every entry is looked at again with all others known (`descent`), by the rules of step
    3, then u and v are fitted again. Of all steps after the first sweep this gives most.
-6. *Held-out choice.* G is an estimate from some tokens; feedback fits their noise too. On a sample of rows, steps 3 to
-   5 are tried with each of `DAMPINGS`; what wins is done with all rows, and is the result if its error on tokens that
-   were held back is less than that of steps 1 and 2 alone. So on those tokens feedback never does harm.
+6. *Held-out choice.* G is an estimate from some tokens; feedback fits their noise too. On some rows, drawn at random,
+   steps 3 to 5 are tried with each of `DAMPINGS`; what wins is done with all rows, and is the result if its error on
+   tokens that were held back is less than that of steps 1 and 2 alone. So on those tokens feedback never does harm.
 
 A budget in true bits (`CompressionConfig.bits_per_weight`) leaves open how many entries are kept, and in how many bits:
 few fine ones or many coarse ones. The fewest bits with which a share in `SENSIBLE` is kept are tried, and one and two
-more, on the same sample of rows.
+more, on the same rows.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def slab_plus(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> D
         weight: W, [m, n]; computed in float32 whatever its dtype.
         stats: `gram`, and `held_out`, the Gram matrix of tokens that are not in `gram`. Without the latter there is no
             feedback.
-        config: `ratio` or `bits_per_weight`, `pattern`, `iterations`, `magnitude_bits` and `group_size`.
+        config: `ratio` or `bits_per_weight`, `pattern`, `iterations`, `magnitude_bits`, `group_size` and `seed`.
 
     Raises:
         SlabError: the budget leaves no entry, the pattern does not divide n, a Gram matrix is missing or not finite, or
@@ -105,11 +105,21 @@ def slab_plus(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> D
     forms = possible_forms((weight.shape[0], weight.shape[1]), config)
     if held_out is None:
         return closed_form(weight, gram, config, forms[0])
-    sample = weight[:: max(1, len(weight) // SAMPLED_ROWS)]
+    sample = weight[trial_rows(len(weight), config.seed).to(weight.device)]
     form, damping = _best_trial(sample, gram, held_out, config, forms)
     plain = closed_form(weight, gram, config, form)
     best = fed(weight, gram, plain, damping, choose=config.n_of_m is None)
     return best if output_error(weight, best, held_out) < output_error(weight, plain, held_out) else plain
+
+
+def trial_rows(m: int, seed: int) -> Tensor:
+    """Which of m rows the trials look at: `SAMPLED_ROWS` of them at random, or all; ascending, int64 on the CPU.
+
+    Not every so many-th row: a stride that divides the size of a head finds the same channel of all heads, in a q_proj
+    one pair of the rotary embedding.
+    """
+    # A generator of its own, on the CPU: the same rows on every device and every rank.
+    return torch.randperm(m, generator=torch.Generator().manual_seed(seed))[:SAMPLED_ROWS].sort().values
 
 
 def _best_trial(

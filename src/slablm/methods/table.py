@@ -98,7 +98,7 @@ METHODS: dict[str, Method] = {
         needs_gram=True,
         needs_held_out=True,
         takes_true_bits=True,
-        version=2,
+        version=3,
         workspace=_slab_plus_workspace,
     ),
     "wanda": Method(wanda, _PRUNED, workspace=_pruner_workspace),

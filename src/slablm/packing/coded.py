@@ -9,7 +9,7 @@ their magnitudes, and a sign each. A sign can be in one of two places, whichever
 The second is smaller when more than two in five entries are kept. Codes lie row by row, the lowest bit first, without
 gaps; a row is filled up with zeros to a whole byte.
 
-A kept entry is ± s (a + c), rounded to 16 bits. That loses so little that c can be read off again: `ValueGrid` sees to
+A kept entry is ± s (a + c), rounded to FP16. That loses so little that c can be read off again: `ValueGrid` sees to
 it with its smallest scale and its largest number of bits.
 """
 

@@ -1,7 +1,8 @@
 """`Decomposition` ↔ packed tensors.
 
 Packing rounds values and factors to 16 bits once; from then on nothing changes: what is evaluated, saved, loaded and
-unpacked is the same matrix, bit for bit. The layout is specified in FORMAT.md.
+unpacked is the same matrix, bit for bit. Values on a grid become FP16 whatever the factors are: in seven bits they can
+be as close to each other as bfloat16 numbers are. The layout is specified in FORMAT.md.
 
 A `PackedWeight` is what the kernels are made from; its *parts* are the tensors in a file. They are the same tensors,
 unless the values lie on a grid: then a file holds codes and the grid (`slablm.packing.coded`).
@@ -36,6 +37,8 @@ from slablm.packing.planes import (
 WIDE_BITS = 16  # of values, factors, scales and offsets
 # The parts that say what codes mean. Without them a code cannot be found again from its value.
 GRID_PARTS = ("scales", "offsets")
+# bfloat16 has 8 significant bits: above 128 steps its numbers are a whole step apart, and codes would be lost.
+GRID_DTYPE = torch.float16
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,10 @@ class PackedSpec:
         kept: entries k kept in each row.
         rank: rank r of the factors, 0 for none.
         signs: ternary states (True) or a bitmap of positions (False).
-        value_dtype: type of values and factors.
+        value_dtype: type of factors, and of values that are not on a grid.
         value_bits: bits of a code if the values lie on a grid, else None.
         group_size: columns that share a scale of the grid, else None.
+        grid_dtype: type that values on a grid have in memory; without one it says nothing.
     """
 
     out_features: int
@@ -61,6 +65,7 @@ class PackedSpec:
     value_dtype: torch.dtype
     value_bits: int | None = None
     group_size: int | None = None
+    grid_dtype: torch.dtype = GRID_DTYPE
 
     def parts(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type of every tensor in a file, by name."""
@@ -128,7 +133,7 @@ class PackedSpec:
             mask, signs = (unpack_bits(parts[name], self.in_features) for name in ("positions", "signs"))
             _check_kept(mask.sum(dim=1), self.kept, name)
             plane, negative = pack_states(mask, signs), signs[mask].view(codes.shape)
-        magnitudes = grid.magnitudes(codes, kept_columns(mask, self.kept)).to(self.value_dtype)
+        magnitudes = grid.magnitudes(codes, kept_columns(mask, self.kept)).to(self.grid_dtype)
         values = torch.where(negative, -magnitudes, magnitudes)
         return PackedWeight(self.in_features, values, parts["left"], parts["right"], plane, signs=True, grid=grid)
 
@@ -140,8 +145,8 @@ class PackedWeight:
     Attributes:
         in_features: n (the plane alone does not tell it).
         values: kept entries of each row in column order, [m, k] float16 or bfloat16.
-        left: u, [m, r], same type.
-        right: vᵀ, [r, n], same type.
+        left: u, [m, r], same type; with a grid it may be another.
+        right: vᵀ, [r, n], the type of u.
         plane: ternary states [m, ⌈n / 5⌉] or bitmap [m, ⌈n / 8⌉], uint8.
         signs: whether `plane` holds ternary states.
         grid: where the values lie if a file holds them as codes.
@@ -159,10 +164,10 @@ class PackedWeight:
     def spec(self) -> PackedSpec:
         """Shapes and types of this weight."""
         m, kept = self.values.shape
-        bits, group_size = (None, None) if self.grid is None else (self.grid.bits, self.grid.group_size)
-        return PackedSpec(
-            m, self.in_features, kept, self.left.shape[1], self.signs, self.values.dtype, bits, group_size
-        )
+        stored = m, self.in_features, kept, self.left.shape[1], self.signs, self.left.dtype
+        if self.grid is None:
+            return PackedSpec(*stored)
+        return PackedSpec(*stored, self.grid.bits, self.grid.group_size, self.values.dtype)
 
     @property
     def nbytes(self) -> int:
@@ -231,16 +236,22 @@ def pack(decomposition: Decomposition, value_dtype: torch.dtype, name: str = "we
 
     Args:
         decomposition: on any device.
-        value_dtype: float16 or bfloat16.
+        value_dtype: float16 or bfloat16; values on a grid become float16.
         name: how errors call this weight.
 
     Raises:
         SlabError: a value does not fit into the type's range.
     """
-    rounded = {key: getattr(decomposition, key).to(value_dtype) for key in ("values", "left", "right")}
+    types = {
+        "values": value_dtype if decomposition.grid is None else GRID_DTYPE,
+        "left": value_dtype,
+        "right": value_dtype,
+    }
+    rounded = {key: getattr(decomposition, key).to(dtype) for key, dtype in types.items()}
     # One answer from the device, not three.
     if not torch.stack([torch.isfinite(tensor).all() for tensor in rounded.values()]).all():
-        raise SlabError(f"{name}: a value does not fit into {value_dtype}: use --value-dtype bfloat16")
+        way_out = "use --value-dtype bfloat16" if decomposition.grid is None else "ignore this layer"
+        raise SlabError(f"{name}: a value does not fit into {types['values']}: {way_out}")
     signs = decomposition.signs
     plane = pack_bits(decomposition.mask) if signs is None else pack_states(decomposition.mask, signs)
     return PackedWeight(

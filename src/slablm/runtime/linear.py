@@ -64,7 +64,7 @@ class SlabLinear(nn.Module):
         """
         if self.native is None:
             return self.spec.from_parts(self._parts)
-        return replace(kernels.from_runtime(self.native), grid=self._grid)
+        return replace(kernels.from_runtime(self.native, self.spec.value_dtype), grid=self._grid)
 
     @property
     def _parts(self) -> dict[str, Tensor]:

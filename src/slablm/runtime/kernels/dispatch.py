@@ -134,16 +134,17 @@ def to_runtime(packed: PackedWeight, value_bits: int = 16, name: str = "weight")
     return (to_native if packed.values.device.type == "cpu" else to_gpu)(packed, value_bits, name)
 
 
-def from_runtime(weight: NativeWeight | GpuWeight) -> PackedWeight:
+def from_runtime(weight: NativeWeight | GpuWeight, factor_dtype: torch.dtype | None = None) -> PackedWeight:
     """Inverse of `to_runtime` for 16-bit values, bit for bit.
 
     Args:
         weight: its values must not be quantized.
+        factor_dtype: type of the factors, by default that of the values.
 
     Raises:
         SlabError: the values were quantized to 8 bits.
     """
-    return from_gpu(weight) if isinstance(weight, GpuWeight) else to_packed(weight)
+    return from_gpu(weight, factor_dtype) if isinstance(weight, GpuWeight) else to_packed(weight, factor_dtype)
 
 
 def linear(inputs: Tensor, weight: NativeWeight | GpuWeight) -> Tensor:

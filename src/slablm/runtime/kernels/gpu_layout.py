@@ -132,18 +132,19 @@ def to_gpu(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> 
     )
 
 
-def from_gpu(weight: GpuWeight) -> PackedWeight:
+def from_gpu(weight: GpuWeight, factor_dtype: torch.dtype | None = None) -> PackedWeight:
     """Inverse of `to_gpu` for 16-bit values, bit for bit.
 
     Args:
         weight: its values must not be quantized.
+        factor_dtype: type of the factors, by default that of the values.
 
     Raises:
         SlabError: the values were quantized to 8 bits; the checkpoint's are gone.
     """
     if weight.scales is not None:
         raise SlabError("8-bit values cannot be turned back into stored ones: load the checkpoint with 16-bit values")
-    n, dtype = weight.in_features, weight.values.dtype
+    n, dtype = weight.in_features, factor_dtype or weight.values.dtype
     kept, minus = mask_of(weight, 0, weight.out_features)
     return PackedWeight(
         in_features=n,
