@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from torch import Tensor
 from slablm.calibration.text import calibration_windows
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.compression import run
-from slablm.compression.blocks import Progress, compress_blocks
+from slablm.compression.blocks import Progress, compress_blocks, unreached
 from slablm.compression.options import RunOptions
 from slablm.compression.preparation import check_model, check_packable, prepare_model
 from slablm.config import CompressionConfig
@@ -109,7 +110,7 @@ def compress_model(
         on_layer: see `compress`.
 
     Returns:
-        One report per compressed layer.
+        One report per compressed layer. A layer that no calibration token reached stays dense, with a warning.
 
     Raises:
         SlabError: the model is compressed already; NaN or Inf in weights or activations; an impossible ratio or
@@ -120,6 +121,8 @@ def compress_model(
     check_packable(config.method)
     config = prepare_model(model, targets, config)
     reports = compress_blocks(model, targets, windows, config, on_layer)
+    for name, reason in unreached(targets, reports).items():
+        warnings.warn(f"left dense: {name} ({reason})", stacklevel=2)
     hf.attach(model, config, reports)
     return reports
 

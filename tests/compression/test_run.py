@@ -32,7 +32,8 @@ def in_memory(source, out, config, dtype="auto", max_shard_size="50GB"):
     targets = select_targets(model, config)
     reports = compress_model(model, targets, calibration_windows(model, tokenizer, config), config)
     settings = model.config.quantization_config.compression
-    card = model_card(str(source), settings, reports, targets.left_dense, __version__)
+    left_dense = targets.left_dense | blocks.unreached(targets, reports)
+    card = model_card(str(source), settings, reports, left_dense, __version__)
     with save._staging(out) as folder:
         save._write_model(model, folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)

@@ -207,7 +207,7 @@ class _BlockWatch:
             raise _AllSeen
 
     def stats(self, world: World) -> dict[str, LayerStats]:
-        """The statistics of every layer, of the windows of all ranks.
+        """The statistics of every layer that a fitted token has reached, of the windows of all ranks.
 
         Raises:
             SlabError: see `joined`.
@@ -216,20 +216,21 @@ class _BlockWatch:
         numbers = {name: collectors.index(collector) for name, collector in self._collectors.items()}
         mine = [collector.part() for collector in collectors]
         tensors = {key: tensor for i, part in enumerate(mine) for key, tensor in part.tensors(str(i)).items()}
-        told = world.gather((numbers, [part.tokens for part in mine]), tensors)
+        told = world.gather((numbers, [(part.tokens, part.fitted) for part in mine]), tensors)
         result: dict[str, LayerStats] = {}
-        made: dict[tuple[int | None, ...], LayerStats] = {}
+        made: dict[tuple[int | None, ...], LayerStats | None] = {}
         for name in self._layers:
             # Ranks need not have seen the same layers, nor share collectors alike.
             where = tuple(numbers.get(name) for (numbers, _), _ in told)
             if where not in made:
                 parts = [
-                    Part.from_tensors(tokens[number], theirs, str(number))
-                    for number, ((_, tokens), theirs) in zip(where, told, strict=True)
+                    Part.from_tensors(counts[number], theirs, str(number))
+                    for number, ((_, counts), theirs) in zip(where, told, strict=True)
                     if number is not None
                 ]
                 made[where] = joined(name, parts)
-            result[name] = made[where]
+            if (stats := made[where]) is not None:
+                result[name] = stats
         return result
 
 
@@ -255,7 +256,8 @@ def collect_stats(
         world: the ranks that divide the windows.
 
     Returns:
-        Statistics by name. Layers that share their inputs share the tensors.
+        Statistics by name, of the layers that a fitted token has reached. Layers that share their inputs share the
+        tensors.
 
     Raises:
         SlabError: see `joined` and `_BlockWatch.see`.

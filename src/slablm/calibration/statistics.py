@@ -85,7 +85,7 @@ class StatsCollector:
         self._sample, self._unseen = (_Rows(count, in_features, device) for count in samples)
         self._window: tuple[Use, int] | None = None
         self._gram: Tensor | None = None
-        self._tokens = 0
+        self._tokens = self._fitted = 0
 
     def add(self, inputs: Tensor, sampled: Tensor, window: int = 0, use: Use = Use.FIT) -> None:
         """Add the inputs of one call.
@@ -97,11 +97,14 @@ class StatsCollector:
             use: what the window is there for.
         """
         rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        if not len(rows):  # nothing was sent to it this time
+            return
         (self._unseen if use is Use.MEASURE else self._sample).add(rows[sampled.to(rows.device) % rows.shape[0]])
         if use is Use.MEASURE:
             return
         self._squares.append(rows.square().sum(dim=0, dtype=torch.float64))
         self._tokens += rows.shape[0]
+        self._fitted += rows.shape[0] if use is Use.FIT else 0
         if not self._with_gram:
             return
         if self._window != (use, window):
@@ -114,9 +117,9 @@ class StatsCollector:
         self._finish_window()
         sums = {(use, *node): value for use, tree in self._sums.items() for node, value in tree.nodes.items()}
         squares = torch.stack(self._squares) if self._squares else None
-        return Part(self._tokens, squares, self._sample.all(), self._unseen.all(), sums)
+        return Part(self._tokens, self._fitted, squares, self._sample.all(), self._unseen.all(), sums)
 
-    def stats(self, name: str) -> LayerStats:
+    def stats(self, name: str) -> LayerStats | None:
         """The statistics of all that was added; see `joined`."""
         return joined(name, [self.part()])
 
@@ -133,6 +136,7 @@ class Part:
 
     Attributes:
         tokens: number of rows of X that calibrate.
+        fitted: those of them that are fitted, not kept back.
         squares: of each call Σ x², [calls, n] float64; None if there was no call.
         sample: rows of X, [s, n].
         unseen: rows of windows that do not calibrate, [s, n].
@@ -140,6 +144,7 @@ class Part:
     """
 
     tokens: int
+    fitted: int
     squares: Tensor | None
     sample: Tensor
     unseen: Tensor
@@ -153,28 +158,31 @@ class Part:
         return {f"{prefix} {name}": tensor for name, tensor in named.items()}
 
     @classmethod
-    def from_tensors(cls, tokens: int, tensors: dict[str, Tensor], prefix: str) -> Part:
-        """Inverse of `tensors`; others with another prefix may be among them."""
+    def from_tensors(cls, counts: tuple[int, int], tensors: dict[str, Tensor], prefix: str) -> Part:
+        """Inverse of `tensors` and of `tokens` and `fitted`; others with another prefix may be among them."""
         named = {name.removeprefix(f"{prefix} "): t for name, t in tensors.items() if name.startswith(f"{prefix} ")}
         sample, unseen, squares = named.pop("sample"), named.pop("unseen"), named.pop("squares", None)
         nodes = {name: name.split() for name in named}
         sums = {(Use(use), int(level), int(place)): named[name] for name, (use, level, place) in nodes.items()}
-        return cls(tokens, squares, sample, unseen, sums)
+        return cls(*counts, squares, sample, unseen, sums)
 
 
-def joined(name: str, parts: Sequence[Part]) -> LayerStats:
+def joined(name: str, parts: Sequence[Part]) -> LayerStats | None:
     """Statistics of one layer from what several collectors saw; their tensors are used up.
 
     Args:
         name: how errors call the layer.
         parts: of each collector, in the order of the windows.
 
+    Returns:
+        The statistics; None if no token that is fitted was among the inputs.
+
     Raises:
-        SlabError: NaN or Inf among the inputs, or no input at all.
+        SlabError: NaN or Inf among the inputs.
     """
+    if not any(part.fitted for part in parts):
+        return None
     calls = [row for part in parts if part.squares is not None for row in part.squares]
-    if not calls:
-        raise SlabError(f"layer {name} got no calibration inputs: leave it dense with --ignore {name}")
     squares = torch.zeros_like(calls[0])
     for row in calls:  # one after the other: no other order gives the same bits
         squares += row

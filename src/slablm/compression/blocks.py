@@ -23,7 +23,7 @@ a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -33,11 +33,13 @@ from torch import Tensor, nn
 from slablm.calibration.activations import Activations
 from slablm.calibration.stream import Calibration
 from slablm.checkpoint.layer_report import LayerReport
+from slablm.checkpoint.stored import rounded, value_dtype
 from slablm.compression.layer import compress_layer
 from slablm.compression.refinement import refine
 from slablm.compression.store import BlockStore, FinishedBlock
 from slablm.config import CompressionConfig
 from slablm.dense.targets import Targets, find_blocks
+from slablm.errors import SlabError
 from slablm.methods import LayerStats
 from slablm.methods.allocation import Demand, allot, log_error
 from slablm.methods.slab_plus import sensible_budgets
@@ -53,6 +55,8 @@ if TYPE_CHECKING:
 
 # Blocks and the buffers of a decomposition come and go while smaller things stay: larger ones are kept off the heap.
 _HEAP_PIECE = 4 << 20
+
+UNREACHED = "no calibration token reached it"
 
 Progress = Callable[[int, int, LayerReport], None]
 
@@ -70,7 +74,8 @@ def compress_blocks(
 ) -> list[LayerReport]:
     """Compress the target layers of a model in place.
 
-    A layer becomes a `SlabLinear`; with a yardstick it stays linear and its weight becomes Ŵ.
+    A layer becomes a `SlabLinear`; with a yardstick it stays linear and its weight becomes Ŵ. A layer that no token
+    reached, or only such as are kept back, is left dense (see `unreached`).
 
     Args:
         model: the dense model, in eval mode.
@@ -84,10 +89,10 @@ def compress_blocks(
         world: the ranks that divide the work; of more than one, all get the same blocks.
 
     Returns:
-        One report per layer, in the order of the model.
+        One report per compressed layer, in the order of the model.
 
     Raises:
-        SlabError: NaN or Inf in activations, an impossible ratio or pattern.
+        SlabError: NaN or Inf in activations, an impossible ratio or pattern, or no layer that a token reached.
     """
     store = store or BlockStore()
     _, blocks = find_blocks(model)
@@ -117,6 +122,7 @@ def compress_blocks(
             assert calibrated is not None
             sensitivity = calibrated.sensitivity(index, layers)
             stats = calibrated.stats(index, layers)
+            layers = {name: layer for name, layer in layers.items() if name in stats}
             dense = _DenseBlock.of(index, layers, stats, calibrated) if config.refine else None
             with mapped_apart(above=_HEAP_PIECE):
                 configs = world.tell(_layer_configs(layers, stats, sensitivity, config))
@@ -126,11 +132,32 @@ def compress_blocks(
                 _use_approximations(layers, finished.packed)
         reports += finished.reports
         if calibrated is not None:
+            _round_unreached(model, set(targets.names[index]) - {report.name for report in finished.reports}, config)
             calibrated.propagate(index)
         for name, weight in finished.packed.items():
             replace_module(model, name, SlabLinear.from_packed(weight, layers[name].bias))
         store.finish(index, finished)
+    if not reports:
+        raise SlabError("no calibration token reached any of the layers to compress: choose others with --targets")
     return reports
+
+
+def unreached(targets: Targets, reports: Sequence[LayerReport]) -> dict[str, str]:
+    """Full name → reason, of every target that was left dense after all.
+
+    Args:
+        targets: from `select_targets`.
+        reports: from `compress_blocks`.
+    """
+    compressed = {report.name for report in reports}
+    return {name: UNREACHED for names in targets.names for name in names if name not in compressed}
+
+
+def _round_unreached(model: nn.Module, names: Collection[str], config: CompressionConfig) -> None:
+    """Round what stays dense after all as it will be stored."""
+    for name in names:
+        layer = _linear(model, name)
+        layer.weight.data = rounded(layer.weight.data, f"{name}.weight", value_dtype(config, layer.weight.dtype))
 
 
 def _layer_configs(
@@ -244,13 +271,15 @@ def _exchange(mine: FinishedBlock, names: Collection[str], world: World) -> Fini
             name, spec = report.name, their_specs[report.name]
             packed[name] = spec.from_parts({part: theirs[f"{name}.{part}"] for part in spec.parts()}, name)
             reports[name] = report
-    return FinishedBlock({name: packed[name] for name in names}, [reports[name] for name in names])
+    present = [name for name in names if name in reports]
+    return FinishedBlock({name: packed[name] for name in present}, [reports[name] for name in present])
 
 
 def _use_approximations(layers: dict[str, nn.Linear], packed: dict[str, PackedWeight]) -> None:
     """Give layers the weights Ŵ that `_compress_layers` gave them in an earlier run: the same bits."""
-    for name, layer in layers.items():
-        layer.weight.data = packed[name].dense().to(layer.weight)
+    for name, weight in packed.items():
+        if name in layers:
+            layers[name].weight.data = weight.dense().to(layers[name].weight)
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

@@ -30,7 +30,7 @@ from slablm.checkpoint.inspection import read_quantization_config
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.save import assemble, check_target, publish, remove_abandoned
 from slablm.checkpoint.shards import sync, sync_folder
-from slablm.compression.blocks import Progress, compress_blocks
+from slablm.compression.blocks import Progress, compress_blocks, unreached
 from slablm.compression.journal import Journal, open_journal, unfinished_folder
 from slablm.compression.options import RunOptions
 from slablm.compression.preparation import check_model, check_packable, prepare_model, with_value_dtype
@@ -134,8 +134,7 @@ class _Run:
         self.dense = _open(source, config, options)
         check_model(self.dense.model)
         self.targets = select_targets(self.dense.model, config)
-        for name, reason in self.targets.left_dense.items():
-            say(f"left dense: {name} ({reason})")
+        self._say_left_dense(self.targets.left_dense)
 
     def calibrate(self) -> None:
         """Read the calibration text; with it all is known that the result depends on."""
@@ -159,12 +158,18 @@ class _Run:
             max_activation_bytes=limit, folder=journal.folder, done=resumed,
         )  # fmt: skip
         reports = compress_blocks(model, self.targets, self.windows, self.config, on_layer, blocks, world)
+        left_dense = unreached(self.targets, reports)
+        self._say_left_dense(left_dense)
         if not (journal.folder / _PUBLISH).exists():
-            self._assemble(reports, blocks.names)
+            self._assemble(reports, self.targets.left_dense | left_dense, blocks.names)
         self._publish()
         journal.remove()
         world.tell(None)
         return RunResult(self.config, dense_bytes, resumed)
+
+    def _say_left_dense(self, reasons: dict[str, str]) -> None:
+        for name, reason in reasons.items():
+            self.say(f"left dense: {name} ({reason})")
 
     def _say_what_it_takes(self) -> None:
         if self.dense.whole_because:
@@ -179,7 +184,7 @@ class _Run:
         if self.journal.done:
             self.say(f"Going on after {self.journal.done} finished blocks")
 
-    def _assemble(self, reports: list[LayerReport], names: list[list[str]]) -> None:
+    def _assemble(self, reports: list[LayerReport], left_dense: dict[str, str], names: list[list[str]]) -> None:
         """Put the result together in the journal's folder, and make sure that it has reached the disk."""
         from slablm.checkpoint import hf
 
@@ -191,7 +196,7 @@ class _Run:
         digests |= {alias: digests[first] for first, *aliases in names for alias in aliases}
         assemble(model, folder, pieces, integrity.record(digests, names), self.options.max_shard_size)
         self.dense.tokenizer.save_pretrained(folder)
-        card = model_card(self.source, self.config, reports, self.targets.left_dense, __version__)
+        card = model_card(self.source, self.config, reports, left_dense, __version__)
         (folder / "README.md").write_text(card, encoding="utf-8")
         for path in folder.iterdir():
             with path.open("rb+") as file:
