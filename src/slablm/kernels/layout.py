@@ -66,8 +66,11 @@ class NativeWeight:
         for tensor, dtype, shape in expected:
             if tensor is None:
                 continue
-            layout = (tensor.dtype, tensor.shape, tensor.is_contiguous(), tensor.device.type)
-            if layout != (dtype, shape, True, "cpu"):
+            if tensor.device.type != "cpu":
+                raise SlabError(
+                    f"a weight that is laid out for the CPU cannot be on {tensor.device}: use_packed() before moving it"
+                )
+            if (tensor.dtype, tensor.shape, tensor.is_contiguous()) != (dtype, shape, True):
                 raise SlabError(
                     f"not a runtime weight: {dtype} {list(shape)} expected, got {tensor.dtype} {list(tensor.shape)}"
                 )
@@ -79,6 +82,11 @@ class NativeWeight:
             raise SlabError("not a runtime weight: scales beside 16-bit values")
         if self.planes.shape[2] not in (1, 2):
             raise SlabError(f"not a runtime weight: {self.planes.shape[2]} planes")
+
+    @property
+    def device(self) -> torch.device:
+        """Where all tensors are: the CPU."""
+        return self.values.device
 
     @property
     def out_features(self) -> int:
@@ -106,10 +114,14 @@ class NativeWeight:
         return self.values[: self.out_features * self.kept].view(self.out_features, self.kept)
 
     @property
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """What the operator takes: all fields but n, in order."""
+        return self.values, self.scales, self.planes, self.left, self.right
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All tensors that are there."""
-        tensors = (self.values, self.scales, self.planes, self.left, self.right)
-        return [tensor for tensor in tensors if tensor is not None]
+        return [tensor for tensor in self.arguments if tensor is not None]
 
     @property
     def nbytes(self) -> int:
@@ -178,7 +190,7 @@ def mask_of(weight: NativeWeight, begin: int, end: int) -> tuple[Tensor, Tensor 
 def _planes(packed: PackedWeight) -> Tensor:
     """Bit planes of the states, [m, words, 1 or 2] int64, unpacked a few rows at a time."""
     m, n = packed.values.shape[0], packed.in_features
-    planes = torch.zeros(m, -(-n // WORD_BITS), 2 if packed.signs else 1, dtype=torch.int64)
+    planes = torch.zeros(m, -(-n // WORD_BITS), 2 if packed.signs else 1, dtype=torch.int64, device="cpu")
     step = max(1, _WEIGHTS_AT_ONCE // n)
     for begin in range(0, m, step):
         rows = slice(begin, begin + step)
