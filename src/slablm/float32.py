@@ -41,8 +41,8 @@ def fast_float32() -> Iterator[None]:
 def _keeps_precision() -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(64, 256, generator=generator), torch.randn(256, 64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator, device="cpu") for shape in ((64, 256), (256, 64)))
     exact = a.double() @ b.double()
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision

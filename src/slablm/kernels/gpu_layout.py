@@ -88,10 +88,14 @@ class GpuWeight:
         return self.values[: self.out_features * self.kept].view(self.out_features, self.kept)
 
     @property
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """What the operator takes: all fields but n, in order."""
+        return self.values, self.scales, self.planes, self.offsets, self.left, self.right
+
+    @property
     def tensors(self) -> list[Tensor]:
         """All tensors that are there."""
-        tensors = (self.values, self.scales, self.planes, self.offsets, self.left, self.right)
-        return [tensor for tensor in tensors if tensor is not None]
+        return [tensor for tensor in self.arguments if tensor is not None]
 
     @property
     def nbytes(self) -> int:
