@@ -107,5 +107,5 @@ def test_a_weight_that_was_moved_behind_its_back_is_refused():
     layer = slab()
     for name, buffer in list(layer.named_buffers()):
         layer._buffers[name] = buffer.to(META)
-    with pytest.raises(SlabError, match=r"laid out for the CPU cannot be on meta: use_packed\(\) before moving it"):
+    with pytest.raises(SlabError, match=r"laid out for the CPU cannot be on meta: load the model"):
         layer(torch.empty(1, 130, device=META))

@@ -68,7 +68,8 @@ class NativeWeight:
                 continue
             if tensor.device.type != "cpu":
                 raise SlabError(
-                    f"a weight that is laid out for the CPU cannot be on {tensor.device}: use_packed() before moving it"
+                    f"a weight that is laid out for the CPU cannot be on {tensor.device}: load the model with a "
+                    "device_map, or call use_packed() before a layer's buffers are moved one by one"
                 )
             if (tensor.dtype, tensor.shape, tensor.is_contiguous()) != (dtype, shape, True):
                 raise SlabError(
