@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo test check sanitize format clean
 
 demo: $(READY)
 	TQDM_DISABLE=1 $(BIN)/python examples/demo.py
@@ -16,6 +16,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The kernel tests on a library that watches its memory (gcc or clang, 2 to 4 minutes).
+sanitize: $(READY)
+	PYTHON=$(BIN)/python csrc/sanitize.sh -q
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
