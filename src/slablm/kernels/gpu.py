@@ -78,19 +78,6 @@ def run(
 gpu_linear = triton_op("slablm::gpu_linear", run, mutates_args=())
 
 
-@torch.library.register_fake("slablm::gpu_linear")  # type: ignore[untyped-decorator]
-def _(
-    inputs: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    planes: Tensor,
-    offsets: Tensor,
-    left: Tensor,
-    right: Tensor,
-) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], planes.shape[0])
-
-
 def run_gradient(
     gradient: Tensor,
     values: Tensor,
@@ -114,20 +101,6 @@ def run_gradient(
 gpu_linear_gradient = triton_op("slablm::gpu_linear_gradient", run_gradient, mutates_args=())
 
 
-@torch.library.register_fake("slablm::gpu_linear_gradient")  # type: ignore[untyped-decorator]
-def _(
-    gradient: Tensor,
-    values: Tensor,
-    scales: Tensor | None,
-    planes: Tensor,
-    offsets: Tensor,
-    left: Tensor,
-    right: Tensor,
-    in_features: int,
-) -> Tensor:
-    return gradient.new_empty(gradient.shape[0], in_features)
-
-
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[1:])
     ctx.in_features = inputs[0].shape[1]
@@ -138,6 +111,12 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("slablm::gpu_linear", _backward, setup_context=_keep_weight)
+torch.library.register_fake(
+    "slablm::gpu_linear", lambda x, values, scales, planes, *_: x.new_empty(x.shape[0], planes.shape[0])
+)
+torch.library.register_fake(
+    "slablm::gpu_linear_gradient", lambda gradient, *weight: gradient.new_empty(gradient.shape[0], weight[-1])
+)
 
 
 def unpack(weight: GpuWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:
