@@ -5,16 +5,19 @@ import os
 import subprocess
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import tests
 from slablm.kernels import native, reference, to_native
 from slablm.packing import PackedSpec
 from tests.kernels.weights import random_packed
 
 LIBRARY = native.load()
+ROOT = Path(tests.__file__).parents[1]
 
 pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason="no compiled kernels")
 
@@ -22,7 +25,7 @@ pytestmark = pytest.mark.skipif(isinstance(LIBRARY, str), reason="no compiled ke
 def run(program, *arguments, timeout=60):
     """What a fresh process prints."""
     command = [sys.executable, "-c", program, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
