@@ -66,8 +66,10 @@ def test_compiles_without_graph_breaks(backend):
     layer = SlabLinear.from_packed(PACKED, BIAS)
     layer.use_native()
     inputs = torch.randn(2, 130, generator=torch.Generator().manual_seed(0))
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    assert torch.equal(compiled(inputs), layer(inputs))
+    for other in (layer, copy.deepcopy(layer)):  # a copy has not run yet
+        torch.compiler.reset()
+        compiled = torch.compile(other, fullgraph=True, backend=backend)
+        assert torch.equal(compiled(inputs), layer(inputs))
 
 
 OTHER = random_packed(PackedSpec(20, 130, 50, 1, True, torch.float16), 1)

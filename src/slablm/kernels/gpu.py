@@ -92,9 +92,10 @@ def run_gradient(
     weight = GpuWeight(in_features, values, scales, planes, offsets, left, right)
     step = max(1, _TILE_BYTES // (in_features * gradient.element_size()))
     result = gradient.new_zeros(gradient.shape[0], in_features, dtype=torch.float32)
-    for begin in range(0, weight.out_features, step):
-        end = min(begin + step, weight.out_features)
-        result += gradient[:, begin:end] @ unpack(weight, begin, end, gradient.dtype)
+    parts: tuple[Tensor, ...] = gradient.split(step, dim=1)  # type: ignore[no-untyped-call]
+    for index, part in enumerate(parts):
+        begin = index * step
+        result += part @ unpack(weight, begin, begin + part.shape[1], gradient.dtype)
     return result.to(gradient.dtype)
 
 
