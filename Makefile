@@ -5,7 +5,7 @@ FLOOR  ?= .venv-floor
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-floor check format clean
+.PHONY: demo test test-floor check sanitize format clean
 
 demo: $(READY)
 	TQDM_DISABLE=1 $(BIN)/python examples/demo.py
@@ -21,6 +21,10 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The kernel tests on a library that watches its memory (gcc or clang, 2 to 4 minutes).
+sanitize: $(READY)
+	PYTHON=$(BIN)/python csrc/sanitize.sh -q
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -18,126 +18,13 @@
 
 #include <string.h>
 
+#include "activations.h"
 #include "slablm.h"
 
 // Chunk numbers become constants.
 #define UNROLLED _Pragma("GCC unroll 8")
 
 namespace {
-
-struct Half {
-    uint16_t bits;
-};
-struct BFloat {
-    uint16_t bits;
-};
-
-inline int64_t padded_words(const SlabWeight& weight) { return (weight.columns + kWordBits - 1) / kWordBits; }
-
-inline float as_float(uint32_t bits) {
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-inline uint32_t as_bits(float value) {
-    uint32_t bits;
-    memcpy(&bits, &value, sizeof bits);
-    return bits;
-}
-
-inline float to_float(float value) { return value; }
-inline float to_float(BFloat value) { return as_float(uint32_t{value.bits} << 16); }
-
-// The exponent is moved by a multiplication, which is exact and handles subnormals; infinities and NaN are put back.
-inline float to_float(Half value) {
-    const uint32_t magnitude = value.bits & 0x7FFFu;
-    const uint32_t sign = uint32_t{value.bits & 0x8000u} << 16;
-    uint32_t bits = as_bits(as_float(magnitude << 13) * as_float(0x77800000u));
-    if (magnitude >= 0x7C00u) bits = 0x7F800000u | magnitude << 13;
-    return as_float(bits | sign);
-}
-
-inline void from_float(float value, float* out) { *out = value; }
-
-// Round to nearest, ties to even.
-inline void from_float(float value, BFloat* out) {
-    const uint32_t bits = as_bits(value);
-    const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-    out->bits = static_cast<uint16_t>(nan ? bits >> 16 | 0x40u : (bits + 0x7FFFu + (bits >> 16 & 1)) >> 16);
-}
-
-inline void from_float(float value, Half* out) {
-    const uint32_t sign = as_bits(value) >> 16 & 0x8000u;
-    uint32_t bits = as_bits(value) & 0x7FFFFFFFu;
-    if (bits > 0x7F800000u) {
-        bits = 0x7E00u;  // NaN
-    } else if (bits >= 0x477FF000u) {
-        bits = 0x7C00u;  // rounds to infinity
-    } else if (bits < 0x38800000u) {
-        bits = as_bits(as_float(bits) + 0.5f) - 0x3F000000u;  // subnormal: the addition rounds
-    } else {
-        bits = (bits - 0x38000000u + 0xFFFu + (bits >> 13 & 1)) >> 13;
-    }
-    out->bits = static_cast<uint16_t>(bits | sign);
-}
-
-// --- Activations ---------------------------------------------------------------------------------------------------
-
-template <class Input>
-void to_floats(const Input* in, int64_t count, int64_t padded, float* out) {
-    for (int64_t j = 0; j < count; ++j) out[j] = to_float(in[j]);
-    for (int64_t j = count; j < padded; ++j) out[j] = 0.0f;
-}
-
-// Fixed point has 14 bits: 8-bit weights are multiplied as 256 w (see `widen` in the units), and the sum of 8 products
-// per lane, 8 * 256 * 127 * 8191, still fits into 32 bits.
-constexpr float kLargest = 8191.0f;
-
-// 64 floats to fixed point with one scale, largest magnitude to kLargest. Adding 1.5 * 2^23 rounds to the nearest
-// integer and leaves it in the low bits, in a form that compilers vectorize. Returns the scale of dot products.
-template <class Isa>
-float to_fixed_point(const float* x, int16_t* out) {
-    float largest = 0.0f;
-    for (int64_t j = 0; j < kWordBits; ++j) {
-        const float magnitude = x[j] < 0.0f ? -x[j] : x[j];
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    const bool tiny = largest < 1e-30f;
-    const float inverse = tiny ? 0.0f : kLargest / largest;
-    int16_t fixed[kWordBits];
-    for (int64_t j = 0; j < kWordBits; ++j) {
-        fixed[j] = static_cast<int16_t>(as_bits(x[j] * inverse + 12582912.0f) & 0xFFFFu);
-    }
-    for (int64_t g = 0; g < 8; ++g) memcpy(out + 8 * Isa::group(g), fixed + 8 * g, 8 * sizeof(int16_t));
-    return tiny ? 0.0f : largest / kLargest / Isa::kUnit;
-}
-
-template <class Isa>
-void prepare(const SlabWeight& weight, const void* inputs, int32_t input_type, int64_t tokens, bool quick,
-             Activations& act) {
-    const int64_t words = padded_words(weight), padded = words * kWordBits, n = weight.columns;
-    for (int64_t t = 0; t < act.tokens; ++t) {
-        float* x = act.x + t * padded;
-        const int64_t offset = t * n, count = t < tokens ? n : 0;
-        if (input_type == kFloat32) to_floats(static_cast<const float*>(inputs) + offset, count, padded, x);
-        if (input_type == kFloat16) to_floats(static_cast<const Half*>(inputs) + offset, count, padded, x);
-        if (input_type == kBFloat16) to_floats(static_cast<const BFloat*>(inputs) + offset, count, padded, x);
-        if (!quick) continue;
-        for (int64_t w = 0; w < words; ++w) {
-            const float* block = x + w * kWordBits;
-            act.x_scales[t * words + w] = to_fixed_point<Isa>(block, act.x16 + t * padded + w * kWordBits);
-            for (int64_t q = 0; q < weight.rank; ++q) {
-                const float* v = weight.right + q * padded + w * kWordBits;
-                const int64_t qt = q * act.tokens + t;
-                float z[kWordBits];
-                for (int64_t j = 0; j < kWordBits; ++j) z[j] = v[j] * block[j];
-                act.z_scales[qt * words + w] =
-                    to_fixed_point<Isa>(z, act.z16 + qt * padded + w * kWordBits);
-            }
-        }
-    }
-}
 
 inline void store(const Output& output, int64_t rows, int64_t row, int64_t token, float value) {
     if (token >= output.tokens) return;

@@ -2,7 +2,8 @@
 //
 // Threads come from the OpenMP runtime that torch has already loaded, found by name at run time (GOMP_parallel, which
 // GNU and LLVM runtimes both export). Linking against OpenMP would load a second runtime beside a renamed copy inside
-// torch, and two pools of spinning threads would fight for the cores. Without one, threads are started per call.
+// torch, and two pools of spinning threads would fight for the cores. Without one, threads are started per call; so they
+// are in a forked process, where the pool's threads are gone and GNU's runtime would wait for them forever.
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -13,6 +14,7 @@
 
 #if !defined(_WIN32)
 #include <dlfcn.h>
+#include <pthread.h>
 #endif
 
 namespace {
@@ -58,6 +60,12 @@ bool cpu_has(int32_t set) {
 
 using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
 
+// Set in every child that is forked from a process with this library.
+std::atomic<bool> forked{false};
+#if !defined(_WIN32)
+[[maybe_unused]] const int forks_are_noticed = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
 GompParallel find_gomp_parallel() {
 #if defined(_WIN32)
     return nullptr;
@@ -81,6 +89,18 @@ struct RowQueue {
     }
 };
 
+// Runs the function on `count` threads, or on fewer if the system gives no more: the work is the same.
+void on_own_threads(void (*function)(void*), void* data, int64_t count) {
+    std::vector<std::thread> helpers;
+    helpers.reserve(static_cast<size_t>(count - 1));
+    try {
+        for (int64_t i = 1; i < count; ++i) helpers.emplace_back(function, data);
+    } catch (const std::exception&) {  // no thread, or no memory for one
+    }
+    function(data);
+    for (auto& helper : helpers) helper.join();
+}
+
 template <class Work>
 void for_rows(int64_t begin, int64_t end, int64_t columns, int32_t threads, const Work& work) {
     static const GompParallel gomp_parallel = find_gomp_parallel();
@@ -91,11 +111,8 @@ void for_rows(int64_t begin, int64_t end, int64_t columns, int32_t threads, cons
     const int64_t share = (rows + count * kPiecesPerThread - 1) / (count * kPiecesPerThread);
     const int64_t piece = (share + kRowsPerPiece - 1) / kRowsPerPiece * kRowsPerPiece;
     RowQueue<Work> queue{work, end, piece, {begin}};
-    if (gomp_parallel != nullptr) return gomp_parallel(RowQueue<Work>::drain, &queue, static_cast<unsigned>(count), 0);
-    std::vector<std::thread> helpers;
-    for (int64_t i = 1; i < count; ++i) helpers.emplace_back(RowQueue<Work>::drain, &queue);
-    RowQueue<Work>::drain(&queue);
-    for (auto& helper : helpers) helper.join();
+    if (gomp_parallel == nullptr || forked) return on_own_threads(RowQueue<Work>::drain, &queue, count);
+    gomp_parallel(RowQueue<Work>::drain, &queue, static_cast<unsigned>(count), 0);
 }
 
 // --- Scratch memory ------------------------------------------------------------------------------------------------
@@ -148,9 +165,9 @@ int32_t slablm_matvec(int32_t set, const SlabWeight* weight, const void* inputs,
                        padded_tokens <= kernels->quick_tokens;
     try {
         Activations act = make_activations(*weight, padded_tokens, quick);
-        kernels->prepare(*weight, inputs, input_type, tokens, quick, act);
+        const bool suits = kernels->prepare(*weight, inputs, input_type, tokens, quick, act);
         const Output output{outputs, tokens, output_type};
-        const auto run = quick ? kernels->quick : kernels->exact;
+        const auto run = quick && suits ? kernels->quick : kernels->exact;
         for_rows(0, weight->rows, weight->columns, threads,
                  [&](int64_t begin, int64_t end) { run(*weight, act, output, begin, end); });
     } catch (const std::exception&) {

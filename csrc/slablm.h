@@ -73,7 +73,8 @@ struct Output {
 // What one translation unit, compiled for one instruction set, provides.
 struct Kernels {
     int64_t quick_tokens;  // with int8 values and up to so many tokens, `quick` is the faster path
-    void (*prepare)(const SlabWeight& weight, const void* inputs, int32_t input_type, int64_t tokens, bool quick,
+    // Returns whether the inputs suit `quick`, if that is asked for; `exact` takes them all.
+    bool (*prepare)(const SlabWeight& weight, const void* inputs, int32_t input_type, int64_t tokens, bool quick,
                     Activations& activations);
     void (*exact)(const SlabWeight& weight, const Activations& activations, const Output& output, int64_t begin,
                   int64_t end);

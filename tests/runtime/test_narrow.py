@@ -49,6 +49,17 @@ def test_what_would_lose_digits_stays():
     assert type(model.embedding) is nn.Embedding
 
 
+@torch.no_grad()
+def test_a_transposed_matrix_is_narrowed_to_rows():
+    model = nn.Sequential(nn.Linear(8, 20))
+    model[0].weight.data = torch.randn(8, 20, generator=torch.Generator().manual_seed(0)).half().float().T
+    inputs = torch.ones(1, 8)
+    before = model(inputs)
+    narrow_matrices(model, torch.float16)
+    assert model[0].weight.is_contiguous()
+    torch.testing.assert_close(model(inputs), before)
+
+
 class Scaled(nn.Embedding):
     def forward(self, tokens):
         return 3 * super().forward(tokens)

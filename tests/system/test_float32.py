@@ -1,3 +1,6 @@
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -39,3 +42,19 @@ def test_a_precision_the_user_chose_stays(matmul):
     with fast_float32():
         assert matmul.fp32_precision == "bf16"
     assert matmul.fp32_precision == "bf16"
+
+
+def test_threads_that_come_at_once_leave_the_setting_alone(matmul, monkeypatch):
+    before, trials, available = matmul.fp32_precision, [], torch.backends.mkldnn.is_available
+
+    def slowly():
+        trials.append(matmul.fp32_precision)
+        time.sleep(0.05)
+        return available()
+
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", slowly)
+    float32._trial.cache_clear()
+    with ThreadPoolExecutor(4) as pool:
+        assert len(set(pool.map(lambda _: float32._keeps_precision(), range(4)))) == 1
+    assert trials == [before]
+    assert matmul.fp32_precision == before

@@ -191,8 +191,8 @@ class SlabHfQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """No: the packed tensors are not parameters."""
-        return False
+        """Adapters on top are, see `slablm.runtime.lora`; the packed tensors are not parameters."""
+        return True
 
     @property
     def is_compileable(self) -> bool:

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from slablm.errors import SlabError
-from slablm.runtime.linear import SlabLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -242,14 +241,9 @@ def write(model: PreTrainedModel, tokens: Tensor, new_tokens: int, streamer: Any
 def weight_bytes(model: nn.Module) -> int:
     """Bytes that a model's weights take in memory.
 
-    Parameters, buffers and the runtime tensors of compressed layers; memory that several share (tied embeddings) is
-    counted once.
+    Parameters and buffers; memory that several share (tied embeddings) is counted once.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    for layer in model.modules():
-        if isinstance(layer, SlabLinear) and layer.native is not None:
-            tensors += layer.native.tensors
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    storages = [tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers())]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 

@@ -80,5 +80,5 @@ def _in_groups(tensor: Tensor, size: int, fill: int) -> Tensor:
 @cache
 def _sign_table(device: torch.device) -> Tensor:
     """Sign factors of the five states in every byte value, [256, 5] float32."""
-    codes = torch.arange(256)[:, None] // 3 ** torch.arange(STATES_PER_BYTE) % 3
-    return torch.tensor([0.0, 1.0, -1.0])[codes].to(device)
+    codes = torch.arange(256, device=device)[:, None] // 3 ** torch.arange(STATES_PER_BYTE, device=device) % 3
+    return torch.tensor([0.0, 1.0, -1.0], device=device)[codes]

@@ -4,27 +4,39 @@
 
 As loaded or compressed, the forward is the reference: unpack Ŵ, multiply, let Ŵ go. At most one dense weight exists at
 a time, and only while its layer runs. After `SlabLinear.use_native` the kernels of its device read the packed weight.
+In either layout the tensors are buffers of the layer, and a state dict holds the parts of the packed weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
+from operator import is_not
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from slablm.errors import SlabError
 from slablm.methods.grid import ValueGrid
 from slablm.packing import GRID_PARTS, PackedSpec, PackedWeight
 from slablm.runtime import kernels
+
+_RUNTIME = "native_"  # in front of the names of runtime buffers: a packed weight has a part `values` too
+_Layout = type[kernels.NativeWeight] | type[kernels.GpuWeight]
+_BUFFERS = {
+    layout: tuple(_RUNTIME + field.name for field in fields(layout) if field.name != "in_features")
+    for layout in (kernels.NativeWeight, kernels.GpuWeight)
+}
 
 
 class SlabLinear(nn.Module):
     """Drop-in replacement for `torch.nn.Linear` over a packed weight.
 
-    Its buffers are the parts of the packed weight (`PackedSpec.parts`), as a file holds them; see FORMAT.md. They keep
-    their own types: ``model.to(dtype)`` changes the computation, not the stored weight.
+    Its buffers are the parts of the packed weight (`PackedSpec.parts`), as a file holds them; see FORMAT.md. In runtime
+    layout they are the tensors of `native`, as ``native_...``, none of which is saved. All keep their own types:
+    ``model.to(dtype)`` changes the computation, not the stored weight.
 
     Args:
         spec: what is stored.
@@ -35,7 +47,9 @@ class SlabLinear(nn.Module):
     left: Tensor
     scales: Tensor  # with a grid
     offsets: Tensor
-    native: kernels.NativeWeight | kernels.GpuWeight | None = None
+    # The weight that was last made of the runtime buffers; see `native`.
+    _native: kernels.NativeWeight | kernels.GpuWeight | None = None
+    _layout: _Layout | None = None
 
     def __init__(self, spec: PackedSpec, parts: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
         super().__init__()
@@ -54,6 +68,17 @@ class SlabLinear(nn.Module):
     def from_spec(cls, spec: PackedSpec, bias: Tensor | None = None) -> SlabLinear:
         """A layer with uninitialised buffers, to be filled by a checkpoint."""
         return cls(spec, spec.empty(), bias)
+
+    @property
+    def native(self) -> kernels.NativeWeight | kernels.GpuWeight | None:
+        """The weight in runtime layout, or None before `use_native`. Its tensors are the buffers, whoever set them."""
+        layout, native = self._layout, self._native
+        if layout is None:
+            return None
+        names = _BUFFERS[layout]
+        if native is None or any(map(is_not, map(self._buffers.get, names), native.arguments)):
+            native = self._native = layout(self.in_features, *map(self._buffers.get, names))  # type: ignore[arg-type]
+        return native
 
     @property
     def packed(self) -> PackedWeight:
@@ -88,6 +113,12 @@ class SlabLinear(nn.Module):
         return self.left.device if self.native is None else self.native.values.device
 
     @property
+    def qweight(self) -> Tensor:
+        """The stored values or codes: where libraries that know quantized layers (PEFT) look for a layer's device."""
+        name = next(iter(self.spec.parts())) if self.native is None else _RUNTIME + "values"
+        return self.get_buffer(name)
+
+    @property
     def _grid(self) -> ValueGrid | None:
         """The grid of the values; its small tensors stay, as codes can only be found again with them."""
         if self.spec.value_bits is None or self.spec.group_size is None:
@@ -105,15 +136,26 @@ class SlabLinear(nn.Module):
             SlabError: a corrupted plane, or an unknown `value_bits`.
         """
         packed = self.spec.from_parts(self._parts, name) if self.native is None else self.packed
-        self.native = kernels.to_runtime(packed, value_bits, name)
+        self._set_native(kernels.to_runtime(packed, value_bits, name))
         for part in self.spec.parts():
             if part not in GRID_PARTS:
                 self._buffers[part] = None
 
     def use_packed(self) -> None:
         """Undo `use_native`."""
-        parts, self.native = self.packed.parts(), None
+        parts = self.packed.parts()
+        self._set_native(None)
         self._buffers.update(parts)
+
+    def _set_native(self, native: kernels.NativeWeight | kernels.GpuWeight | None) -> None:
+        for name in [name for name in self._buffers if name.startswith(_RUNTIME)]:
+            delattr(self, name)
+        self._layout, self._native = None if native is None else type(native), native
+        if native is None:
+            return
+        for name, tensor in zip(_BUFFERS[type(native)], native.arguments, strict=True):
+            if tensor is not None:  # scales of 16-bit values
+                self.register_buffer(name, tensor, persistent=False)
 
     def unpacked(self, dtype: torch.dtype) -> nn.Linear:
         """A dense layer that computes what this one does on the reference.
@@ -130,11 +172,19 @@ class SlabLinear(nn.Module):
         return linear
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """[..., n] → [..., m], in the inputs' dtype."""
+        """[..., n] → [..., m], in the inputs' dtype; on the meta device, shapes alone.
+
+        Raises:
+            SlabError: inputs on another device, or of another width.
+        """
         bias = None if self.bias is None else self.bias.to(inputs.dtype)
-        if self.native is not None:
-            outputs = kernels.linear(inputs, self.native)
+        native = self.native
+        if native is not None:
+            outputs = kernels.linear(inputs, native)
             return outputs if bias is None else outputs + bias
+        kernels.check_inputs(inputs, self.device, self.in_features)
+        if inputs.is_meta:
+            return inputs.new_empty(*inputs.shape[:-1], self.out_features)
         return functional.linear(inputs, self.packed.dense().to(inputs.dtype), bias)
 
     def extra_repr(self) -> str:
@@ -147,6 +197,10 @@ class SlabLinear(nn.Module):
             f"bias={self.bias is not None}{native}"
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles make their own `native` of their own buffers."""
+        return vars(self) | {"_native": None}
+
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         """What is saved is the packed weight, whatever the layout in memory."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -154,16 +208,72 @@ class SlabLinear(nn.Module):
             for part, tensor in self.packed.parts().items():
                 destination[prefix + part] = tensor
 
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, local: Any, *lists: Any) -> None:
+        """Load the packed parts; in runtime layout, torch is given packed buffers to fill, which are then laid out.
+
+        What is wrong with them becomes an error message, as in every module, and the weight stays as it was.
+        """
+        if self.native is None:
+            super()._load_from_state_dict(state_dict, prefix, local, *lists)
+            return
+        given = [prefix + part in state_dict for part in self.spec.parts()]
+        before, errors = dict(self._buffers), lists[-1]
+        known = len(errors)
+        try:
+            self._buffers.update(self._parts_to_fill(given))
+            super()._load_from_state_dict(state_dict, prefix, local, *lists)
+            filled = self._parts
+            self._buffers.update(before)
+            if any(given) and len(errors) == known:
+                self._replace_native(filled, prefix[:-1] or "weight", local.get("assign_to_params_buffers", False))
+        except SlabError as error:
+            errors.append(str(error))
+        except BaseException:
+            self._buffers.update(before)
+            raise
+
+    def _parts_to_fill(self, given: list[bool]) -> dict[str, Tensor]:
+        """Parts that may be overwritten where they are given, and elsewhere hold what the layer has."""
+        if all(given):
+            return self.spec.empty(self.device)
+        if any(given):
+            return {name: tensor.clone() for name, tensor in self.packed.parts().items()}
+        return self.spec.empty("meta")  # to report what is missing
+
+    def _replace_native(self, parts: dict[str, Tensor], name: str, assign: bool) -> None:
+        """Lay other parts out, in the memory of the old ones unless they are to be assigned."""
+        before = self.native
+        assert before is not None
+        packed = self.spec.from_parts(parts, name)
+        if kernels.backend(packed.values.device).name == kernels.REFERENCE and packed.values.device != self.device:
+            self._set_native(None)
+            self._buffers.update(parts)
+            return
+        after = kernels.to_runtime(packed, 16 if before.scales is None else 8, name)
+        grid = {part: tensor for part, tensor in parts.items() if part in GRID_PARTS}
+        if assign:
+            self._set_native(after)
+            self._buffers.update(grid)
+            return
+        old = [*before.tensors, *(self.get_buffer(part) for part in grid)]
+        for old_tensor, new_tensor in zip(old, [*after.tensors, *grid.values()], strict=True):
+            old_tensor.copy_(new_tensor)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlabLinear:
         """Move the packed weight, never cast it: float16 → bfloat16 would change the stored weight."""
 
         def move_only(tensor: Tensor) -> Tensor:
-            return tensor.to(fn(tensor).device) if any(tensor is b for b in packed) else fn(tensor)
+            if not any(tensor is buffer for buffer in buffers):
+                return fn(tensor)
+            moved = fn(tensor)  # may move memory in place, as `share_memory` does
+            if moved.device == tensor.device:
+                return tensor
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        moved = self.native is not None and _changes_device(fn, self.native.values.device)
+        moved = self.native is not None and _changes_device(fn, self.device)
         if moved:
             self.use_packed()
-        packed = list(self._buffers.values())
+        buffers = list(self._buffers.values())
         super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
         if moved and kernels.backend(self.device).name != kernels.REFERENCE:
             self.use_native()

@@ -112,7 +112,7 @@ def narrow_matrices(model: nn.Module, dtype: torch.dtype) -> None:
             continue
         wide = modules[0].weight
         assert isinstance(wide, Tensor)
-        narrow = wide.detach().to(dtype)
+        narrow = wide.detach().to(dtype).contiguous()  # the kernel reads rows
         if not torch.equal(narrow.float(), wide):
             continue
         for name, module in zip(names, modules, strict=True):

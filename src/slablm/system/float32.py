@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 
 import torch
 
 # float32 sums of 256 products err by about 1e-7, products rounded to bfloat16 by about 2e-3.
 _LARGEST_ERROR = 1e-5
 _UNCHANGED = ("none", "ieee")
+_ONE_AT_A_TIME = Lock()
 
 
 @contextmanager
@@ -37,12 +39,18 @@ def fast_float32() -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-@cache
 def _keeps_precision() -> bool:
+    """One thread tries it out: a second one would take the first one's setting for the user's, and put that back."""
+    with _ONE_AT_A_TIME:
+        return _trial()
+
+
+@cache
+def _trial() -> bool:
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
-    generator = torch.Generator().manual_seed(0)
-    a, b = torch.randn(64, 256, generator=generator), torch.randn(256, 64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator, device="cpu") for shape in ((64, 256), (256, 64)))
     exact = a.double() @ b.double()
     matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = matmul.fp32_precision

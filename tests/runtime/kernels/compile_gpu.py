@@ -26,8 +26,8 @@ def check_compiled(kernel, capability, inputs, values, **sizes):
     assert built.metadata.shared <= SHARED_BYTES, (kernel.__name__, built.metadata.shared)
 
 
-def trace(tokens, dtype):
-    """Number of kernel launches that a compiler would see."""
+def trace(tokens, dtype, run=gpu.run):
+    """Number of kernel launches that a compiler would see; m = n, so gradients have the inputs' shape."""
     m, n, words = 4096, 4096, 128
     with FakeTensorMode():
         arguments = (
@@ -39,7 +39,7 @@ def trace(tokens, dtype):
             torch.empty(m, 1, device="cuda"),
             torch.empty(1, n, device="cuda"),
         )
-        graph = make_fx(gpu.run)(*arguments).graph
+        graph = make_fx(run)(*arguments).graph
     outputs = next(node for node in graph.nodes if node.op == "output").args[0].meta["val"]
     assert (outputs.shape, outputs.dtype, outputs.device.type) == ((tokens, m), dtype, "cuda")
     return sum("triton_kernel_wrapper" in str(node.target) for node in graph.nodes)
@@ -56,6 +56,12 @@ def main():
     for tokens in (1, 20):
         assert trace(tokens, torch.bfloat16) == 1
     assert trace(500, torch.float32) == 2  # 64 MiB in tiles of 32
+
+    def backward(*arguments):
+        return gpu.run_gradient(*arguments, 4096)
+
+    assert trace(20, torch.bfloat16, backward) == 1
+    assert trace(20, torch.float32, backward) == 2
 
 
 if __name__ == "__main__":

@@ -64,6 +64,24 @@ def test_tiles_are_put_together(monkeypatch):
     assert worst_error(kernels.dense_linear(inputs, weight), inputs, weight) < 2e-6
 
 
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("gaps", ["transposed", "columns", "rows", "expanded"])
+def test_weights_with_gaps(tokens, gaps):
+    whole = random(130, 130, torch.float16, 0)
+    weight = {"transposed": whole.T, "columns": whole[:, ::2], "rows": whole[::3], "expanded": whole[:1].expand(7, -1)}[
+        gaps
+    ]
+    inputs = random(tokens, weight.shape[1], torch.float32, 1)
+    assert not weight.is_contiguous()
+    assert worst_error(kernels.dense_linear(inputs, weight), inputs, weight) < 2e-6
+
+
+def test_a_weight_that_is_trained_gets_its_gradient():
+    weight, inputs = random(9, 30, torch.float16, 0).requires_grad_(), random(2, 30, torch.float32, 1)
+    kernels.dense_linear(inputs, weight).sum().backward()
+    assert torch.allclose(weight.grad.float(), inputs.sum(0).expand(9, -1), atol=1e-2)
+
+
 def test_gradients_flow_to_the_inputs():
     weight, inputs = random(9, 30, torch.float16, 0), random(2, 30, torch.float32, 1).requires_grad_()
     kernels.dense_linear(inputs, weight).sum().backward()

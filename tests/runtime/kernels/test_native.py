@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -88,6 +90,28 @@ def test_numbers_survive_the_way_through_16_bits(name, dtype):
 
 
 @pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("tokens", [1, 2, 4, 8])
+@pytest.mark.parametrize(("rank", "signs"), [(0, False), (1, True), (2, True)])
+def test_eight_bit_values_pass_nan_and_infinity_on(name, tokens, rank, signs):
+    weight = to_native(random_packed(PackedSpec(9, 200, 90, rank, signs, torch.float16), 3), value_bits=8)
+    for number, dtype in itertools.product((torch.nan, torch.inf, -torch.inf), FLOATS):
+        inputs = torch.randn(tokens, 200, generator=torch.Generator().manual_seed(4)).to(dtype)
+        inputs[0, 150] = number
+        outputs, expected = native.matvec(LIBRARY, name, weight, inputs), reference.linear(inputs.float(), weight)
+        assert not expected[0].isfinite().any()
+        torch.testing.assert_close(outputs.float(), expected, rtol=2e-2, atol=5e-2, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_products_beyond_float32_are_infinite_as_in_the_reference(name):
+    """v x is what becomes a fixed-point number, and 2 · 3e38 is none."""
+    weight = to_native(random_packed(PackedSpec(4, 64, 10, 1, True, torch.float16), 0), value_bits=8)
+    weight.right.fill_(2)
+    outputs = native.matvec(LIBRARY, name, weight, torch.full((1, 64), 3e38))
+    assert not outputs.isfinite().any()
+
+
+@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize("value_bits", [8, 16])
 def test_threads_do_not_change_a_bit(name, value_bits):
     weight = to_native(random_packed(PackedSpec(515, 640, 300, 1, True, torch.float16), 5), value_bits)
@@ -125,3 +149,21 @@ def test_too_many_tokens_or_rows_are_refused():
         native.matvec(LIBRARY, "portable", weight, torch.zeros(native.MAX_TOKENS + 1, 9))
     with pytest.raises(RuntimeError, match="refused its arguments"):
         native.unpack(LIBRARY, "portable", weight, 1, 3, torch.zeros(2, 9))
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        torch.zeros(9, 2).T,
+        torch.zeros(2, 8),
+        torch.zeros(9),
+        torch.zeros(2, 9, dtype=torch.float64),
+        torch.zeros(2, 9, device="meta"),
+    ],
+)
+def test_what_c_would_misread_is_refused(inputs):
+    weight = to_native(random_packed(PackedSpec(2, 9, 3, 1, True, torch.float16), 0))
+    with pytest.raises(RuntimeError, match="needs a contiguous"):
+        native.matvec(LIBRARY, "portable", weight, inputs)
+    with pytest.raises(RuntimeError, match="needs a contiguous"):
+        native.unpack(LIBRARY, "portable", weight, 0, 2, inputs)

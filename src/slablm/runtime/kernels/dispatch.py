@@ -6,24 +6,26 @@
 - CPU, more tokens (prefill): rows are unpacked a tile at a time into a small buffer, which torch multiplies; there is
   never a dense weight;
 - GPU: the Triton kernels, which make the same distinction themselves (`slablm.runtime.kernels.gpu`);
-- no kernels for the device, or a gradient is needed: the reference in plain torch.
+- no kernels for the device: the reference in plain torch.
 
 The environment variable ``SLABLM_KERNEL`` forces an instruction set (``avx512``, ``avx2``, ``neon``, ``portable``) of
-the CPU, or the ``reference`` everywhere. Under `torch.compile` the call is the operator ``torch.ops.slablm.linear``
-(on a GPU ``gpu_linear``, in eager mode too); in eager mode it is made directly, because at small layers the operator's
-bookkeeping would take as long as the kernel.
+the CPU, or the ``reference`` everywhere. Under `torch.compile`, and where a gradient with respect to the inputs is
+needed, the call is the operator ``torch.ops.slablm.linear`` (on a GPU always ``gpu_linear``); else it is made directly,
+because at small layers the operator's bookkeeping would take as long as the kernel. The weight itself has no gradient.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from slablm.errors import SlabError
@@ -154,21 +156,17 @@ def linear(inputs: Tensor, weight: NativeWeight | GpuWeight) -> Tensor:
     14 bits, one scale per 64 columns, and the products are summed in integers (relative error about 1e-4).
 
     Args:
-        inputs: any float type.
+        inputs: any float type, on the weight's device.
         weight: in runtime layout.
+
+    Raises:
+        SlabError: inputs on another device, or of another width.
     """
+    check_inputs(inputs, weight.device, weight.in_features)
     if isinstance(weight, GpuWeight):
         return _run_gpu(inputs, weight)
-    if torch.compiler.is_compiling():
-        outputs: Tensor = _operator(
-            inputs,
-            weight.values,
-            weight.scales,
-            weight.planes,
-            weight.left,
-            weight.right,
-            weight.in_features,
-        )
+    if _needs_operator(inputs):
+        outputs: Tensor = _operator(inputs, *weight.arguments, weight.in_features)
         return outputs
     return _run(inputs, weight)
 
@@ -177,33 +175,65 @@ def dense_linear(inputs: Tensor, weight: Tensor) -> Tensor:
     """A dense 16-bit weight applied to [..., n] → [..., m], in the inputs' dtype, accumulated in float32.
 
     Args:
-        inputs: any float type.
-        weight: [m, n], float16 or bfloat16.
+        inputs: any float type, on the weight's device.
+        weight: [m, n], float16 or bfloat16; the kernel takes it where it has no gaps.
+
+    Raises:
+        SlabError: inputs on another device, or of another width.
     """
+    check_inputs(inputs, weight.device, weight.shape[1])
     if inputs.dtype == weight.dtype:
         return functional.linear(inputs, weight)
-    if torch.compiler.is_compiling():
+    if weight.requires_grad and torch.is_grad_enabled():
+        return functional.linear(inputs, weight.to(inputs.dtype))
+    if _needs_operator(inputs):
         outputs: Tensor = _dense_operator(inputs, weight)
         return outputs
     return _run_dense(inputs, weight)
 
 
+def check_inputs(inputs: Tensor, device: torch.device, columns: int) -> None:
+    """Refuse inputs that a weight cannot take, before a kernel reads their memory.
+
+    Args:
+        inputs: [..., n].
+        device: where the weight is.
+        columns: its n.
+
+    Raises:
+        SlabError: inputs on another device, or of another width.
+    """
+    if inputs.device != device:
+        raise SlabError(
+            f"the inputs are on {inputs.device}, the weight is on {device}: move the inputs with .to({str(device)!r}), "
+            f"or the model with .to({str(inputs.device)!r})"
+        )
+    if inputs.shape[-1] != columns:
+        raise SlabError(f"inputs of shape {list(inputs.shape)} do not fit a layer with {columns} input features")
+
+
+def _needs_operator(inputs: Tensor) -> bool:
+    """Whether more than plain numbers is asked for: a trace, a gradient, or what a subclass makes of it."""
+    gradient = inputs.requires_grad and torch.is_grad_enabled()
+    return torch.compiler.is_compiling() or gradient or type(inputs) not in (Tensor, nn.Parameter)
+
+
 def _run_dense(inputs: Tensor, weight: Tensor) -> Tensor:
     m, n = weight.shape
     rows = inputs.reshape(-1, n)
-    chosen = backend() if weight.device.type == "cpu" else Backend(REFERENCE, "not on the CPU")
-    if chosen.library is not None and _kernels_take(inputs) and rows.shape[0] <= native.MAX_TOKENS:
+    chosen = backend(weight.device)
+    readable = inputs.dtype in _KERNEL_DTYPES and weight.is_contiguous()
+    if chosen.library is not None and readable and rows.shape[0] <= native.MAX_TOKENS:
         outputs = native.dense_matvec(chosen.library, chosen.name, weight, rows.contiguous())
         return outputs.view(*inputs.shape[:-1], m)
-    step = max(1, _TILE_BYTES // (n * rows.element_size()))
     with fast_float32():
-        tiles = [functional.linear(rows, tile.to(rows.dtype)) for tile in torch.split(weight, step)]
+        tiles = [functional.linear(rows, tile.to(rows.dtype)) for _, tile in _dense_tiles(weight, rows.dtype)]
     return torch.cat(tiles, dim=1).view(*inputs.shape[:-1], m)
 
 
 def _run(inputs: Tensor, weight: NativeWeight) -> Tensor:
-    chosen = backend()
-    if chosen.library is None or not _kernels_take(inputs):
+    chosen = _cpu_backend(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    if chosen.library is None or inputs.dtype not in _KERNEL_DTYPES:
         return reference.linear(inputs, weight)
     rows = inputs.reshape(-1, weight.in_features).contiguous()
     run = _decode if rows.shape[0] <= DECODE_TOKENS else _prefill
@@ -211,7 +241,7 @@ def _run(inputs: Tensor, weight: NativeWeight) -> Tensor:
 
 
 def _run_gpu(inputs: Tensor, weight: GpuWeight) -> Tensor:
-    if _gpu_name() != TRITON or not _kernels_take(inputs):
+    if _gpu_name() != TRITON or inputs.dtype not in _KERNEL_DTYPES:
         return reference.linear(inputs, weight)
     from slablm.runtime.kernels import gpu  # imports triton
 
@@ -226,12 +256,6 @@ def _gpu_name() -> str:
     return backend("cuda").name
 
 
-def _kernels_take(inputs: Tensor) -> bool:
-    """Whether type and autograd leave the inputs to a kernel."""
-    needs_gradient = torch.is_grad_enabled() and inputs.requires_grad
-    return inputs.dtype in _KERNEL_DTYPES and not needs_gradient
-
-
 def _decode(name: str, library: native.Library, weight: NativeWeight, rows: Tensor) -> Tensor:
     if rows.shape[0] <= native.MAX_TOKENS:
         return native.matvec(library, name, weight, rows)
@@ -242,16 +266,55 @@ def _decode(name: str, library: native.Library, weight: NativeWeight, rows: Tens
 def _prefill(name: str, library: native.Library, weight: NativeWeight, rows: Tensor) -> Tensor:
     """[t, n] → [t, m], a tile of rows of Ŵ at a time. float16 is multiplied in float32."""
     dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
-    m, n = weight.out_features, weight.in_features
-    inputs, outputs = rows.to(dtype), torch.empty(rows.shape[0], m, dtype=dtype)
-    step = min(m, max(1, _TILE_BYTES // (n * dtype.itemsize)))
-    tile = torch.empty(step, n, dtype=dtype)
+    inputs = rows.to(dtype)
+    outputs = torch.empty(rows.shape[0], weight.out_features, dtype=dtype, device="cpu")
     with fast_float32():
-        for begin in range(0, m, step):
-            end = min(begin + step, m)
-            native.unpack(library, name, weight, begin, end, tile)
-            torch.mm(inputs, tile[: end - begin].T, out=outputs[:, begin:end])
+        for span, tile in _tiles(name, library, weight, dtype):
+            torch.mm(inputs, tile.T, out=outputs[:, span])
     return outputs.to(rows.dtype)
+
+
+def _tiles(
+    name: str, library: native.Library, weight: NativeWeight, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of Ŵ a few at a time, and which they are; a tile lasts until the next one."""
+    m, n = weight.out_features, weight.in_features
+    step = min(m, max(1, _TILE_BYTES // (n * dtype.itemsize)))
+    buffer = torch.empty(step, n, dtype=dtype, device="cpu")
+    for begin in range(0, m, step):
+        end = min(begin + step, m)
+        native.unpack(library, name, weight, begin, end, buffer)
+        yield slice(begin, end), buffer[: end - begin]
+
+
+def _dense_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a dense weight, as many as fill a tile when they are widened to `dtype`, and which they are."""
+    step = max(1, _TILE_BYTES // (weight.shape[1] * dtype.itemsize))
+    for begin in range(0, weight.shape[0], step):
+        yield slice(begin, begin + step), weight[begin : begin + step]
+
+
+def _run_gradient(gradient: Tensor, weight: NativeWeight) -> Tensor:
+    """Gradient of the outputs [..., m] → of the inputs [..., n]: multiplied by Ŵ, which is unpacked anew in tiles."""
+    chosen = backend()
+    if chosen.library is None or gradient.dtype not in _KERNEL_DTYPES:
+        return gradient @ reference.unpack(weight).to(gradient.dtype)
+    return _sum_over_tiles(gradient, _tiles(chosen.name, chosen.library, weight, torch.float32), weight.in_features)
+
+
+def _run_dense_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+    dtype = torch.promote_types(gradient.dtype, torch.float32)
+    return _sum_over_tiles(gradient, _dense_tiles(weight, dtype), weight.shape[1])
+
+
+def _sum_over_tiles(gradient: Tensor, tiles: Iterator[tuple[slice, Tensor]], n: int) -> Tensor:
+    rows = gradient.reshape(-1, gradient.shape[-1])
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    result = rows.new_zeros(rows.shape[0], n)
+    with fast_float32():
+        for span, tile in tiles:
+            result.addmm_(rows[:, span], tile.to(rows.dtype))
+    return result.to(gradient.dtype).view(*gradient.shape[:-1], n)
 
 
 @torch.library.custom_op("slablm::linear", mutates_args=())
@@ -264,13 +327,13 @@ def _operator(
     right: Tensor,
     in_features: int,
 ) -> Tensor:
-    """`linear` with the weight's tensors spelled out, for the compiler."""
+    """`linear` with the weight's tensors spelled out, for the compiler and for autograd."""
     return _run(inputs, NativeWeight(in_features, values, scales, planes, left, right))
 
 
-@_operator.register_fake
-def _(
-    inputs: Tensor,
+@torch.library.custom_op("slablm::linear_gradient", mutates_args=())
+def _gradient_operator(
+    gradient: Tensor,
     values: Tensor,
     scales: Tensor | None,
     planes: Tensor,
@@ -278,15 +341,43 @@ def _(
     right: Tensor,
     in_features: int,
 ) -> Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], planes.shape[0])
+    """Gradient of `_operator` with respect to its inputs."""
+    return _run_gradient(gradient, NativeWeight(in_features, values, scales, planes, left, right))
 
 
 @torch.library.custom_op("slablm::dense_linear", mutates_args=())
 def _dense_operator(inputs: Tensor, weight: Tensor) -> Tensor:
-    """`dense_linear` for the compiler."""
+    """`dense_linear` for the compiler and for autograd."""
     return _run_dense(inputs, weight)
 
 
-@_dense_operator.register_fake
-def _(inputs: Tensor, weight: Tensor) -> Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], weight.shape[0])
+@torch.library.custom_op("slablm::dense_linear_gradient", mutates_args=())
+def _dense_gradient_operator(gradient: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of `_dense_operator` with respect to its inputs."""
+    return _run_dense_gradient(gradient, weight)
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """What a backward needs of the forward's arguments: those behind the first, none of them a dense weight."""
+    *tensors, ctx.in_features = inputs[1:]
+    ctx.save_for_backward(*tensors)
+
+
+def _keep_dense_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _gradient_operator(gradient, *ctx.saved_tensors, ctx.in_features), *(None,) * 6
+
+
+def _dense_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return _dense_gradient_operator(gradient, *ctx.saved_tensors), None
+
+
+_operator.register_autograd(_backward, setup_context=_keep_weight)
+_dense_operator.register_autograd(_dense_backward, setup_context=_keep_dense_weight)
+_operator.register_fake(lambda x, values, scales, planes, *_: x.new_empty(*x.shape[:-1], planes.shape[0]))
+_gradient_operator.register_fake(lambda gradient, *weight: gradient.new_empty(*gradient.shape[:-1], weight[-1]))
+_dense_operator.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
+_dense_gradient_operator.register_fake(lambda gradient, w: gradient.new_empty(*gradient.shape[:-1], w.shape[1]))

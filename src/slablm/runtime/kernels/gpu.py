@@ -11,6 +11,7 @@ fixed sequence of launches; nothing is read back from the device.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,15 +47,7 @@ def linear(inputs: Tensor, weight: GpuWeight) -> Tensor:
         weight: [m, n].
     """
     n = weight.in_features
-    outputs: Tensor = gpu_linear(
-        inputs.reshape(-1, n).contiguous(),
-        weight.values,
-        weight.scales,
-        weight.planes,
-        weight.offsets,
-        weight.left,
-        weight.right,
-    )
+    outputs: Tensor = gpu_linear(inputs.reshape(-1, n).contiguous(), *weight.arguments)
     return outputs.view(*inputs.shape[:-1], weight.out_features)
 
 
@@ -85,17 +78,46 @@ def run(
 gpu_linear = triton_op("slablm::gpu_linear", run, mutates_args=())
 
 
-@torch.library.register_fake("slablm::gpu_linear")  # type: ignore[untyped-decorator]
-def _(
-    inputs: Tensor,
+def run_gradient(
+    gradient: Tensor,
     values: Tensor,
     scales: Tensor | None,
     planes: Tensor,
     offsets: Tensor,
     left: Tensor,
     right: Tensor,
+    in_features: int,
 ) -> Tensor:
-    return inputs.new_empty(inputs.shape[0], planes.shape[0])
+    """Gradient of the outputs [t, m] → of the inputs [t, n]: multiplied by Ŵ, which is unpacked anew in tiles."""
+    weight = GpuWeight(in_features, values, scales, planes, offsets, left, right)
+    step = max(1, _TILE_BYTES // (in_features * gradient.element_size()))
+    result = gradient.new_zeros(gradient.shape[0], in_features, dtype=torch.float32)
+    parts: tuple[Tensor, ...] = gradient.split(step, dim=1)  # type: ignore[no-untyped-call]
+    for index, part in enumerate(parts):
+        begin = index * step
+        result += part @ unpack(weight, begin, begin + part.shape[1], gradient.dtype)
+    return result.to(gradient.dtype)
+
+
+gpu_linear_gradient = triton_op("slablm::gpu_linear_gradient", run_gradient, mutates_args=())
+
+
+def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+    ctx.in_features = inputs[0].shape[1]
+
+
+def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    return gpu_linear_gradient(gradient.contiguous(), *ctx.saved_tensors, ctx.in_features), *(None,) * 6
+
+
+torch.library.register_autograd("slablm::gpu_linear", _backward, setup_context=_keep_weight)
+torch.library.register_fake(
+    "slablm::gpu_linear", lambda x, values, scales, planes, *_: x.new_empty(x.shape[0], planes.shape[0])
+)
+torch.library.register_fake(
+    "slablm::gpu_linear_gradient", lambda gradient, *weight: gradient.new_empty(gradient.shape[0], weight[-1])
+)
 
 
 def unpack(weight: GpuWeight, begin: int, end: int, dtype: torch.dtype) -> Tensor:

@@ -22,9 +22,14 @@ from torch.nn import functional
 
 from slablm.errors import SlabError
 from slablm.packing import PackedWeight
-from slablm.packing.planes import pack_bits, pack_states, unpack_bits, unpack_states
-from slablm.packing.quantize import quantize_values
-from slablm.runtime.kernels.layout import VALUE_BITS
+from slablm.packing.planes import pack_bits, unpack_bits, unpack_states
+from slablm.runtime.kernels.runtime_weight import (
+    RuntimeWeight,
+    check_value_bits,
+    packed_from,
+    values_and_scales,
+    wide_factors,
+)
 
 WORD_COLUMNS = 32
 # A kernel reads the values of four columns at a time, also where the row has none left.
@@ -36,7 +41,7 @@ _WEIGHTS_AT_ONCE = 1 << 24
 
 
 @dataclass(frozen=True, eq=False)
-class GpuWeight:
+class GpuWeight(RuntimeWeight):
     """A weight [m, n] in GPU layout; made by `to_gpu`, which checks what the kernels rely on.
 
     Attributes:
@@ -58,45 +63,14 @@ class GpuWeight:
     right: Tensor
 
     @property
-    def device(self) -> torch.device:
-        """Where all tensors are."""
-        return self.values.device
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """What the operator takes: all fields but n, in order."""
+        return self.values, self.scales, self.planes, self.offsets, self.left, self.right
 
     @property
-    def out_features(self) -> int:
-        """Rows m."""
-        return self.planes.shape[0]
-
-    @property
-    def kept(self) -> int:
-        """Entries k kept in each row."""
-        return (self.values.numel() - PADDING_VALUES) // self.out_features
-
-    @property
-    def rank(self) -> int:
-        """Rank r of the factors."""
-        return self.left.shape[1]
-
-    @property
-    def signs(self) -> bool:
-        """Whether there is a plane of signs."""
-        return self.planes.shape[2] == 2
-
-    @property
-    def rows(self) -> Tensor:
-        """The values without padding, [m, k]; shares memory."""
-        return self.values[: self.out_features * self.kept].view(self.out_features, self.kept)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors that are there."""
-        tensors = (self.values, self.scales, self.planes, self.offsets, self.left, self.right)
-        return [tensor for tensor in tensors if tensor is not None]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+    def padding(self) -> int:
+        """Values behind the last one."""
+        return PADDING_VALUES
 
 
 def to_gpu(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> GpuWeight:
@@ -110,8 +84,7 @@ def to_gpu(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> 
     Raises:
         SlabError: a corrupted plane, an unknown `value_bits`, or more kept entries per row than offsets can count.
     """
-    if value_bits not in VALUE_BITS:
-        raise SlabError(f"value_bits must be 8 or 16, got {value_bits}")
+    check_value_bits(value_bits)
     if packed.values.shape[1] > LARGEST_KEPT:
         raise SlabError(
             f"{name} keeps {packed.values.shape[1]} entries per row, the GPU kernels go up to {LARGEST_KEPT}: "
@@ -119,17 +92,9 @@ def to_gpu(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> 
         )
     packed.validate(name)
     planes, offsets = _planes(packed)
-    values, scales = (packed.values, None) if value_bits == 16 else quantize_values(packed.values)
-    n = packed.in_features
-    return GpuWeight(
-        in_features=n,
-        values=functional.pad(values.reshape(-1), (0, PADDING_VALUES)),
-        scales=scales,
-        planes=planes,
-        offsets=offsets,
-        left=packed.left.float().contiguous(),
-        right=functional.pad(packed.right.float(), (0, -n % WORD_COLUMNS)).contiguous(),
-    )
+    values, scales = values_and_scales(packed, value_bits, PADDING_VALUES)
+    left, right = wide_factors(packed, WORD_COLUMNS)
+    return GpuWeight(packed.in_features, values, scales, planes, offsets, left, right)
 
 
 def from_gpu(weight: GpuWeight, factor_dtype: torch.dtype | None = None) -> PackedWeight:
@@ -142,18 +107,7 @@ def from_gpu(weight: GpuWeight, factor_dtype: torch.dtype | None = None) -> Pack
     Raises:
         SlabError: the values were quantized to 8 bits; the checkpoint's are gone.
     """
-    if weight.scales is not None:
-        raise SlabError("8-bit values cannot be turned back into stored ones: load the checkpoint with 16-bit values")
-    n, dtype = weight.in_features, factor_dtype or weight.values.dtype
-    kept, minus = mask_of(weight, 0, weight.out_features)
-    return PackedWeight(
-        in_features=n,
-        values=weight.rows.clone(),
-        left=weight.left.to(dtype),
-        right=weight.right[:, :n].to(dtype).contiguous(),
-        plane=pack_bits(kept) if minus is None else pack_states(kept, minus),
-        signs=minus is not None,
-    )
+    return packed_from(weight, *mask_of(weight, 0, weight.out_features), factor_dtype)
 
 
 def mask_of(weight: GpuWeight, begin: int, end: int) -> tuple[Tensor, Tensor | None]:

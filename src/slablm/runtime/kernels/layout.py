@@ -21,19 +21,24 @@ from torch.nn import functional
 
 from slablm.errors import SlabError
 from slablm.packing import PackedWeight
-from slablm.packing.planes import pack_bits, pack_states, unpack_bits, unpack_states
-from slablm.packing.quantize import quantize_values
+from slablm.packing.planes import unpack_bits, unpack_states
+from slablm.runtime.kernels.runtime_weight import (
+    RuntimeWeight,
+    check_value_bits,
+    packed_from,
+    values_and_scales,
+    wide_factors,
+)
 
 WORD_BITS = 64
 PADDING_BYTES = 64
-VALUE_BITS = (8, 16)
 
 # Weights whose states are unpacked at the same time, so that the peak while loading stays small.
 _WEIGHTS_AT_ONCE = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
-class NativeWeight:
+class NativeWeight(RuntimeWeight):
     """A weight [m, n] in runtime layout; made by `to_native`, which checks what the kernels rely on.
 
     Attributes:
@@ -55,9 +60,9 @@ class NativeWeight:
     def __post_init__(self) -> None:
         """Refuse shapes and types that a kernel would misread."""
         m, words = self.planes.shape[0], -(-self.in_features // WORD_BITS)
-        rank, padding = self.left.shape[1], PADDING_BYTES // self.values.element_size()
+        rank = self.left.shape[1]
         expected: tuple[tuple[Tensor | None, torch.dtype, tuple[int, ...]], ...] = (
-            (self.values, self.values.dtype, (m * self.kept + padding,)),
+            (self.values, self.values.dtype, (m * self.kept + self.padding,)),
             (self.planes, torch.int64, (m, words, self.planes.shape[2])),
             (self.left, torch.float32, (m, rank)),
             (self.right, torch.float32, (rank, words * WORD_BITS)),
@@ -66,8 +71,12 @@ class NativeWeight:
         for tensor, dtype, shape in expected:
             if tensor is None:
                 continue
-            layout = (tensor.dtype, tensor.shape, tensor.is_contiguous(), tensor.device.type)
-            if layout != (dtype, shape, True, "cpu"):
+            if tensor.device.type != "cpu":
+                raise SlabError(
+                    f"a weight that is laid out for the CPU cannot be on {tensor.device}: load the model with a "
+                    "device_map, or call use_packed() before a layer's buffers are moved one by one"
+                )
+            if (tensor.dtype, tensor.shape, tensor.is_contiguous()) != (dtype, shape, True):
                 raise SlabError(
                     f"not a runtime weight: {dtype} {list(shape)} expected, got {tensor.dtype} {list(tensor.shape)}"
                 )
@@ -81,40 +90,14 @@ class NativeWeight:
             raise SlabError(f"not a runtime weight: {self.planes.shape[2]} planes")
 
     @property
-    def out_features(self) -> int:
-        """Rows m."""
-        return self.planes.shape[0]
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """What the operator takes: all fields but n, in order."""
+        return self.values, self.scales, self.planes, self.left, self.right
 
     @property
-    def kept(self) -> int:
-        """Entries k kept in each row."""
-        return (self.values.numel() - PADDING_BYTES // self.values.element_size()) // self.out_features
-
-    @property
-    def rank(self) -> int:
-        """Rank r of the factors."""
-        return self.left.shape[1]
-
-    @property
-    def signs(self) -> bool:
-        """Whether there is a plane of signs."""
-        return self.planes.shape[2] == 2
-
-    @property
-    def rows(self) -> Tensor:
-        """The values without padding, [m, k]; shares memory."""
-        return self.values[: self.out_features * self.kept].view(self.out_features, self.kept)
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All tensors that are there."""
-        tensors = (self.values, self.scales, self.planes, self.left, self.right)
-        return [tensor for tensor in tensors if tensor is not None]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+    def padding(self) -> int:
+        """Values behind the last one."""
+        return PADDING_BYTES // self.values.element_size()
 
 
 def to_native(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> NativeWeight:
@@ -128,21 +111,13 @@ def to_native(packed: PackedWeight, value_bits: int = 16, name: str = "weight") 
     Raises:
         SlabError: a corrupted plane, a row that does not keep k entries, or an unknown `value_bits`.
     """
-    if value_bits not in VALUE_BITS:
-        raise SlabError(f"value_bits must be 8 or 16, got {value_bits}")
+    check_value_bits(value_bits)
     packed.validate(name)
     planes = _planes(packed)
     _check_kept(planes, packed.values.shape[1], name)
-    values, scales = (packed.values, None) if value_bits == 16 else quantize_values(packed.values)
-    n = packed.in_features
-    return NativeWeight(
-        in_features=n,
-        values=functional.pad(values.reshape(-1), (0, PADDING_BYTES // values.element_size())),
-        scales=scales,
-        planes=planes,
-        left=packed.left.float().contiguous(),
-        right=functional.pad(packed.right.float(), (0, -n % WORD_BITS)).contiguous(),
-    )
+    values, scales = values_and_scales(packed, value_bits, 8 * PADDING_BYTES // value_bits)
+    left, right = wide_factors(packed, WORD_BITS)
+    return NativeWeight(packed.in_features, values, scales, planes, left, right)
 
 
 def to_packed(weight: NativeWeight, factor_dtype: torch.dtype | None = None) -> PackedWeight:
@@ -155,18 +130,7 @@ def to_packed(weight: NativeWeight, factor_dtype: torch.dtype | None = None) -> 
     Raises:
         SlabError: the values were quantized to 8 bits; the checkpoint's are gone.
     """
-    if weight.scales is not None:
-        raise SlabError("8-bit values cannot be turned back into stored ones: load the checkpoint with 16-bit values")
-    n, dtype = weight.in_features, factor_dtype or weight.values.dtype
-    bits = [_mask(weight.planes[:, :, i], n) for i in range(weight.planes.shape[2])]
-    return PackedWeight(
-        in_features=n,
-        values=weight.rows.clone(),
-        left=weight.left.to(dtype),
-        right=weight.right[:, :n].to(dtype).contiguous(),
-        plane=pack_states(bits[0], bits[1]) if weight.signs else pack_bits(bits[0]),
-        signs=weight.signs,
-    )
+    return packed_from(weight, *mask_of(weight, 0, weight.out_features), factor_dtype)
 
 
 def mask_of(weight: NativeWeight, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +142,7 @@ def mask_of(weight: NativeWeight, begin: int, end: int) -> tuple[Tensor, Tensor 
 def _planes(packed: PackedWeight) -> Tensor:
     """Bit planes of the states, [m, words, 1 or 2] int64, unpacked a few rows at a time."""
     m, n = packed.values.shape[0], packed.in_features
-    planes = torch.zeros(m, -(-n // WORD_BITS), 2 if packed.signs else 1, dtype=torch.int64)
+    planes = torch.zeros(m, -(-n // WORD_BITS), 2 if packed.signs else 1, dtype=torch.int64, device="cpu")
     step = max(1, _WEIGHTS_AT_ONCE // n)
     for begin in range(0, m, step):
         rows = slice(begin, begin + step)

@@ -1,7 +1,8 @@
 """The compiled kernels, called through ctypes on `data_ptr()`.
 
 One shared library holds a unit per instruction set; it says itself which of them this CPU can run. Python only hands
-over pointers: shapes and types were checked when the `NativeWeight` was made.
+over pointers: a weight was checked when the `NativeWeight` was made, inputs are checked here. Every tensor is made on
+the CPU by name, as the default device may be another.
 """
 
 from __future__ import annotations
@@ -86,11 +87,13 @@ def matvec(library: Library, instruction_set: str, weight: NativeWeight, inputs:
     Returns:
         [t, m] in the inputs' dtype, accumulated in float32.
     """
-    outputs = torch.empty(inputs.shape[0], weight.out_features, dtype=inputs.dtype)
+    _check_readable(inputs, weight.in_features)
+    outputs = torch.empty(inputs.shape[0], weight.out_features, dtype=inputs.dtype, device="cpu")
     scalar_type = _SCALAR_TYPES[inputs.dtype]
+    struct = _struct(weight)
     status = library.functions.slablm_matvec(
         INSTRUCTION_SETS[instruction_set],
-        _address(weight),
+        ctypes.byref(struct),
         inputs.data_ptr(),
         scalar_type,
         inputs.shape[0],
@@ -114,7 +117,9 @@ def dense_matvec(library: Library, instruction_set: str, weight: Tensor, inputs:
     Returns:
         [t, m] in the inputs' dtype, accumulated in float32.
     """
-    outputs = torch.empty(inputs.shape[0], weight.shape[0], dtype=inputs.dtype)
+    _check_readable(inputs, weight.shape[1])
+    _check_readable(weight, weight.shape[1])
+    outputs = torch.empty(inputs.shape[0], weight.shape[0], dtype=inputs.dtype, device="cpu")
     scalar_type = _SCALAR_TYPES[inputs.dtype]
     status = library.functions.slablm_dense_matvec(
         INSTRUCTION_SETS[instruction_set],
@@ -133,10 +138,12 @@ def dense_matvec(library: Library, instruction_set: str, weight: Tensor, inputs:
 
 
 def unpack(library: Library, instruction_set: str, weight: NativeWeight, begin: int, end: int, output: Tensor) -> None:
-    """Rows begin … end of Ŵ into `output`, a contiguous float32 or bfloat16 tensor of at least (end − begin)·n."""
+    """Rows begin … end of Ŵ into `output`, a contiguous float32 or bfloat16 tensor [at least end − begin, n]."""
+    _check_readable(output, weight.in_features)
+    struct = _struct(weight)
     status = library.functions.slablm_unpack(
         INSTRUCTION_SETS[instruction_set],
-        _address(weight),
+        ctypes.byref(struct),
         begin,
         end,
         output.data_ptr(),
@@ -146,28 +153,38 @@ def unpack(library: Library, instruction_set: str, weight: NativeWeight, begin: 
     _check(status)
 
 
-# Made once per weight; not an attribute of it, because addresses must not be copied along.
-_structs: WeakKeyDictionary[NativeWeight, _Weight] = WeakKeyDictionary()
+# Made once per weight and set of addresses, which change when memory moves (`Tensor.share_memory_`). Not an attribute
+# of the weight, because addresses must not be copied along.
+_structs: WeakKeyDictionary[NativeWeight, tuple[tuple[int | None, ...], _Weight]] = WeakKeyDictionary()
 
 
-def _address(weight: NativeWeight) -> int:
-    """Address of the weight's `SlabWeight`."""
-    struct = _structs.get(weight)
-    if struct is None:
-        struct = _structs[weight] = _Weight(
-            rows=weight.out_features,
-            columns=weight.in_features,
-            kept=weight.kept,
-            rank=weight.rank,
-            value_type=_SCALAR_TYPES[weight.values.dtype],
-            plane_count=weight.planes.shape[2],
-            values=weight.values.data_ptr(),
-            scales=None if weight.scales is None else weight.scales.data_ptr(),
-            planes=weight.planes.data_ptr(),
-            left=weight.left.data_ptr(),
-            right=weight.right.data_ptr(),
+def _struct(weight: NativeWeight) -> _Weight:
+    """The weight's `SlabWeight`; to be held while C reads it, since another thread may replace the one kept here."""
+    scales = None if weight.scales is None else weight.scales.data_ptr()
+    pointers = (
+        weight.values.data_ptr(),
+        scales,
+        weight.planes.data_ptr(),
+        weight.left.data_ptr(),
+        weight.right.data_ptr(),
+    )
+    found = _structs.get(weight)
+    if found is None or found[0] != pointers:
+        m, n, value_type = weight.out_features, weight.in_features, _SCALAR_TYPES[weight.values.dtype]
+        struct = _Weight(m, n, weight.kept, weight.rank, value_type, weight.planes.shape[2], *pointers)
+        found = _structs[weight] = pointers, struct
+    return found[1]
+
+
+def _check_readable(tensor: Tensor, columns: int) -> None:
+    """Refuse what C would misread: callers see to it, so this is the last guard and not an explanation for users."""
+    if not (tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in _SCALAR_TYPES) or tensor.shape[1:] != (
+        columns,
+    ):
+        raise RuntimeError(
+            f"a kernel needs a contiguous [rows, {columns}] tensor on the CPU, got {tensor.dtype} {list(tensor.shape)} "
+            f"with strides {tensor.stride()} on {tensor.device}; this is a bug in slablm"
         )
-    return ctypes.addressof(struct)
 
 
 def _check(status: int) -> None:

@@ -1,0 +1,100 @@
+"""Adapters of PEFT are trained beside compressed layers, which stay as they are."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from slablm import SlabError, SlabLinear
+
+peft = pytest.importorskip("peft")
+from slablm.runtime.lora import SlabLora, beside_slab  # noqa: E402
+
+# PEFT asks a deprecated attribute of transformers.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+TARGETS = ["q_proj", "up_proj"]
+TOKENS = torch.arange(48).view(2, 24)
+
+
+def config_of(**settings):
+    return beside_slab(peft.LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", **settings))
+
+
+@pytest.fixture
+def model(compressed_folder):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_pretrained(compressed_folder)
+
+
+def loss_of(model):
+    return model(TOKENS, labels=TOKENS).loss
+
+
+def train(model, steps):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss_of(model).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_an_adapter_learns_and_the_weights_stay(model, native):
+    layers = [layer for layer in model.modules() if isinstance(layer, SlabLinear)]
+    for layer in layers:
+        if not native and layer.native is not None:
+            layer.use_packed()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    dense_loss = loss_of(model).item()
+    model = peft.get_peft_model(model, config_of(lora_dropout=0.1))
+    assert sum(isinstance(layer, SlabLora) for layer in model.modules()) == 2 * 2
+    model.eval()
+    assert loss_of(model).item() == pytest.approx(dense_loss)  # B starts at 0
+    model.train()
+    train(model, 5)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora_" in name and p.grad.abs().sum() > 0 for name, p in trained.items())
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    model.eval()
+    assert loss_of(model) < dense_loss - 0.05
+    after = model.unload().state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
+
+
+def test_an_adapter_is_saved_alone_and_loaded(model, compressed_folder, tmp_path):
+    model = peft.get_peft_model(model, config_of())
+    train(model, 2)
+    model.eval().save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(compressed_folder),
+        tmp_path,
+        config=beside_slab(peft.LoraConfig.from_pretrained(tmp_path)),
+    ).eval()
+    torch.testing.assert_close(loss_of(again), loss_of(model))
+    with again.disable_adapter():
+        assert loss_of(again) > loss_of(model)
+
+
+def test_what_needs_a_dense_weight_is_refused(model):
+    with pytest.raises(SlabError, match="cannot be merged into a compressed weight"):
+        peft.get_peft_model(model, config_of()).merge_and_unload()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [({"init_lora_weights": "pissa"}, "'pissa' reads a dense weight"), ({"use_dora": True}, "unsupported variant")],
+)
+def test_variants_that_need_a_dense_weight_are_refused(model, settings, message):
+    with pytest.raises(ValueError, match=message):
+        peft.get_peft_model(model, config_of(**settings))
+
+
+def test_trainers_accept_a_compressed_model(model):
+    from transformers.trainer_utils import validate_quantization_for_training
+
+    validate_quantization_for_training(peft.get_peft_model(model, config_of()))
+    model = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
+    model.add_adapter(config_of())
+    validate_quantization_for_training(model)
