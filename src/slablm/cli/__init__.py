@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from slablm.cli.bench import bench
 from slablm.cli.compare import compare
@@ -17,6 +20,26 @@ from slablm.cli.inspect import inspect
 from slablm.cli.plan import plan
 from slablm.errors import SlabError
 
+VERBS: dict[str, Callable[..., None]] = {
+    "bench": bench,
+    "compare": compare,
+    "compress": compress,
+    "eval": evaluate,
+    "generate": generate,
+    "inspect": inspect,
+    "plan": plan,
+    "doctor": doctor,
+}
+
+
+class Verb(TyperCommand):
+    """A command whose usage line names its arguments as the text does: typer may put them in braces."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The parts of the usage line."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
+
 app = typer.Typer(
     name="slablm",
     help="One-shot compression of language models by SLaB: sparse plus low-rank times binary (arXiv 2604.04493).",
@@ -24,14 +47,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("bench")(bench)
-app.command("compare")(compare)
-app.command("compress")(compress)
-app.command("eval")(evaluate)
-app.command("generate")(generate)
-app.command("inspect")(inspect)
-app.command("plan")(plan)
-app.command("doctor")(doctor)
+for name, function in VERBS.items():
+    app.command(name, cls=Verb)(function)
 
 
 @app.callback(invoke_without_command=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slablm.cli import options
 from slablm.cli.console import Dtype, Json, Revision, TrustRemoteCode, log, print_json, print_table, progress
 from slablm.errors import SlabError
 
@@ -28,7 +29,7 @@ QUANTITIES = {
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder (dense or compressed), .gguf file or 'smollm2'.")],
+    model: options.Model,
     against: Annotated[str | None, typer.Option(help="The dense model, to run beside it in fp32 and bf16.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32,

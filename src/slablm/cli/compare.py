@@ -29,7 +29,7 @@ RESULTS = "results.jsonl"
 
 def compare(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or 'smollm2'.")],
+    model: options.Dense,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, report.html and plots.")],
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "slab,wanda,sparsegpt",
     ratios: Annotated[str, typer.Option(help="Compression ratios of the unstructured cells.")] = "0.5,0.6,0.7,0.8",

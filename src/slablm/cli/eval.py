@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from slablm.cli import options
 from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, print_json, progress
 from slablm.errors import SlabError
 
@@ -20,7 +21,7 @@ TASK_OPTIONS = ("limit", "batch_size")
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Hub id, local folder (dense or compressed), .gguf file or 'smollm2'.")],
+    model: options.Model,
     text: Annotated[str, typer.Option(help="wikitext2, c4, builtin or a text file.")] = "wikitext2",
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.")] = None,

@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
+from slablm.cli import options
 from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder (dense or compressed), .gguf file or 'smollm2'.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
     dtype: Dtype = "auto",

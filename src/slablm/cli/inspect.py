@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from slablm.checkpoint.inspection import Inspection
 
 
-def inspect(out: Annotated[Path, typer.Argument(help="A slablm checkpoint folder.")], json: Json = False) -> None:
+def inspect(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A slablm checkpoint folder.")], json: Json = False
+) -> None:
     """Check the integrity of OUT and show what every layer costs."""
     from slablm.checkpoint.inspection import inspect_folder
 
