@@ -13,6 +13,7 @@ from typer.core import TyperCommand
 from slablm.cli.bench import bench
 from slablm.cli.compare import compare
 from slablm.cli.compress import compress
+from slablm.cli.console import printable
 from slablm.cli.doctor import doctor
 from slablm.cli.eval import evaluate
 from slablm.cli.generate import generate
@@ -80,5 +81,5 @@ def main() -> None:
 
 def fail(message: str) -> None:
     """Print one error line and leave with status 1."""
-    print(f"slablm: error: {message}", file=sys.stderr)
+    print(f"slablm: error: {printable(message)}", file=sys.stderr)
     raise SystemExit(1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Dtype, Json, Revision, TrustRemoteCode, log, print_json, print_table, progress
+from slablm.cli.console import Dtype, Json, Revision, TrustRemoteCode, echo, print_json, print_table, progress, say
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def bench(
     energy = meter if isinstance(meter, str) else ENERGY_NOTE
     quiet_libraries()
     footprints = _footprints(contenders, workload)
-    log.print("Loading all contenders")
+    say("Loading all contenders")
     models = {contender.name: contender.load() for contender in contenders}
     with progress("Measuring speed, in turns") as (bar, task):
         speeds = measure_speed(
@@ -83,11 +83,11 @@ def bench(
         return
     _print_speeds(speeds)
     _print_memory(weights, footprints)
-    typer.echo(
+    echo(
         f"{prompt_tokens} prompt tokens, {new_tokens} new tokens, {rounds} rounds; "
         f"{MODEL} in {conditions['dtype']}, CPU kernels {conditions['cpu_kernels']}"
     )
-    typer.echo(f"energy {energy}")
+    echo(f"energy {energy}")
 
 
 def _contenders(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Json, log, print_json, progress
+from slablm.cli.console import Json, echo, print_json, progress, say
 
 if TYPE_CHECKING:
     from slablm.compression.options import RunOptions
@@ -82,7 +82,7 @@ def run(source: str, out: Path, config: CompressionConfig, run_options: RunOptio
             config,
             run_options,
             lambda done, total, report: bar.update(task, completed=done, total=total),
-            log.print,
+            say,
         )
     inspection = inspect_folder(out)
     return {
@@ -118,7 +118,7 @@ def _print_summary(result: dict[str, Any]) -> None:
     if result["peak_memory_bytes"]:
         lines["peak memory"] = human_bytes(result["peak_memory_bytes"])
     for label, value in lines.items():
-        typer.echo(f"{label:<28}{value}")
+        echo(f"{label:<28}{value}")
 
 
 def _errors(result: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, print_json, progress
+from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, echo, print_json, progress
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, jso
             }
         )
     else:
-        typer.echo(f"perplexity {result.value:.3f} ± {result.stderr:.3f} ({len(windows)} windows of {seq_len} tokens)")
+        echo(f"perplexity {result.value:.3f} ± {result.stderr:.3f} ({len(windows)} windows of {seq_len} tokens)")
 
 
 def _accuracy(load: Any, names: list[str], files: list[Path], limit: int | None, batch_size: int, json: bool) -> None:
@@ -93,9 +93,9 @@ def _accuracy(load: Any, names: list[str], files: list[Path], limit: int | None,
         return
     width = max(map(len, results))
     for name, result in results.items():
-        typer.echo(f"{name:{width}}  {_line(result)}")
+        echo(f"{name:{width}}  {_line(result)}")
     if len(results) > 1:
-        typer.echo(f"{'mean':{width}}  acc {mean:.3f}")
+        echo(f"{'mean':{width}}  acc {mean:.3f}")
 
 
 def _line(result: TaskResult) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode
+from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode, printable
 
 
 def generate(
@@ -29,4 +29,5 @@ def generate(
     loaded, tokenizer = loading.load(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
-    typer.echo(continue_text(loaded, tokenizer, prompt, max_new_tokens, chat=chat))
+    text = continue_text(loaded, tokenizer, prompt, max_new_tokens, chat=chat)
+    typer.echo(printable(text, keep="\n\t"))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Json, print_json
+from slablm.cli.console import Json, TextTable, console, print_json, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -51,17 +51,15 @@ def plan(
 
 
 def _show(plan: Plan) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
+    shown = console()
     for table in _tables(plan):
-        console.print(table)
+        shown.print(table)
     for line in _remarks(plan):
-        console.print(line)
+        shown.print(printable(line))
     for problem in plan.problems:
-        console.print(f"impossible: {problem}")
+        shown.print(printable(f"impossible: {problem}"))
     if not plan.problems:
-        console.print("nothing stands in the way")
+        shown.print("nothing stands in the way")
 
 
 def _tables(plan: Plan) -> list[Table]:
@@ -139,9 +137,8 @@ def _remarks(plan: Plan) -> list[str]:
 
 def _table(title: str, *columns: str) -> Table:
     from rich.box import SIMPLE
-    from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table = TextTable(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table
