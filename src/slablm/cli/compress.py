@@ -25,7 +25,7 @@ def compress(
     settings: options.Settings,
     refine: options.Refine = False,
     seed: options.Seed = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model that OUT already holds.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model, or its files, that OUT already holds.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run into OUT, if there is one.")] = False,
     source: options.Source,
     json: Json = False,
