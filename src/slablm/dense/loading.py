@@ -94,9 +94,41 @@ def explained(source: str) -> Iterator[None]:
         yield
     except SlabError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:
+        problem = hub_problem(source, error)
+        if not problem and not isinstance(error, (OSError, ValueError, ImportError, KeyError, SafetensorError)):
+            raise
+        reason = problem or " ".join(str(error).split()) or type(error).__name__
         raise SlabError(f"model {source!r} cannot be loaded: {reason}") from error
+
+
+def hub_problem(source: str, error: BaseException | None) -> str:
+    """What keeps us from a model on the hub, and the way out; empty if the error is of another kind.
+
+    Args:
+        source: the model's name there.
+        error: what transformers or huggingface_hub has raised.
+    """
+    from huggingface_hub import errors
+
+    while error is not None:
+        if isinstance(error, errors.GatedRepoError):
+            page = f"https://huggingface.co/{source}"
+            return f"its licence has to be accepted first: do so at {page}, then log in with `hf auth login`"
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return "the hub has no such model, or not for you: check the name, or log in with `hf auth login`"
+        if isinstance(error, errors.RevisionNotFoundError):
+            return "the hub has no such revision of it: check --revision"
+        if isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.EntryNotFoundError):
+            return f"the hub failed: {' '.join(str(error).split())}"
+        unreachable = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
+        if unreachable or type(error).__module__.startswith("httpx"):  # or httpx2: by the version of huggingface_hub
+            return (
+                "the hub cannot be reached, and it is not complete in the cache: check the network and HF_HUB_OFFLINE, "
+                f"or bring it there before with `hf download {source}`"
+            )
+        error = error.__cause__
+    return ""
 
 
 def locate(source: str) -> tuple[str, dict[str, Any]]:
