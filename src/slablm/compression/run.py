@@ -188,7 +188,8 @@ class _Run:
         digests |= {alias: digests[first] for first, *aliases in names for alias in aliases}
         assemble(model, folder, pieces, integrity.record(digests, names), self.options.max_shard_size)
         self.dense.tokenizer.save_pretrained(folder)
-        card = model_card(self.source, self.config, reports, self.targets.left_dense, __version__)
+        left_dense, revision = self.targets.left_dense, self.options.revision
+        card = model_card(self.source, self.config, reports, left_dense, __version__, revision)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_run(folder, self.made_from)
         for path in (path for path in folder.rglob("*") if path.is_file()):
