@@ -166,9 +166,12 @@ def test_configs_that_are_none(fault, verb, tiny_folder, options, tmp_path):
         (["compress", "{model}", "{out}", "--device", "meta"], "device 'meta' cannot be used: it holds no values"),
         (["compress", "{model}", "{out}", "--seed", 10**30], r"seed must lie between -2\*\*62 and 2\*\*62, got 10+$"),
         (["compress", "a b", "{out}"], "model 'a b' cannot be loaded: Repo id must use"),
+        (["eval", "{model}", "--text", "builtin", "--seq-len", 0], "--seq-len must be 2 or more, got 0"),
+        (["eval", "{model}", "--text", "builtin", "--seq-len", 1], "--seq-len must be 2 or more, got 1"),
+        (["generate", "{model}", "caf\udce9"], "the prompt is no UTF-8 text"),
     ],
 )
-def test_arguments_that_no_file_or_device_can_have(arguments, message, tiny_folder, options, tmp_path):
+def test_arguments_that_cannot_be(arguments, message, tiny_folder, options, tmp_path):
     (tmp_path / "file").write_text("")
     known = {"file": tmp_path / "file", "long": tmp_path / ("x" * 300), "out": tmp_path / "out", "model": tiny_folder}
     typed = [str(argument).format(**known) for argument in arguments]

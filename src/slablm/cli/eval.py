@@ -60,6 +60,8 @@ def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, jso
     from slablm.calibration.text import check_length, load_text, windows_from_text
     from slablm.evaluation import perplexity
 
+    if seq_len < 2:
+        raise SlabError(f"--seq-len must be 2 or more, got {seq_len}: a window's first token is not predicted")
     num_tokens = None if max_windows is None else max_windows * seq_len
     content = load_text(text, split="evaluation", num_tokens=num_tokens)
     loaded, tokenizer = load()
