@@ -14,6 +14,7 @@ from slablm.api import compress_folder
 from slablm.checkpoint.shards import open_all
 from slablm.compression.fingerprint import model_digest
 from slablm.compression.options import RunOptions
+from slablm.compression.run import _check_alike
 from slablm.dense import loading, opening
 from tests.compression.test_run import Stop, assert_same_folders, in_memory, stop_after
 from tests.conftest import byte_tokenizer
@@ -86,6 +87,13 @@ def test_a_model_that_was_copied_is_the_same_model(tiny_folder, quick, tmp_path)
     heard = []
     compress_folder(str(moved), straight, quick, RunOptions(resume=True), say=heard.append)
     assert heard == [f"{straight} is complete, there is nothing to go on with"]
+
+
+def test_ranks_with_different_models_are_refused():
+    same = {"model": "a", "number of threads": "1"}
+    _check_alike(same, same)
+    with pytest.raises(SlabError, match=r"another model than on rank 0 \(there a, here b\)"):
+        _check_alike(same, same | {"model": "b"})
 
 
 def test_digest_of_large_tensors(tmp_path):

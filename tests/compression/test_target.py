@@ -1,12 +1,15 @@
 """Where a result goes: nothing of the user's is lost, and the folder may be called anything."""
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from slablm import SlabError
+from slablm import SlabError, compress
 from slablm.api import compress_folder
+from slablm.checkpoint import save
 from slablm.compression.options import RunOptions
+from slablm.dense import loading
 from tests.compression.test_run import Stop, assert_same_folders, stop_after, unfinished
 from tests.conftest import byte_tokenizer
 
@@ -60,3 +63,21 @@ def test_the_folder_that_one_is_in(tiny_folder, quick, tmp_path, monkeypatch):
     compress_folder(str(tiny_folder), Path(), quick, RunOptions(resume=True))
     assert_same_folders(here, tmp_path / "straight")
     assert unfinished(tmp_path) == []
+
+
+def test_saving_from_memory_loses_nothing_either(tiny_folder, quick, tmp_path):
+    model, tokenizer = loading.load(str(tiny_folder))
+    compress(model, quick, tokenizer=tokenizer)
+    for name in ("README.md", "guide.md"):
+        out = tmp_path / name
+        out.mkdir()
+        (out / name).write_text("mine")
+        original = tokenizer.save_pretrained
+
+        def with_guide(folder, original=original):
+            original(folder)
+            (Path(folder) / "guide.md").write_text("the tokenizer's")
+
+        with mock.patch.object(tokenizer, "save_pretrained", with_guide), pytest.raises(SlabError, match=name):
+            save.save(model, tokenizer, out, card="the model's")
+        assert {path.name: path.read_text() for path in out.iterdir()} == {name: "mine"}

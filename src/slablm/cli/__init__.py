@@ -71,7 +71,8 @@ def main() -> None:
     except SlabError as error:
         fail(str(error))
     except OSError as error:  # a path that is too long, of another kind or not allowed; a full disk
-        fail(f"{error.filename or 'the system'}: {error.strerror or error}")
+        where = f"{error.filename}: " if error.filename else ""
+        fail(where + " ".join((error.strerror or str(error)).split()))
     except MemoryError:
         fail("out of memory: use fewer --num-samples (or --max-memory), a shorter --seq-len or a smaller --dtype")
     except RuntimeError as error:
