@@ -111,11 +111,12 @@ def quick(text_file):
 def compressed_folder(tmp_path_factory, tiny_folder, text_file):
     """The tiny model compressed by the command line's own path; do not write to it."""
     from slablm.cli.compress import run
+    from slablm.compression.options import RunOptions
     from slablm.config import CompressionConfig
 
     out = tmp_path_factory.mktemp("compressed") / "out"
     config = CompressionConfig("slab", calibration=str(text_file), num_samples=4, seq_len=32, iterations=4)
-    run(str(tiny_folder), out, config, overwrite=False)
+    run(str(tiny_folder), out, config, RunOptions())
     return out
 
 

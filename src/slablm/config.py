@@ -108,6 +108,8 @@ class CompressionConfig:
         self._check_few_bits()
         if self.seq_len < 2:
             raise SlabError(f"seq_len must be at least 2 tokens, got {self.seq_len}")
+        if not -(2**62) < self.seed < 2**62:  # torch's have 64 bits, and some are counted on from this one
+            raise SlabError(f"seed must lie between -2**62 and 2**62, got {self.seed}")
         if not self.targets:
             raise SlabError("targets is empty: name at least one module or use 'all-linear'")
         if self.value_dtype is not None and self.value_dtype not in VALUE_DTYPES:

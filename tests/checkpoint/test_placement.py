@@ -25,12 +25,13 @@ def logits(model, tokens=TOKENS):
 def folder(request, tmp_path_factory, text_file):
     """A compressed model, its head tied to the embedding or not, its linear layers with biases or not."""
     from slablm.cli.compress import run
+    from slablm.compression.options import RunOptions
     from slablm.config import CompressionConfig
 
     place = tmp_path_factory.mktemp("placement")
     source = build(place / "dense", request.param)
     config = CompressionConfig(calibration=str(text_file), num_samples=4, seq_len=32, iterations=2)
-    run(str(source), place / "out", config)
+    run(str(source), place / "out", config, RunOptions())
     return place / "out"
 
 

@@ -136,6 +136,49 @@ def test_sizes_that_are_none(option, message, tiny_folder, options, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def no_mapping(folder):
+    (folder / "config.json").write_text("[]")
+    (folder / "tokenizer_config.json").unlink()
+    return "model '.*' cannot be loaded: "
+
+
+def no_number(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": "x"}))
+    return "model '.*' cannot be loaded: .*'hidden_size' expected int"
+
+
+@pytest.mark.parametrize("fault", [no_mapping, no_number])
+@pytest.mark.parametrize("verb", ["compress", "plan"])
+def test_configs_that_are_none(fault, verb, tiny_folder, options, tmp_path):
+    shutil.copytree(tiny_folder, tmp_path / "dense")
+    message = fault(tmp_path / "dense")
+    refused(slablm(verb, tmp_path / "dense", tmp_path / "out", *options), message)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "{file}"], "file/config.json: Not a directory"),
+        (["inspect", "{long}"], "File name too long"),
+        (["compress", "{long}", "{out}"], "File name too long"),
+        (["compress", "{model}", "{long}"], "File name too long"),
+        (["compress", "{model}", "{out}", "--device", "meta"], "device 'meta' cannot be used: it holds no values"),
+        (["compress", "{model}", "{out}", "--seed", 10**30], r"seed must lie between -2\*\*62 and 2\*\*62, got 10+$"),
+        (["compress", "a b", "{out}"], "model 'a b' cannot be loaded: Repo id must use"),
+        (["eval", "{model}", "--text", "builtin", "--seq-len", 0], "--seq-len must be 2 or more, got 0"),
+        (["eval", "{model}", "--text", "builtin", "--seq-len", 1], "--seq-len must be 2 or more, got 1"),
+        (["generate", "{model}", "caf\udce9"], "the prompt is no UTF-8 text"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, message, tiny_folder, options, tmp_path):
+    (tmp_path / "file").write_text("")
+    known = {"file": tmp_path / "file", "long": tmp_path / ("x" * 300), "out": tmp_path / "out", "model": tiny_folder}
+    typed = [str(argument).format(**known) for argument in arguments]
+    refused(slablm(*typed, *(options if typed[0] == "compress" else [])), message)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def in_a_process(code):
     """Python code in a process of its own; the caller may read its first line."""
     return subprocess.Popen(

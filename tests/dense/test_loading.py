@@ -37,5 +37,6 @@ def test_is_compressed(tiny_folder, compressed_folder, tmp_path):
     assert loading.is_compressed(str(compressed_folder))
     assert not loading.is_compressed(str(tiny_folder))
     assert not loading.is_compressed(str(tmp_path))
-    (tmp_path / "config.json").write_text("{")
-    assert not loading.is_compressed(str(tmp_path))
+    for content in ("{", "[]", '{"quantization_config": 5}'):
+        (tmp_path / "config.json").write_text(content)
+        assert not loading.is_compressed(str(tmp_path))

@@ -1,10 +1,17 @@
-"""The model card (README.md) of a compressed checkpoint: what was done, with which settings, and the measured sizes."""
+"""The model card (README.md) of a compressed checkpoint: what was done, with which settings, and the measured sizes.
+
+The head, in YAML, is for the hub; licence and languages are those of the dense model, as its own card gives them. Names
+may hold anything: what means something to Markdown is escaped.
+"""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jinja2
+from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
 
 from slablm.checkpoint.layer_report import LayerReport, error_summary, size_summary
 from slablm.system.memory import human_bytes
@@ -12,17 +19,14 @@ from slablm.system.memory import human_bytes
 if TYPE_CHECKING:
     from slablm.config import CompressionConfig
 
+_INHERITED = ("license", "license_name", "license_link", "language")
 TEMPLATE = """\
 ---
-library_name: transformers
-{% if hub_id %}base_model: {{ base }}
-{% endif -%}
-pipeline_tag: text-generation
-tags: [slablm, slab, compressed, sparse, low-rank]
+{{ head }}
 ---
-# {{ title }}, compressed by slablm
+# {{ title | plain }}, compressed by slablm
 
-`{{ base }}`, compressed without retraining by method **{{ config.method }}** {{ size }}
+{{ base | code }}, compressed without retraining by method **{{ config.method }}** {{ size }}
 with [slablm](https://pypi.org/project/slablm/) {{ version }}.
 
 | | |
@@ -35,11 +39,13 @@ with [slablm](https://pypi.org/project/slablm/) {{ version }}.
 | the same on text that calibrated nothing | {{ "%.4f" | format(errors.unseen_error) }} |
 {% endif -%}
 {% for key, value in settings.items() -%}
-| `{{ key }}` | {{ value }} |
+| `{{ key }}` | {{ value | cell }} |
 {% endfor %}
+
 {% if left_dense -%}
-Left dense inside the blocks: {% for name, reason in left_dense.items() %}`{{ name }}` ({{ reason }})
+Left dense inside the blocks: {% for name, reason in left_dense.items() %}{{ name | code }} ({{ reason | plain }})
 {%- if not loop.last %}, {% endif %}{% endfor %}.
+
 {% endif %}
 ## Use
 
@@ -56,7 +62,12 @@ Method: SLaB, arXiv 2604.04493. No quality was measured while compressing: run `
 
 
 def model_card(
-    source: str, config: CompressionConfig, reports: list[LayerReport], left_dense: dict[str, str], version: str
+    source: str,
+    config: CompressionConfig,
+    reports: list[LayerReport],
+    left_dense: dict[str, str],
+    version: str,
+    revision: str | None = None,
 ) -> str:
     """Text of the model card.
 
@@ -66,20 +77,23 @@ def model_card(
         reports: one per compressed layer.
         left_dense: matrices inside the blocks that were left dense, with the reason.
         version: version of slablm.
+        revision: of the dense model on the hub.
     """
     summary, budget = size_summary(reports), config.bits_per_weight
+    ratio = summary["compression_ratio"]
     title = source.rstrip("/").rpartition("/")[2]
     environment = jinja2.Environment(autoescape=False, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"code": _code, "cell": _cell, "plain": _plain}
     return environment.from_string(TEMPLATE).render(
-        hub_id=source.count("/") == 1 and not source.startswith((".", "/")),
+        head=_head(source, revision).to_yaml(),
         # A local path says nothing to a reader and too much about the writer.
-        base=source if source.count("/") <= 1 and not source.startswith((".", "/")) else title,
+        base=source if _is_hub_id(source) else title,
         title=title,
         version=version,
         config=config,
-        size=f"at ratio {config.ratio}" if budget is None else f"with a budget of {budget:g} true bits per weight",
+        size=f"to a ratio of {ratio:.4f}" if budget is None else f"with a budget of {budget:g} true bits per weight",
         settings=_shown_settings(config),
-        ratio=summary["compression_ratio"],
+        ratio=ratio,
         bits=summary["bits_per_weight"],
         layers=len(reports),
         weights=summary["weights"],
@@ -87,6 +101,53 @@ def model_card(
         errors=error_summary(reports),
         left_dense=left_dense,
     )
+
+
+def _is_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
+
+
+def _head(source: str, revision: str | None) -> ModelCardData:
+    """What the hub reads."""
+    known: dict[str, Any] = _inherited(source, revision)
+    if _is_hub_id(source):
+        known |= {"base_model": source, "base_model_relation": "quantized"}
+    tags = ["slablm", "slab", "compressed", "sparse", "low-rank"]
+    return ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **known)
+
+
+def _inherited(source: str, revision: str | None) -> dict[str, Any]:
+    """Licence and languages of the dense model; nothing where its card is not at hand or cannot be read."""
+    try:
+        file = Path(source, "README.md")
+        if _is_hub_id(source):
+            file = Path(hf_hub_download(source, file.name, revision=revision))
+        data = metadata_load(file) or {}
+    except Exception:  # no card, no network, no YAML: there is nothing to pass on, and no reason to fail
+        return {}
+    found = {name: data.get(name) for name in _INHERITED}
+    return {name: value for name, value in found.items() if isinstance(value, str) or (value and _is_list(value))}
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _plain(text: object) -> str:
+    """Text in one line that means nothing to Markdown."""
+    return re.sub(r"([\\`*\[<|])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code(text: object) -> str:
+    """Text as code, between more backticks than it has in a row."""
+    line = " ".join(str(text).split())
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence}{line}{fence}" if len(fence) == 1 else f"{fence} {line} {fence}"
+
+
+def _cell(value: object) -> str:
+    """A setting in a cell of the table; text as code."""
+    return _code(value).replace("|", r"\|") if isinstance(value, str) else str(value)
 
 
 def _shown_settings(config: CompressionConfig) -> dict[str, Any]:

@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+RUN = "slablm_run.json"
+# What a model is saved with, where it has it.
+COMPANIONS = (
+    RUN, "README.md", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates", "vocab.json",
+    "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
 WEIGHTS = ("model.safetensors", INDEX, "model-*-of-*.safetensors")
 MAX_SHARD_SIZE = 50_000_000_000  # as in transformers' save_pretrained
 
@@ -62,6 +69,7 @@ def save(
             tokenizer.save_pretrained(folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
+        check_target(out, overwrite, {path.name for path in folder.iterdir()})
 
 
 def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
@@ -81,16 +89,27 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
         _write_model(model, folder, **kwargs)
 
 
-def check_target(out: Path, overwrite: bool) -> None:
+def check_target(out: Path, overwrite: bool, names: Collection[str] = COMPANIONS) -> None:
     """Refuse a target that would lose something of the user's.
 
+    Args:
+        out: the target.
+        overwrite: whether files in it may be replaced.
+        names: files that are to be written there besides a model; by default all that are likely.
+
     Raises:
-        SlabError: `out` is a file, or holds a model and `overwrite` is not set.
+        SlabError: `out` is a file, or `overwrite` is not set and it holds a model or a file of such a name.
     """
     if out.is_file():
         raise SlabError(f"{out} is a file, a folder is needed")
-    if not overwrite and ((out / CONFIG).exists() or any(_weights_in(out))):
-        raise SlabError(f"{out} already holds a model: choose another folder or give --overwrite")
+    if overwrite:
+        return
+    way_out = "choose another folder or give --overwrite"
+    if model := [path.name for path in (out / CONFIG, *sorted(_weights_in(out))) if path.exists()]:
+        raise SlabError(f"{out} already holds a model: {model[0]} would be replaced: {way_out}")
+    for name in sorted(names):
+        if (out / name).exists():
+            raise SlabError(f"{out} already holds {name}, which would be replaced: {way_out}")
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -7,18 +7,42 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import typer
+from typer.core import TyperCommand
 
 from slablm.cli.bench import bench
 from slablm.cli.compare import compare
 from slablm.cli.compress import compress
+from slablm.cli.console import printable
 from slablm.cli.doctor import doctor
 from slablm.cli.eval import evaluate
 from slablm.cli.generate import generate
 from slablm.cli.inspect import inspect
 from slablm.cli.plan import plan
 from slablm.errors import SlabError
+
+VERBS: dict[str, Callable[..., None]] = {
+    "bench": bench,
+    "compare": compare,
+    "compress": compress,
+    "eval": evaluate,
+    "generate": generate,
+    "inspect": inspect,
+    "plan": plan,
+    "doctor": doctor,
+}
+
+
+class Verb(TyperCommand):
+    """A command whose usage line names its arguments as the text does: typer may put them in braces."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The parts of the usage line."""
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
+
 
 app = typer.Typer(
     name="slablm",
@@ -27,14 +51,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("bench")(bench)
-app.command("compare")(compare)
-app.command("compress")(compress)
-app.command("eval")(evaluate)
-app.command("generate")(generate)
-app.command("inspect")(inspect)
-app.command("plan")(plan)
-app.command("doctor")(doctor)
+for name, function in VERBS.items():
+    app.command(name, cls=Verb)(function)
 
 
 @app.callback(invoke_without_command=True)
@@ -55,6 +73,9 @@ def main() -> None:
         app()
     except SlabError as error:
         fail(str(error))
+    except OSError as error:  # a path that is too long, of another kind or not allowed; a full disk
+        where = f"{error.filename}: " if error.filename else ""
+        fail(where + " ".join((error.strerror or str(error)).split()))
     except MemoryError:
         fail("out of memory: use fewer --num-samples (or --max-memory), a shorter --seq-len or a smaller --dtype")
     except RuntimeError as error:
@@ -66,5 +87,5 @@ def main() -> None:
 
 def fail(message: str) -> None:
     """Print one error line and leave with status 1."""
-    print(f"slablm: error: {message}", file=sys.stderr)
+    print(f"slablm: error: {printable(message)}", file=sys.stderr)
     raise SystemExit(1)

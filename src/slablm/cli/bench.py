@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slablm.cli.console import Dtype, Json, Revision, TrustRemoteCode, log, print_json, print_table, progress
+from slablm.cli import options
+from slablm.cli.console import Dtype, Json, Revision, TrustRemoteCode, echo, print_json, print_table, progress, say
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ QUANTITIES = {
 
 
 def bench(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder (dense or compressed), .gguf file or 'smollm2'.")],
+    model: options.Model,
     against: Annotated[str | None, typer.Option(help="The dense model, to run beside it in fp32 and bf16.")] = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
@@ -59,7 +60,7 @@ def bench(
     energy = meter if isinstance(meter, str) else ENERGY_NOTE
     quiet_libraries()
     footprints = _footprints(contenders, workload)
-    log.print("Loading all contenders")
+    say("Loading all contenders")
     models = {contender.name: contender.load() for contender in contenders}
     with progress("Measuring speed, in turns") as (bar, task):
         speeds = measure_speed(
@@ -82,11 +83,11 @@ def bench(
         return
     _print_speeds(speeds)
     _print_memory(weights, footprints)
-    typer.echo(
+    echo(
         f"{prompt_tokens} prompt tokens, {new_tokens} new tokens, {rounds} rounds; "
         f"{MODEL} in {conditions['dtype']}, CPU kernels {conditions['cpu_kernels']}"
     )
-    typer.echo(f"energy {energy}")
+    echo(f"energy {energy}")
 
 
 def _contenders(

@@ -13,7 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, log, print_json, print_table, progress
+from slablm.cli.console import (
+    Device,
+    Dtype,
+    Json,
+    Revision,
+    TrustRemoteCode,
+    echo,
+    print_json,
+    print_table,
+    printable,
+    progress,
+    say,
+)
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 
@@ -29,7 +41,7 @@ RESULTS = "results.jsonl"
 
 def compare(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or 'smollm2'.")],
+    model: options.Dense,
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl, report.html and plots.")],
     methods: Annotated[str, typer.Option(help="Methods, separated by commas.")] = "slab,wanda,sparsegpt",
     ratios: Annotated[str, typer.Option(help="Compression ratios of the unstructured cells.")] = "0.5,0.6,0.7,0.8",
@@ -119,11 +131,11 @@ def run(
     loading.check_dense(source)
     results = ResultsFile(out / RESULTS)
     quiet_libraries()
-    log.print(f"Loading {source}")
+    say(f"Loading {source}")
     conditions = _conditions(source, config, text, max_windows, eval_seq_len, tasks, load_options)
     with _reporting(cells, conditions, results) as (on_cell, on_step):
         records = measure_cells(cells, conditions, results, on_cell, on_step)
-    log.print("Writing the report")
+    say("Writing the report")
     command = shlex.join(["slablm", *sys.argv[1:]])
     write_report(records, out, conditions.description | {"seed": config.seed}, command)
     return records
@@ -184,7 +196,7 @@ def _reporting(
     from slablm.comparison.table import show_perplexity
 
     missing = [cell for cell in cells if results.get(cell_key(cell, conditions)) is None]
-    log.print(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
+    say(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
     start = time.perf_counter()
     done = measured = 0
     with progress("Starting") as (bar, task):
@@ -195,16 +207,14 @@ def _reporting(
             if not new:
                 return
             left = (time.perf_counter() - start) / measured * (len(missing) - measured)
-            log.print(
+            say(
                 f"[{done}/{len(cells)}] {record.cell.label}: perplexity {show_perplexity(record)}, "
-                f"{record.bits_per_weight:.2f} true bits per weight, ETA {_duration(left)}",
-                markup=False,
-                soft_wrap=True,
+                f"{record.bits_per_weight:.2f} true bits per weight, ETA {_duration(left)}"
             )
 
         def on_step(what: str, step: int, steps: int) -> None:
             label = f"cell {done + 1}/{len(cells)}: {cells[done].label}, {what}"
-            bar.update(task, description=label, completed=step, total=steps)
+            bar.update(task, description=printable(label), completed=step, total=steps)
 
         yield on_cell, on_step
 
@@ -234,8 +244,8 @@ def _show(records: Sequence[Record], out: Path, json: bool) -> None:
     _print_perplexities(lines)
     if records[0].accuracies:
         _print_accuracies(lines, list(records[0].accuracies))
-    typer.echo(headline(records))
-    typer.echo(f"report: {out / REPORT}")
+    echo(headline(records))
+    echo(f"report: {out / REPORT}")
 
 
 def _print_perplexities(lines: Sequence[Row]) -> None:

@@ -4,43 +4,30 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, log, print_json, progress
-from slablm.config import CompressionConfig
+from slablm.cli.console import Json, echo, print_json, progress, say
+
+if TYPE_CHECKING:
+    from slablm.compression.options import RunOptions
+    from slablm.config import CompressionConfig
 
 
+@options.spread
 def compress(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Hub id, local folder, .gguf file or 'smollm2'.")],
-    out: Annotated[Path, typer.Argument(help="Folder for the compressed checkpoint.")],
-    method: options.Method = "slab+",
-    ratio: options.Ratio = 0.5,
-    bits_per_weight: options.BitsPerWeight = None,
-    magnitude_bits: options.MagnitudeBits = None,
-    group_size: options.GroupSize = 128,
-    pattern: options.PatternText = "unstructured",
-    rank: options.Rank = 1,
-    iterations: options.Iterations = 20,
-    calibration: options.Calibration = "c4",
-    num_samples: options.NumSamples = 128,
-    seq_len: options.SeqLen = 2048,
-    targets: options.TargetNames = None,
-    ignore: options.IgnoredNames = None,
-    dtype: Dtype = "auto",
-    value_dtype: options.ValueDtype = None,
-    device: Device = "cpu",
+    model: options.Dense,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the compressed checkpoint.")],
+    *,
+    settings: options.Settings,
     refine: options.Refine = False,
     seed: options.Seed = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model that OUT already holds.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace a model, or its files, that OUT already holds.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run into OUT, if there is one.")] = False,
-    max_memory: options.MaxMemory = None,
-    max_shard_size: options.MaxShardSize = "50GB",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
+    source: options.Source,
     json: Json = False,
 ) -> None:
     """Compress MODEL into OUT in one shot, without retraining.
@@ -50,16 +37,13 @@ def compress(
     each with --device cuda) compress one model together.
     """
     from slablm.system.distributed import join
-    from slablm.system.memory import parse_bytes
 
-    with join(device) as world:
+    with join(settings.device) as world:
         config = options.config(context)
-        result = run(
-            model, out, config, overwrite=overwrite, resume=resume or world.restarted, dtype=dtype, device=device,
-            revision=revision, trust_remote_code=trust_remote_code, world=world,
-            max_shard_size=parse_bytes(max_shard_size, "--max-shard-size"),
-            max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
-        )  # fmt: skip
+        chosen = options.run_options(
+            settings, source, overwrite=overwrite, resume=resume or world.restarted, world=world
+        )
+        result = run(model, out, config, chosen)
     if not world.first:
         return
     if json:
@@ -68,14 +52,14 @@ def compress(
         _print_summary(result)
 
 
-def run(source: str, out: Path, config: CompressionConfig, **chosen: Any) -> dict[str, Any]:
+def run(source: str, out: Path, config: CompressionConfig, run_options: RunOptions) -> dict[str, Any]:
     """Compress into a folder with a progress bar; returns what ``--json`` prints (nothing on ranks other than 0).
 
     Args:
         source: the dense model.
         out: target folder.
         config: settings.
-        chosen: fields of `slablm.compression.run.RunOptions`.
+        run_options: everything else.
 
     Raises:
         SlabError: any bad input. Cheap checks come before the model is read.
@@ -83,13 +67,11 @@ def run(source: str, out: Path, config: CompressionConfig, **chosen: Any) -> dic
     from slablm.api import compress_folder
     from slablm.checkpoint.inspection import inspect_folder
     from slablm.checkpoint.layer_report import error_summary
-    from slablm.compression.options import RunOptions
     from slablm.dense.loading import quiet_libraries
     from slablm.system.memory import peak_resident_bytes
 
     start = time.perf_counter()
     quiet_libraries()
-    run_options = RunOptions(**chosen)
     if not run_options.world.first:
         compress_folder(source, out, config, run_options)
         return {}
@@ -100,7 +82,7 @@ def run(source: str, out: Path, config: CompressionConfig, **chosen: Any) -> dic
             config,
             run_options,
             lambda done, total, report: bar.update(task, completed=done, total=total),
-            log.print,
+            say,
         )
     inspection = inspect_folder(out)
     return {
@@ -136,7 +118,7 @@ def _print_summary(result: dict[str, Any]) -> None:
     if result["peak_memory_bytes"]:
         lines["peak memory"] = human_bytes(result["peak_memory_bytes"])
     for label, value in lines.items():
-        typer.echo(f"{label:<28}{value}")
+        echo(f"{label:<28}{value}")
 
 
 def _errors(result: dict[str, Any]) -> str:

@@ -1,16 +1,22 @@
-"""What the verbs share: options, a console on stderr, a progress bar, tables and JSON on stdout."""
+"""What the verbs share: options, a console on stderr, a progress bar, tables and JSON on stdout.
+
+Names of layers, files and tasks come from elsewhere and may hold anything. They are printed as they are, never read as
+markup, and what could steer a terminal is written out.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
 
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="torch device to run on, such as cpu or cuda.")]
@@ -18,15 +24,52 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
 TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code that comes with the checkpoint.")]
 
+# Control characters, line and paragraph separators, orders to write backwards, and bytes that are no text.
+_UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that takes text for text: no markup, no codes of emojis, no colours by content."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
+
+
 # Everything that is not a result goes to stderr.
-log = Console(stderr=True, highlight=False)
+log = console(stderr=True)
+
+
+def printable(text: object, keep: str = "") -> str:
+    """Text in one line that does nothing to a terminal: such characters are written out.
+
+    Args:
+        text: anything.
+        keep: characters to leave as they are.
+    """
+    return _UNSAFE.sub(lambda found: found[0] if found[0] in keep else ascii(found[0])[1:-1], str(text))
+
+
+def say(line: object) -> None:
+    """One line on stderr about what is going on."""
+    log.print(printable(line), soft_wrap=True)
+
+
+def echo(line: object) -> None:
+    """One line of a result on stdout."""
+    typer.echo(printable(line))
+
+
+class TextTable(Table):
+    """A table whose cells are text from anywhere."""
+
+    def add_row(self, *cells: RenderableType | None, **options: Any) -> None:
+        """Add a line of cells."""
+        super().add_row(*(None if cell is None else printable(cell) for cell in cells), **options)
 
 
 @contextmanager
 def progress(description: str) -> Iterator[tuple[Progress, Any]]:
     """A progress bar with elapsed and remaining time on stderr."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -34,7 +77,7 @@ def progress(description: str) -> Iterator[tuple[Progress, Any]]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=log, transient=not log.is_terminal) as bar:
-        yield bar, bar.add_task(description, total=None)
+        yield bar, bar.add_task(printable(description), total=None)
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -46,16 +89,17 @@ def print_json(data: dict[str, Any]) -> None:
 def print_table(title: str, columns: Sequence[str], body: Sequence[tuple[str, ...]]) -> None:
     """A table on stdout, its lines grouped by the first column; the first two columns are text, the others numbers."""
     from rich.box import SIMPLE
-    from rich.table import Table
 
-    table = Table(title=title, box=SIMPLE)
+    table = TextTable(title=title, box=SIMPLE)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < 2 else "right", no_wrap=True)
+        table.add_column(printable(column, "\n"), justify="left" if index < 2 else "right", no_wrap=True)
     for before, line in zip([None, *body], body, strict=False):
         if before is not None and before[0] != line[0]:
             table.add_section()
         table.add_row(*line)
-    console = Console(highlight=False, markup=False)
+    shown = console()
     # A file or a narrow terminal gets whole lines as well: a cut number is worse than a wrapped line.
-    console.width = max(console.width, Console(width=1000).measure(table).maximum)
-    console.print(table)
+    wide = console()
+    wide.width = 1000
+    shown.width = max(shown.width, wide.measure(table).maximum)
+    shown.print(table)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import typer
-
-from slablm.cli.console import Json, print_json
+from slablm.cli.console import Json, echo, print_json
 
 
 def doctor(json: Json = False) -> None:
@@ -33,4 +31,4 @@ def doctor(json: Json = False) -> None:
         print_json(facts)
         return
     for label, value in facts.items():
-        typer.echo(f"{label.replace('_', ' '):<20}{'none' if value is None else value}")
+        echo(f"{label.replace('_', ' '):<20}{'none' if value is None else value}")

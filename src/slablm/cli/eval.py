@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, print_json, progress
+from slablm.cli import options
+from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, echo, print_json, progress
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ TASK_OPTIONS = ("limit", "batch_size")
 
 def evaluate(
     context: typer.Context,
-    model: Annotated[str, typer.Argument(help="Hub id, local folder (dense or compressed), .gguf file or 'smollm2'.")],
+    model: options.Model,
     text: Annotated[str, typer.Option(help="wikitext2, c4, builtin or a text file.")] = "wikitext2",
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.")] = None,
@@ -59,6 +60,8 @@ def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, jso
     from slablm.calibration.text import check_length, load_text, windows_from_text
     from slablm.evaluation import perplexity
 
+    if seq_len < 2:
+        raise SlabError(f"--seq-len must be 2 or more, got {seq_len}: a window's first token is not predicted")
     num_tokens = None if max_windows is None else max_windows * seq_len
     content = load_text(text, split="evaluation", num_tokens=num_tokens)
     loaded, tokenizer = load()
@@ -76,7 +79,7 @@ def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, jso
             }
         )
     else:
-        typer.echo(f"perplexity {result.value:.3f} ± {result.stderr:.3f} ({len(windows)} windows of {seq_len} tokens)")
+        echo(f"perplexity {result.value:.3f} ± {result.stderr:.3f} ({len(windows)} windows of {seq_len} tokens)")
 
 
 def _accuracy(load: Any, names: list[str], files: list[Path], limit: int | None, batch_size: int, json: bool) -> None:
@@ -92,9 +95,9 @@ def _accuracy(load: Any, names: list[str], files: list[Path], limit: int | None,
         return
     width = max(map(len, results))
     for name, result in results.items():
-        typer.echo(f"{name:{width}}  {_line(result)}")
+        echo(f"{name:{width}}  {_line(result)}")
     if len(results) > 1:
-        typer.echo(f"{'mean':{width}}  acc {mean:.3f}")
+        echo(f"{'mean':{width}}  acc {mean:.3f}")
 
 
 def _line(result: TaskResult) -> str:

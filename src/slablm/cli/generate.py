@@ -6,12 +6,13 @@ from typing import Annotated
 
 import typer
 
-from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode
+from slablm.cli import options
+from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode, printable
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder (dense or compressed), .gguf file or 'smollm2'.")],
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write at most.")] = 64,
     chat: Annotated[bool, typer.Option(help="Wrap the prompt in the model's chat template.")] = False,
     dtype: Dtype = "auto",
@@ -28,4 +29,5 @@ def generate(
     loaded, tokenizer = loading.load(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code
     )
-    typer.echo(continue_text(loaded, tokenizer, prompt, max_new_tokens, chat=chat))
+    text = continue_text(loaded, tokenizer, prompt, max_new_tokens, chat=chat)
+    typer.echo(printable(text, keep="\n\t"))

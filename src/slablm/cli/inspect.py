@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slablm.cli.console import Json, print_json
+from slablm.cli.console import Json, TextTable, console, print_json
 
 if TYPE_CHECKING:
     from slablm.checkpoint.inspection import Inspection
 
 
-def inspect(out: Annotated[Path, typer.Argument(help="A slablm checkpoint folder.")], json: Json = False) -> None:
+def inspect(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A slablm checkpoint folder.")], json: Json = False
+) -> None:
     """Check the integrity of OUT and show what every layer costs."""
     from slablm.checkpoint.inspection import inspect_folder
 
@@ -26,12 +28,10 @@ def inspect(out: Annotated[Path, typer.Argument(help="A slablm checkpoint folder
 
 def _print_table(inspection: Inspection) -> None:
     from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
 
     from slablm.system.memory import human_bytes
 
-    table = Table(title="Compressed layers", box=SIMPLE)
+    table = TextTable(title="Compressed layers", box=SIMPLE)
     table.add_column("layer", no_wrap=True)
     for column in ("shape", "kept", "bits", "ratio", "error", "unseen"):
         table.add_column(column, justify="right", no_wrap=True)
@@ -45,13 +45,13 @@ def _print_table(inspection: Inspection) -> None:
             f"{layer.output_error:.4f}",
             "" if layer.unseen_error is None else f"{layer.unseen_error:.4f}",
         )
-    console = Console(highlight=False)
-    console.print(table)
-    console.print("bits: true bits per weight; ratio: the paper's compression ratio")
-    console.print("error: relative output error on calibration text; unseen: on text that calibrated nothing")
-    console.print(
+    shown = console()
+    shown.print(table)
+    shown.print("bits: true bits per weight; ratio: the paper's compression ratio")
+    shown.print("error: relative output error on calibration text; unseen: on text that calibrated nothing")
+    shown.print(
         f"total: {len(inspection.layers)} layers, {inspection.weights / 1e6:.1f} M weights, "
         f"kept {inspection.kept_fraction:.4f}, {inspection.bits_per_weight:.3f} true bits per weight, "
         f"compression ratio {inspection.compression_ratio:.4f} (paper), {human_bytes(inspection.file_bytes)} on disk"
     )
-    console.print("integrity: every tensor matches its digest")
+    shown.print("integrity: every tensor matches its digest")

@@ -1,14 +1,28 @@
-"""Options that verbs share, and the settings made from them."""
+"""Arguments and options that verbs share, and the settings made from them.
+
+Options that several verbs have in a row are the fields of a dataclass; `spread` gives a verb one option for each.
+"""
 
 from __future__ import annotations
 
-from dataclasses import fields
-from typing import Annotated
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode
 from slablm.config import CompressionConfig
 
+if TYPE_CHECKING:
+    from slablm.compression.options import RunOptions
+
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, local folder (dense or compressed), .gguf file or 'smollm2'.")
+]
+Dense = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file or 'smollm2'.")]
 Method = Annotated[str, typer.Option(help="slab+, slab (the paper's), wanda, magnitude or an arm of the ablation.")]
 Ratio = Annotated[float, typer.Option(help="Compression ratio in the paper's accounting.")]
 BitsPerWeight = Annotated[
@@ -36,6 +50,93 @@ MaxMemory = Annotated[
     ),
 ]
 MaxShardSize = Annotated[str, typer.Option(help="Largest file of weights in OUT, such as 5GB.")]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a compression is like, as it is typed; the fields are called like those of `CompressionConfig`."""
+
+    method: Method = "slab+"
+    ratio: Ratio = 0.5
+    bits_per_weight: BitsPerWeight = None
+    magnitude_bits: MagnitudeBits = None
+    group_size: GroupSize = 128
+    pattern: PatternText = "unstructured"
+    rank: Rank = 1
+    iterations: Iterations = 20
+    calibration: Calibration = "c4"
+    num_samples: NumSamples = 128
+    seq_len: SeqLen = 2048
+    targets: TargetNames = None
+    ignore: IgnoredNames = None
+    dtype: Dtype = "auto"
+    value_dtype: ValueDtype = None
+    device: Device = "cpu"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the model comes from, and what the run may take, as it is typed."""
+
+    max_memory: MaxMemory = None
+    max_shard_size: MaxShardSize = "50GB"
+    revision: Revision = None
+    trust_remote_code: TrustRemoteCode = False
+
+
+def spread(verb: Callable[..., None]) -> Callable[..., None]:
+    """Turn every parameter of a verb that is one of the dataclasses above into an option for each of its fields.
+
+    typer reads the options of a verb from its signature; this is the signature with the fields in the place of the
+    dataclass. The verb itself is given the dataclass.
+    """
+    groups: dict[str, Any] = {}
+    parameters: list[inspect.Parameter] = []
+    hints = get_type_hints(verb, include_extras=True)
+    for name, parameter in inspect.signature(verb).parameters.items():
+        if not is_dataclass(hints[name]):
+            parameters.append(parameter.replace(annotation=hints[name]))
+            continue
+        groups[name] = hints[name]
+        types = get_type_hints(hints[name], include_extras=True)
+        for field in fields(hints[name]):
+            kind = inspect.Parameter.KEYWORD_ONLY
+            parameters.append(inspect.Parameter(field.name, kind, default=field.default, annotation=types[field.name]))
+
+    @functools.wraps(verb)
+    def command(**typed: Any) -> None:
+        for name, group in groups.items():
+            typed[name] = group(**{field.name: typed.pop(field.name) for field in fields(group)})
+        verb(**typed)
+
+    vars(command)["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def run_options(settings: Settings, source: Source, **others: Any) -> RunOptions:
+    """The options of a run that a verb was given.
+
+    Args:
+        settings: as typed.
+        source: as typed.
+        others: further fields of `RunOptions`.
+
+    Raises:
+        SlabError: a size is none.
+    """
+    from slablm.compression.options import RunOptions
+    from slablm.system.memory import parse_bytes
+
+    return RunOptions(
+        dtype=settings.dtype,
+        device=settings.device,
+        revision=source.revision,
+        trust_remote_code=source.trust_remote_code,
+        max_memory=None if source.max_memory is None else parse_bytes(source.max_memory, "--max-memory"),
+        max_shard_size=parse_bytes(source.max_shard_size, "--max-shard-size"),
+        **others,
+    )
 
 
 def config(context: typer.Context, *names: str) -> CompressionConfig:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, print_json
+from slablm.cli.console import Json, TextTable, console, print_json, printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -18,54 +18,30 @@ if TYPE_CHECKING:
     from slablm.planning.plan import Plan
 
 
+@options.spread
 def plan(
     context: typer.Context,
     model: Annotated[
-        str, typer.Argument(help="Hub id, local folder (config.json is enough), .gguf file or 'smollm2'.")
+        str,
+        typer.Argument(metavar="MODEL", help="Hub id, local folder (config.json is enough), .gguf file or 'smollm2'."),
     ],
-    out: Annotated[Path, typer.Argument(help="Where the result would be; only its free space matters.")] = Path("out"),
-    method: options.Method = "slab+",
-    ratio: options.Ratio = 0.5,
-    bits_per_weight: options.BitsPerWeight = None,
-    magnitude_bits: options.MagnitudeBits = None,
-    group_size: options.GroupSize = 128,
-    pattern: options.PatternText = "unstructured",
-    rank: options.Rank = 1,
-    iterations: options.Iterations = 20,
-    calibration: options.Calibration = "c4",
-    num_samples: options.NumSamples = 128,
-    seq_len: options.SeqLen = 2048,
-    targets: options.TargetNames = None,
-    ignore: options.IgnoredNames = None,
-    dtype: Dtype = "auto",
-    value_dtype: options.ValueDtype = None,
-    device: Device = "cpu",
-    max_memory: options.MaxMemory = None,
-    max_shard_size: options.MaxShardSize = "50GB",
-    revision: Revision = None,
-    trust_remote_code: TrustRemoteCode = False,
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Where the result would be; only its free space matters.")
+    ] = Path("out"),
+    *,
+    settings: options.Settings,
+    source: options.Source,
     json: Json = False,
 ) -> None:
     """Say what compressing MODEL would give, take and need. No weight is read.
 
     The options are those of compress. The exit status is 1 if it is impossible on this machine.
     """
-    from slablm.compression.options import RunOptions
     from slablm.dense.loading import quiet_libraries
     from slablm.planning.plan import plan as make_plan
-    from slablm.system.memory import parse_bytes
 
-    config = options.config(context)
-    run_options = RunOptions(
-        dtype=dtype,
-        device=device,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        max_memory=None if max_memory is None else parse_bytes(max_memory, "--max-memory"),
-        max_shard_size=parse_bytes(max_shard_size, "--max-shard-size"),
-    )
     quiet_libraries()
-    result = make_plan(model, config, options=run_options, out=out)
+    result = make_plan(model, options.config(context), options=options.run_options(settings, source), out=out)
     if json:
         print_json(result.to_dict())
     else:
@@ -75,17 +51,15 @@ def plan(
 
 
 def _show(plan: Plan) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
+    shown = console()
     for table in _tables(plan):
-        console.print(table)
+        shown.print(table)
     for line in _remarks(plan):
-        console.print(line)
+        shown.print(printable(line))
     for problem in plan.problems:
-        console.print(f"impossible: {problem}")
+        shown.print(printable(f"impossible: {problem}"))
     if not plan.problems:
-        console.print("nothing stands in the way")
+        shown.print("nothing stands in the way")
 
 
 def _tables(plan: Plan) -> list[Table]:
@@ -163,9 +137,8 @@ def _remarks(plan: Plan) -> list[str]:
 
 def _table(title: str, *columns: str) -> Table:
     from rich.box import SIMPLE
-    from rich.table import Table
 
-    table = Table(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
+    table = TextTable(title=title, title_justify="left", box=SIMPLE, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=True)
     return table

@@ -3,7 +3,7 @@
 Beside the target OUT lies a hidden folder, ``.OUT.unfinished``, with
 
     lock                      held by the process that works on OUT
-    fingerprint.json          what the run was made with: model files, calibration tokens, settings, versions
+    fingerprint.json          what the run was made with: model, calibration tokens, settings, versions
     outside-*.safetensors     tensors outside the blocks, as they will be stored
     block-*.safetensors       one finished block each: packed tensors and what else it has, digests, reports
     model/                    the result while it is put together
@@ -31,10 +31,10 @@ from torch import Tensor
 
 from slablm.checkpoint import integrity
 from slablm.checkpoint.shards import Piece, TensorFile, sync, sync_folder, write_tensors
+from slablm.compression.fingerprint import differences
 from slablm.errors import SlabError
 
 _RECORD = "record"
-_SHOWN_DIFFERENCES = 3
 
 
 class Journal:
@@ -138,12 +138,9 @@ class Journal:
         return record
 
     def _compare(self, before: dict[str, str], now: Mapping[str, str]) -> None:
-        names = [name for name in {**now, **before} if before.get(name) != now.get(name)]
-        if names:
-            shown = [f"{name} (was {before.get(name)}, is {now.get(name)})" for name in names[:_SHOWN_DIFFERENCES]]
-            more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        if found := differences(before, now):
             raise SlabError(
-                f"the unfinished run was begun with another {', '.join(shown)}{more}: "
+                f"the unfinished run was begun with another {found}: "
                 f"go back to that, or delete {self.folder} to start anew"
             )
 

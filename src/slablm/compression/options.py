@@ -17,7 +17,7 @@ class RunOptions:
         device: compute device.
         revision: branch, tag or commit on the hub.
         trust_remote_code: run model code from the hub.
-        overwrite: replace a model that the target holds.
+        overwrite: replace a model, or files of the same names, that the target holds.
         resume: continue an unfinished run.
         max_memory: bytes of RAM for the calibration activations of one rank; None for as much as they take.
         max_shard_size: bytes of tensors per file of the result.

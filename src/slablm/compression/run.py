@@ -13,15 +13,11 @@ begin and with what; they check that they would have begun with the same.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import torch
 
 from slablm.calibration.text import calibration_windows
 from slablm.checkpoint import integrity
@@ -31,6 +27,7 @@ from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.save import assemble, check_target, publish, remove_abandoned
 from slablm.checkpoint.shards import sync, sync_folder
 from slablm.compression.blocks import Progress, compress_blocks, unreached
+from slablm.compression.fingerprint import differences, fingerprint, inputs, read_run, write_run
 from slablm.compression.journal import Journal, open_journal, unfinished_folder
 from slablm.compression.options import RunOptions
 from slablm.compression.preparation import check_model, check_packable, prepare_model, with_value_dtype
@@ -41,10 +38,7 @@ from slablm.dense.opening import DenseModel, open_dense
 from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
 from slablm.system.memory import give_back, human_bytes
-from slablm.system.versions import __version__, versions
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from slablm.system.versions import __version__
 
 _PUBLISH = "publish.json"
 Say = Callable[[str], None]
@@ -92,6 +86,7 @@ def compress_folder(
         SlabError: any bad input; cheap checks come before the model is read. Nothing is changed in `out`.
     """
     check_packable(config.method)
+    out = out.resolve()  # hidden folders lie beside it, whatever it is called here
     world = options.world
     if config.num_samples < world.size:
         raise SlabError(
@@ -106,7 +101,8 @@ def compress_folder(
     remove_abandoned(out)
     publishing = unfinished_folder(out) / _PUBLISH
     if not publishing.exists():  # else `out` may hold this run's own result
-        if options.resume and not options.overwrite and not unfinished_folder(out).exists() and _complete(out, config):
+        to_continue = options.resume and not options.overwrite and not unfinished_folder(out).exists()
+        if to_continue and _finished(source, out, config, options):
             say(f"{out} is complete, there is nothing to go on with")
             world.tell(None)
             return RunResult(config, None, 0)
@@ -142,9 +138,10 @@ class _Run:
         self.say(f"Calibrating on {config.calibration}: {config.num_samples} windows of {config.seq_len} tokens")
         self.windows = calibration_windows(self.dense.model, self.dense.tokenizer, config)
         give_back()  # what reading the model and the text has left in the heap
-        fingerprint = _fingerprint(self.source, self.dense, self.windows, config, options)
-        journal.accept(fingerprint)
-        options.world.tell((self.windows, fingerprint, journal.done))
+        self.made_from = inputs(self.dense, config)
+        found = fingerprint(self.made_from, self.windows, config, options)
+        journal.accept(found)
+        options.world.tell((self.windows, found, journal.done))
         self._say_what_it_takes()
         self.config = _prepared(self.dense, self.targets, config)
 
@@ -196,9 +193,11 @@ class _Run:
         digests |= {alias: digests[first] for first, *aliases in names for alias in aliases}
         assemble(model, folder, pieces, integrity.record(digests, names), self.options.max_shard_size)
         self.dense.tokenizer.save_pretrained(folder)
-        card = model_card(self.source, self.config, reports, left_dense, __version__)
+        revision = self.options.revision
+        card = model_card(self.source, self.config, reports, left_dense, __version__, revision)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        for path in folder.iterdir():
+        write_run(folder, self.made_from)
+        for path in (path for path in folder.rglob("*") if path.is_file()):
             with path.open("rb+") as file:
                 sync(file)
         sync_folder(folder)
@@ -209,7 +208,7 @@ class _Run:
         present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
         names = json.loads(note.read_text(encoding="utf-8")) if note.exists() else present
         if present == names:  # nothing has moved yet, and `out` may have been filled in the meantime
-            check_target(self.out, self.options.overwrite)
+            check_target(self.out, self.options.overwrite, present)
         if not note.exists():
             self.journal.write_json(_PUBLISH, names)
         publish(folder, self.out, names)
@@ -230,8 +229,8 @@ def _help(source: str, out: Path, config: CompressionConfig, options: RunOptions
     told = world.tell(None)
     if told is None:  # there is nothing left to do
         return RunResult(config, None, 0)
-    windows, fingerprint, done = told
-    _check_alike(fingerprint, _fingerprint(source, dense, windows, config, options))
+    windows, theirs, done = told
+    _check_alike(theirs, fingerprint(inputs(dense, config), windows, config, options))
     config = _prepared(dense, targets, config)
     blocks = StreamedBlocks(
         dense, targets, config, None, max_activation_bytes=options.max_memory,
@@ -249,8 +248,7 @@ def _help(source: str, out: Path, config: CompressionConfig, options: RunOptions
 def _check_alike(first: dict[str, str], mine: dict[str, str]) -> None:
     """Refuse a rank that would get other numbers than rank 0, from what their fingerprints say."""
     for name, value in mine.items():
-        # Hosts may have copies of the model, in another folder and of another date.
-        if name != "model" and not name.startswith("date of ") and value != first.get(name):
+        if value != first.get(name):
             raise SlabError(
                 f"another {name} than on rank 0 (there {first.get(name)}, here {value}): "
                 "all ranks need the same command, model, versions, number of threads and kind of CPU"
@@ -275,38 +273,22 @@ def _open(source: str, config: CompressionConfig, options: RunOptions) -> DenseM
     )
 
 
-def _complete(out: Path, config: CompressionConfig) -> bool:
-    """Whether `out` holds a result with these settings: the run to be continued had come to its end."""
+def _finished(source: str, out: Path, config: CompressionConfig, options: RunOptions) -> bool:
+    """Whether `out` holds the very result of this run, which had come to its end; False if it holds none.
+
+    Raises:
+        SlabError: it holds the result of another run, or it is not known of which.
+    """
     if not is_compressed(str(out)):
         return False
-    settings = read_quantization_config(out)["compression"]
-    wanted = config.to_dict()
-    return all(settings.get(key) == value for key, value in wanted.items() if value is not None)
-
-
-def _fingerprint(
-    source: str, dense: DenseModel, windows: Tensor, config: CompressionConfig, options: RunOptions
-) -> dict[str, str]:
-    """Everything the bytes of the result depend on, by the name an error should use."""
-    shown: dict[str, Any] = {"model": source, "device": options.device, "dtype": dense.model.dtype}
-    for file in dense.files:
-        status = file.stat()
-        shown[f"file {file.name}"] = f"{status.st_size} bytes, header {_header_digest(file)}"
-        shown[f"date of {file.name}"] = f"{status.st_mtime_ns} ns"
-    shown["model config"] = _text_digest(dense.model.config.to_json_string())
-    shown |= {f"setting {key}": value for key, value in config.to_dict().items()}
-    shown["calibration tokens"] = integrity.digest(windows)
-    shown |= {f"version of {name}": version for name, version in versions().items()}
-    # Sums are split over threads and vector lanes; other splits round differently.
-    shown |= {"number of threads": torch.get_num_threads(), "CPU capability": torch.backends.cpu.get_cpu_capability()}
-    return {name: str(value) for name, value in shown.items()}
-
-
-def _header_digest(file: Path) -> str:
-    """Digest of a file's first megabyte at most: headers are in front."""
-    with file.open("rb") as opened:
-        return hashlib.blake2b(opened.read(1 << 20), digest_size=8).hexdigest()
-
-
-def _text_digest(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    way_out = "choose another folder or give --overwrite"
+    before, wanted = read_quantization_config(out)["compression"], config.to_dict()
+    settings = {name: value for name, value in wanted.items() if value is not None}
+    if found := differences({name: before.get(name) for name in settings}, settings):
+        raise SlabError(f"{out} already holds a model, made with another {found}: {way_out}")
+    made_from = read_run(out)
+    if made_from is None:
+        raise SlabError(f"{out} already holds a model, and it is not known what it was made from: {way_out}")
+    if found := differences(made_from, inputs(_open(source, config, options), config)):
+        raise SlabError(f"{out} already holds a model, made from another {found}: {way_out}")
+    return True

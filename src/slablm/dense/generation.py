@@ -34,10 +34,12 @@ def continue_text(
         Prompt and continuation; with `chat` the answer alone.
 
     Raises:
-        SlabError: an empty prompt, or no chat template.
+        SlabError: the prompt is empty or no text, or there is no chat template.
     """
     if not prompt:
         raise SlabError("the prompt is empty: give the text to continue")
+    if any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise SlabError("the prompt is no UTF-8 text")
     if chat and not tokenizer.chat_template:
         raise SlabError("the tokenizer has no chat template: leave out --chat")
     if chat:

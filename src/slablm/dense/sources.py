@@ -12,6 +12,7 @@ from typing import Any
 
 from slablm.checkpoint.save import CONFIG, INDEX
 from slablm.checkpoint.shards import Piece, TensorFile
+from slablm.dense.loading import explained
 from slablm.errors import SlabError
 
 _SINGLE = "model.safetensors"
@@ -75,16 +76,40 @@ def other_file_name(source: str) -> bool:
 
 
 def _find(source: str, name: str, revision: str | None) -> Path | None:
+    """A file of a model, downloaded if need be; None if the model has no such file.
+
+    Raises:
+        SlabError: the hub does not let us know.
+    """
     from transformers.utils.hub import cached_file
 
     if Path(source).is_dir():
         path = Path(source) / name
         return path if path.exists() else None
     try:
-        found = cached_file(source, name, revision=revision)
-    except OSError:  # transformers' way to say that there is none
-        return None
+        with explained(source):
+            found = cached_file(source, name, revision=revision)
+    except SlabError as error:
+        # What transformers says by itself is that there is no such file; all else has a cause.
+        said = error.__cause__
+        missing = type(said) is OSError and said.__cause__ is None and said.errno is None
+        if missing or (name in (_ADAPTER, _SINGLE, INDEX) and _cached(source, revision)):
+            return None
+        raise
     return None if found is None else Path(found)
+
+
+def _cached(source: str, revision: str | None) -> bool:
+    """Whether the hub's cache holds weights of a model: then what is not beside them does not exist."""
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        config = try_to_load_from_cache(source, CONFIG, revision=revision)
+    except ValueError:  # no possible name of a model
+        return False
+    return isinstance(config, str) and any(
+        path.suffix in {".safetensors", ".bin"} for path in Path(config).parent.iterdir()
+    )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -88,9 +88,14 @@ def open_skeleton(source: str, dtype: str, revision: str | None, *, trust_remote
 def _headers(where: str, gguf: dict[str, Any], revision: str | None) -> tuple[list[Path], dict[str, Piece]]:
     if gguf:
         return [Path(where, gguf["gguf_file"])], {}
-    with _offline(where):
-        files = sources.model_files(where, revision)
-        return files, sources.open_weights(files, where, revision) if files else {}
+    try:
+        with _offline(where):
+            files = sources.model_files(where, revision)
+            return files, sources.open_weights(files, where, revision) if files else {}
+    except SlabError as error:
+        if not loading.hub_problem(where, error):
+            raise
+        return [], {}  # not downloaded before
 
 
 @contextmanager

@@ -1,0 +1,81 @@
+"""Names out of paths and files are shown as they are, and never steer the terminal."""
+
+import contextlib
+import io
+import json
+import shutil
+
+import pytest
+from rich.console import Console
+
+from slablm.checkpoint import integrity
+from slablm.checkpoint.shards import open_all, write_tensors
+from slablm.cli import console
+from tests.cli.test_cli import refused, slablm
+
+HOSTILE = "[/x]\x1b[31m"
+SHOWN = r"[/x]\x1b[31m"
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        (HOSTILE, SHOWN),
+        ("a\nb\tc\r\x07\x9b", r"a\nb\tc\r\x07\x9b"),
+        ("exe.\u202etxt \u2028 \udcff", r"exe.\u202etxt \u2028 \udcff"),
+        ("Größe 4×4 → 👩\u200d💻 :smile:", "Größe 4×4 → 👩\u200d💻 :smile:"),
+    ],
+)
+def test_printable(text, shown):
+    assert console.printable(text) == shown
+    assert console.printable("a\n\x1b", keep="\n") == "a\n\\x1b"
+
+
+def test_a_folder_with_brackets_in_its_name(tiny_folder, text_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    source, out = tmp_path / "[v1]" / "m", tmp_path / "[v1]" / ":smile:"
+    shutil.copytree(tiny_folder, source)
+    done = slablm(
+        "compress", source, out, "--calibration", text_file, "--num-samples", 2, "--seq-len", 16, "--method", "wanda"
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"Reading {source}\n" in done.stderr
+    assert f"written to{' ' * 18}{out}\n" in done.stdout
+
+
+def test_a_layer_with_a_hostile_name(compressed_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "out"
+    shutil.copytree(compressed_folder, out)
+    old, new = "model.layers.0.mlp.up_proj", f"model.layers.0.mlp.{HOSTILE}"
+    config = json.loads((out / "config.json").read_text())
+    modules = config["quantization_config"]["modules"]
+    modules[new] = modules.pop(old)
+    (out / "config.json").write_text(json.dumps(config))
+    pieces = {name.replace(old, new): piece for name, piece in open_all([out / "model.safetensors"]).items()}
+    digests = {name: integrity.digest(piece.read()) for name, piece in pieces.items()}
+    write_tensors(tmp_path / "renamed", pieces, {"format": "pt", **integrity.record(digests)})
+    (tmp_path / "renamed").replace(out / "model.safetensors")
+    done = slablm("inspect", out)
+    assert done.returncode == 0, done.stderr
+    assert f" model.layers.0.mlp.{SHOWN} " in done.stdout
+    assert "\x1b" not in done.stdout
+
+
+def test_error_lines():
+    done = slablm("inspect", f"/nowhere\n/{HOSTILE}")
+    refused(done, "is no model folder")
+    assert done.stderr.count("\n") == 1
+    assert rf"/nowhere\n/{SHOWN}/config.json does not exist" in done.stderr
+
+
+def test_progress_and_tables_take_text_for_text(monkeypatch):
+    terminal, stdout = io.StringIO(), io.StringIO()
+    monkeypatch.setattr(console, "log", Console(file=terminal, force_terminal=True, width=200))
+    with console.progress(HOSTILE) as (bar, task):
+        bar.update(task, total=1, completed=1)
+    with contextlib.redirect_stdout(stdout):
+        console.print_table("[/x]", ("a\nb", HOSTILE), [("[/x]", HOSTILE)])
+    assert SHOWN in terminal.getvalue()
+    assert stdout.getvalue().count(SHOWN) == 2
+    assert "\x1b" not in stdout.getvalue()
