@@ -40,7 +40,7 @@ def prepare(model: PreTrainedModel, out: Path, kwargs: dict[str, Any]) -> Callab
 
     def upload(names: Collection[str]) -> None:
         if not (out / _CARD).exists():
-            card = hub.create_and_tag_model_card(repository, model.model_tags, token=token)  # type: ignore[no-untyped-call]
+            card = hub.create_and_tag_model_card(repository, model.model_tags, token=token)
             card.save(out / _CARD)
         wanted = {*names, _CARD}
         # To transformers a file is old unless it has changed since the time given here.

@@ -92,7 +92,7 @@ def open_checkpoint(paths: Sequence[Path], description: Description) -> Checkpoi
     return Checkpoint(files, record, check_parts(description, pieces, folder))
 
 
-def check_inside(paths: Sequence[str], source: str) -> list[Path]:
+def check_inside(paths: Sequence[str], source: str | None) -> list[Path]:
     """The files that transformers is about to read, if it may.
 
     Args:
@@ -102,7 +102,7 @@ def check_inside(paths: Sequence[str], source: str) -> list[Path]:
     Raises:
         SlabError: there are none, or one lies outside the model's folder.
     """
-    if not paths:
+    if not paths or source is None:
         raise SlabError(
             f"transformers names no files of {source or 'this model'} whose digests could be checked: "
             "load a folder or a hub id of a slablm model, not a state dict"

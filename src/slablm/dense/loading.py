@@ -106,7 +106,7 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
     """Where transformers finds a model: the name to pass on and, for GGUF, the file option.
 
     Raises:
-        SlabError: a path that does not exist, or an alias whose package is not installed.
+        SlabError: a path that does not exist, a config that is none, or an alias whose package is not installed.
     """
     if source == ALIAS:
         file = _alias_file()
@@ -115,10 +115,21 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
         if file.suffix != ".gguf":
             if not file.is_dir() and (file.exists() or _looks_like_path(source)):
                 raise SlabError(f"model folder {source!r} does not exist or is no folder")
+            _check_config(file / CONFIG)
             return source, {}
     if not file.is_file():
         raise SlabError(f"GGUF file {str(file)!r} does not exist")
     return str(file.parent), {"gguf_file": file.name}
+
+
+def _check_config(path: Path) -> None:
+    """Refuse a `config.json` at which transformers would stumble before it says what is wrong.
+
+    Raises:
+        SlabError: it is no JSON object, or its ``quantization_config`` is none.
+    """
+    if path.is_file() and not isinstance(read_json(path).get("quantization_config"), dict | None):
+        raise SlabError(f"{path} is damaged (quantization_config is no object): {WAY_OUT}")
 
 
 def is_compressed(source: str) -> bool:
