@@ -332,6 +332,10 @@ MUTATIONS = {
 }  # fmt: skip
 
 
+# What a first mutation can leave: no JSON, no file, no header, no such entry.
+_NO_PLACE = (ValueError, LookupError, TypeError, AttributeError, OSError, RecursionError, OverflowError, struct.error)
+
+
 def mutate(rng, original):
     """One or two mutations of a folder; says which."""
     count = 1 if rng.random() < 0.8 else 2
@@ -340,7 +344,7 @@ def mutate(rng, original):
         mutation = rng.choices(list(MUTATIONS), list(MUTATIONS.values()))[0]
         try:
             done.append(mutation(rng, original))
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OSError, RecursionError, OverflowError):
+        except _NO_PLACE:
             done.append("a second one that the first one left no place for")
     return " and ".join(done)
 
@@ -370,6 +374,7 @@ def load(folder):
     from slablm.dense.loading import load as load_model
 
     def numbers():
+        torch.set_num_threads(1)  # sums are split over threads, and the same bits are wanted
         model, _ = load_model(str(folder))
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SlabLinear)}
         with torch.no_grad():
@@ -415,7 +420,6 @@ def work(place, seed, first, last, log):
     from slablm.dense.loading import quiet_libraries
 
     quiet_libraries()
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(dir=fast_folder()) as copies, log.open("a") as file:
         originals = read_originals(place, Path(copies))
         for number, what, result in try_mutants(originals, seed, range(first, last)):

@@ -16,6 +16,7 @@ from slablm.checkpoint.hf import SlabHfQuantizer
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.checkpoint.verification import open_folder
 from slablm.dense.loading import load
+from slablm.dense.opening import open_dense
 from slablm.dense.sources import model_files
 from tests.checkpoint.folders import edit_json, edit_record
 
@@ -48,6 +49,19 @@ def test_names_that_are_no_file_of_the_folder(name, tmp_path):
         read_index(index)
     with pytest.raises(SlabError, match="is no file of its own folder"):
         model_files(str(tmp_path), None)
+
+
+def test_a_dense_model_whose_index_leads_elsewhere(tiny_folder, tmp_path):
+    folder = tmp_path / "dense"
+    shutil.copytree(tiny_folder, folder)
+    shutil.move(folder / "model.safetensors", tmp_path / "model.safetensors")
+    names = load_file(tmp_path / "model.safetensors")
+    (folder / INDEX).write_text(
+        json.dumps({"metadata": {}, "weight_map": dict.fromkeys(names, "../model.safetensors")})
+    )
+    for read in (load, open_dense):
+        with pytest.raises(SlabError, match=r"names '\.\./model\.safetensors' .* no file of its own folder: download"):
+            read(str(folder))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", '{"weight_map": {}}', '{"weight_map": 3}', "[" * 9999, '"\udcff"'])

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from slablm.checkpoint.files import CONFIG, WAY_OUT, read_json
+from slablm.checkpoint.files import CONFIG, INDEX, SINGLE, WAY_OUT, read_index, read_json
 from slablm.checkpoint.guard import GUARD, QUANT_METHOD
 from slablm.checkpoint.verification import open_folder
 from slablm.errors import SlabError
@@ -106,7 +106,7 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
     """Where transformers finds a model: the name to pass on and, for GGUF, the file option.
 
     Raises:
-        SlabError: a path that does not exist, a config that is none, or an alias whose package is not installed.
+        SlabError: a path that does not exist, a damaged config or index, or an alias whose package is not installed.
     """
     if source == ALIAS:
         file = _alias_file()
@@ -115,21 +115,24 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
         if file.suffix != ".gguf":
             if not file.is_dir() and (file.exists() or _looks_like_path(source)):
                 raise SlabError(f"model folder {source!r} does not exist or is no folder")
-            _check_config(file / CONFIG)
+            _check_folder(file)
             return source, {}
     if not file.is_file():
         raise SlabError(f"GGUF file {str(file)!r} does not exist")
     return str(file.parent), {"gguf_file": file.name}
 
 
-def _check_config(path: Path) -> None:
-    """Refuse a `config.json` at which transformers would stumble before it says what is wrong.
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder at which transformers would stumble without saying why, or whose index leads out of it.
 
     Raises:
-        SlabError: it is no JSON object, or its ``quantization_config`` is none.
+        SlabError: `config.json` is no JSON object, or its ``quantization_config`` is none; see also `read_index`.
     """
-    if path.is_file() and not isinstance(read_json(path).get("quantization_config"), dict | None):
-        raise SlabError(f"{path} is damaged (quantization_config is no object): {WAY_OUT}")
+    config = folder / CONFIG
+    if config.is_file() and not isinstance(read_json(config).get("quantization_config"), dict | None):
+        raise SlabError(f"{config} is damaged (quantization_config is no object): {WAY_OUT}")
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        read_index(folder / INDEX)
 
 
 def is_compressed(source: str) -> bool:
