@@ -123,4 +123,6 @@ def test_missing_fields_are_refused():
     with pytest.raises(SlabError, match="quantization_config is damaged"):
         SlabQuantizationConfig()
     with pytest.raises(SlabError, match="modules is damaged"):
-        SlabQuantizationConfig(modules={"a": {"kept": 1}})
+        SlabQuantizationConfig({"a": {"kept": 1}}, "float16")
+    with pytest.raises(SlabError, match="value_dtype missing"):
+        SlabQuantizationConfig({"a": {"kept": 1, "rank": 1, "signs": True, "output_error": 0.1}})

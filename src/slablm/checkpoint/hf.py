@@ -54,7 +54,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
     def __init__(
         self,
         modules: dict[str, Any] | None = None,
-        value_dtype: str = "float16",
+        value_dtype: str | None = None,
         compression: dict[str, Any] | CompressionConfig | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
@@ -67,7 +67,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         self.modules = dict(description.modules)
         self.quant_method = QUANT_METHOD  # type: ignore[assignment] # the enum lists only built-in methods
         self.format_version = format_version
-        self.value_dtype = value_dtype
+        self.value_dtype = description.value_dtype
         self.compression = (
             compression
             if isinstance(compression, CompressionConfig)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from slablm.checkpoint.files import CONFIG, INDEX, SINGLE, WAY_OUT, read_index, read_json
@@ -97,7 +98,7 @@ def explained(source: str) -> Iterator[None]:
         yield
     except SlabError:
         raise
-    except (OSError, ValueError, ImportError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, KeyError, SafetensorError, StrictDataclassError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise SlabError(f"model {source!r} cannot be loaded: {reason}") from error
 
