@@ -203,11 +203,12 @@ def test_every_part_is_compared_with_the_header(part, coded_folder, tmp_path):
     refused(folder, r"config\.json says|is no matrix|cannot be read")
 
 
-def test_other_weights_than_its_own(compressed_folder, tmp_path):
+@pytest.mark.parametrize("weights", ["other.safetensors", ["x"], {}, 3, ""])
+def test_other_weights_than_its_own(weights, compressed_folder, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(compressed_folder, folder)
     shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
-    edit_json(folder / "config.json", lambda config: config.update(transformers_weights="other.safetensors"))
+    edit_json(folder / "config.json", lambda config: config.update(transformers_weights=weights))
     for read in (inspect_folder, lambda path: load(str(path))):
         with pytest.raises(SlabError, match="transformers_weights is not what slablm writes"):
             read(folder)

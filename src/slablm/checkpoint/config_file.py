@@ -35,7 +35,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise SlabError(f"{folder} is not a slablm checkpoint (no quant_method {QUANT_METHOD!r} in {CONFIG})")
-    if config.get("transformers_weights") not in {None, GUARD}:
+    guard = config.get("transformers_weights")
+    if guard is not None and guard != GUARD:
         raise SlabError(f"{path} is damaged (transformers_weights is not what slablm writes): compress it again")
     return config
 
