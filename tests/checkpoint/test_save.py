@@ -150,6 +150,13 @@ def test_what_a_process_with_this_number_has_left_is_no_obstacle(compressed, tmp
     assert listing(tmp_path) == ["out"]
 
 
+def test_what_a_kill_has_left_of_a_name_with_brackets(compressed, tmp_path):
+    (tmp_path / ".out[1].partial-3").mkdir()
+    compressed.save_pretrained(tmp_path / "out[1]")
+    assert listing(tmp_path) == ["out[1]"]
+    inspect_folder(tmp_path / "out[1]")
+
+
 def test_a_folder_looks_as_others_do(compressed, tmp_path):
     (tmp_path / "plain").mkdir()
     compressed.save_pretrained(tmp_path / "out")

@@ -104,18 +104,35 @@ def test_all_weights_in_a_folder_below(sharded):
         AutoModelForCausalLM.from_pretrained(sharded)
 
 
-def test_a_folder_whose_files_are_links(sharded, tmp_path):
-    """As the hub's cache has them: links from a snapshot to blobs elsewhere."""
-    snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
-    snapshot.mkdir(parents=True)
-    blobs.mkdir()
+@pytest.fixture
+def cached(sharded, tmp_path, monkeypatch):
+    """The model as the hub's cache has it: links from a snapshot to blobs elsewhere."""
+    model, commit = tmp_path / "hub" / "models--owner--packed", "0123456789" * 4
+    snapshot, blobs = model / "snapshots" / commit, model / "blobs"
+    for folder in (snapshot, blobs, model / "refs"):
+        folder.mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
     for number, path in enumerate(sorted(sharded.iterdir())):
         shutil.copy(path, blobs / str(number))
         (snapshot / path.name).symlink_to(f"../../blobs/{number}")
-    assert inspect_folder(snapshot) == inspect_folder(sharded)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return snapshot
+
+
+def test_a_model_in_the_hub_cache(cached, sharded):
+    assert inspect_folder(cached) == inspect_folder(sharded)
     tokens = torch.arange(9)[None]
     with torch.no_grad():
-        assert torch.equal(load(str(snapshot))[0](tokens).logits, load(str(sharded))[0](tokens).logits)
+        expected = load(str(sharded))[0](tokens).logits
+        for source in ("owner/packed", str(cached)):
+            assert torch.equal(load(source)[0](tokens).logits, expected)
+
+
+def test_a_damaged_model_in_the_hub_cache(cached):
+    """Its config is read by transformers first; what it says is checked all the same."""
+    edit_json(cached / "config.json", lambda config: config.update(rms_norm_eps=0.5))
+    with pytest.raises(SlabError, match="was changed after the model was written"):
+        load("owner/packed")
 
 
 def test_an_index_that_says_something_else(sharded):

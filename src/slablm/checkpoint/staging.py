@@ -13,6 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -54,7 +55,7 @@ def doomed_name(out: Path) -> Path:
 
 def remove_abandoned(out: Path) -> None:
     """Delete staging folders whose lock nobody holds."""
-    for folder in out.parent.glob(f"{_prefix(out)}*"):
+    for folder in out.parent.glob(f"{escape(_prefix(out))}*"):
         lock = _try_lock(folder)
         if lock is not None:
             _remove(folder, lock)
