@@ -7,7 +7,9 @@ it was made.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -18,6 +20,35 @@ CALIBRATION_SOURCES = ("c4", "wikitext2", "self", "builtin")
 VALUE_DTYPES = ("float16", "bfloat16")
 FEW_BITS = ("bits_per_weight", "magnitude_bits")
 LARGEST_BUDGET = 9.0
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(text, str) for text in value)
+
+
+# What JSON may hold for a setting of each type, and how errors call that.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": _is_whole,
+    "float": lambda value: _is_whole(value) or (isinstance(value, float) and math.isfinite(value)),
+    "bool": lambda value: isinstance(value, bool),
+    "None": lambda value: value is None,
+    "tuple[str, ...]": _is_texts,
+}
+_NAMES = {
+    "str": "text",
+    "str | None": "text or null",
+    "int": "a whole number",
+    "int | None": "a whole number or null",
+    "float": "a number",
+    "float | None": "a number or null",
+    "bool": "true or false",
+    "tuple[str, ...]": "a list of texts",
+}
 
 
 @dataclass(frozen=True)
@@ -154,7 +185,13 @@ class CompressionConfig:
         Raises:
             SlabError: an unknown setting, probably written by a newer slablm.
         """
-        unknown = sorted(set(data) - {field.name for field in fields(cls)})
+        if not isinstance(data, dict):
+            raise SlabError(f"compression settings are damaged: {data!r} is no JSON object")
+        types = {field.name: str(field.type) for field in fields(cls)}
+        unknown = sorted(map(str, set(data) - set(types)))
         if unknown:
             raise SlabError(f"unknown compression setting {unknown[0]!r}: made by a newer slablm? Please upgrade")
+        for name, value in data.items():
+            if not any(_FITS[wanted](value) for wanted in types[name].split(" | ")):
+                raise SlabError(f"compression setting {name!r} must be {_NAMES[types[name]]}, got {value!r}")
         return cls(**data)

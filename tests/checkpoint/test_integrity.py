@@ -1,6 +1,7 @@
 """A damaged file is refused by `inspect` and by loading, whichever byte it is."""
 
 import shutil
+import threading
 
 import pytest
 import torch
@@ -76,3 +77,27 @@ def test_digest_covers_type_and_shape():
     assert integrity.digest(tensor) != integrity.digest(tensor.view(torch.uint16))
     assert integrity.digest(tensor) != integrity.digest(tensor.view(2, 3))
     assert integrity.digest(torch.empty(0, 3)) != integrity.digest(torch.empty(0, 4))
+
+
+def test_tensors_are_hashed_side_by_side(compressed_folder, monkeypatch):
+    """Two threads meet inside the hashing of two tensors; one thread would wait for nobody."""
+    meeting, original, met = threading.Barrier(2, timeout=60), integrity.digest, []
+
+    def digest(piece):
+        if not met:
+            meeting.wait()
+            met.append(True)
+        return original(piece)
+
+    monkeypatch.setattr(integrity, "digest", digest)
+    monkeypatch.setattr(integrity.os, "cpu_count", lambda: 2)
+    inspect_folder(compressed_folder)
+    assert met
+
+
+def test_a_difference_on_any_thread_is_reported(copy):
+    path = copy / "model.safetensors"
+    file = TensorFile.open(path)
+    for name in ("model.embed_tokens.weight", "model.norm.weight"):
+        flip_bit(path, file.pieces[name].source[1])
+    refused(copy, r"tensor 'model\.(embed_tokens|norm)\.weight' is corrupted")

@@ -1,12 +1,14 @@
 """The journal keeps what is finished, and nothing else."""
 
 import json
+import os
 from contextlib import suppress
 
 import pytest
 import torch
 
 from slablm import SlabError
+from slablm.checkpoint.staging import remove_abandoned
 from slablm.compression.journal import block_key, open_journal, outside_key, unfinished_folder
 
 PRINT = {"model": "m", "setting ratio": "0.5"}
@@ -116,3 +118,33 @@ def test_a_target_whose_folder_cannot_be_made(tmp_path):
     match = "writing .* failed, nothing was changed there"
     with pytest.raises(SlabError, match=match), open_journal(tmp_path / "file" / "out", resume=False):
         pass
+
+
+def test_what_a_process_with_this_number_has_left_is_no_obstacle(out):
+    """In a container the dead and the living are all process 1."""
+    left = out.parent / f".{out.name}.partial-{os.getpid()}"
+    left.mkdir(parents=True)
+    (left / "block-00000.safetensors").write_text("half")
+    begin(out, 1)
+    with open_journal(out, resume=True) as journal:
+        journal.accept(PRINT)
+        journal.remove()
+    assert list(out.parent.iterdir()) == [left]
+    remove_abandoned(out)
+    assert list(out.parent.iterdir()) == []
+
+
+def test_what_is_being_removed_is_left_to_its_remover(out, monkeypatch):
+    """The journal has its lock in it, whatever its name: a kill in the middle of removing leaves what others remove."""
+    begin(out, 1)
+    with open_journal(out, resume=True) as journal:
+        journal.accept(PRINT)
+        with monkeypatch.context() as patched:
+            patched.setattr("slablm.compression.journal.shutil.rmtree", lambda *args, **kwargs: None)
+            journal.remove()
+        (doomed,) = out.parent.iterdir()
+        assert doomed.name.startswith(f".{out.name}.partial-")
+        remove_abandoned(out)
+        assert doomed.exists()
+    remove_abandoned(out)
+    assert list(out.parent.iterdir()) == []

@@ -1,4 +1,6 @@
 import importlib.util
+import json
+import shutil
 
 import pytest
 import torch
@@ -40,3 +42,20 @@ def test_is_compressed(tiny_folder, compressed_folder, tmp_path):
     for content in ("{", "[]", '{"quantization_config": 5}'):
         (tmp_path / "config.json").write_text(content)
         assert not loading.is_compressed(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_hidden_layers": "two"}, "cannot be loaded: .*num_hidden_layers"),
+        ({"quantization_config": 3}, "quantization_config is no object.: download"),
+    ],
+)
+def test_entries_of_a_config_that_have_another_type(entries, message, tiny_folder, tmp_path):
+    """What transformers says in several lines, and what it does not say at all."""
+    shutil.copytree(tiny_folder, tmp_path / "copy")
+    path = tmp_path / "copy" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
+    with pytest.raises(SlabError, match=message) as info:
+        loading.load(str(tmp_path / "copy"))
+    assert "\n" not in str(info.value)

@@ -14,8 +14,8 @@ from slablm.errors import SlabError
 
 QUANT_METHOD = "slab"
 GUARD = "this model is compressed by slablm: run `pip install slablm` and `import slablm` before loading it"
-# Of FORMAT.md: what is written, and what can be read. Version 2 added values in few bits, 3 errors on unseen text, and
-# since 4 values on a grid are FP16 numbers in memory.
+# Of FORMAT.md: what is written, and what can be read. Version 2 added values in few bits, 3 errors on unseen text, 4
+# digests of what config.json says; since 4 values on a grid are FP16 numbers in memory.
 FORMAT_VERSION = 4
 READABLE_VERSIONS = (1, 2, 3, 4)
 FIRST_WITH_FP16_GRID = 4
@@ -27,8 +27,9 @@ def check_version(version: Any) -> None:
     Raises:
         SlabError: naming both versions.
     """
-    if version not in READABLE_VERSIONS:
+    # True and 3.0 are equal to versions, and are none.
+    if type(version) is not int or version not in READABLE_VERSIONS:
         raise SlabError(
-            f"checkpoint format version {version} is not supported, this slablm reads versions up to {FORMAT_VERSION}: "
-            "upgrade slablm (pip install -U slablm)"
+            f"checkpoint format version {version!r} is not supported, "
+            f"this slablm reads versions up to {FORMAT_VERSION}: upgrade slablm (pip install -U slablm)"
         )

@@ -8,8 +8,7 @@ A reader *without* slablm stops at the guard (`slablm.checkpoint.guard`), which 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+import json
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +19,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slablm.checkpoint import integrity
-from slablm.checkpoint.guard import FIRST_WITH_FP16_GRID, FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
+from slablm.checkpoint.config_file import config_digest
+from slablm.checkpoint.description import Description, ModuleSpec
+from slablm.checkpoint.files import WAY_OUT
+from slablm.checkpoint.guard import FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.stored import stored_form
-from slablm.config import VALUE_DTYPES, CompressionConfig
+from slablm.checkpoint.verification import check_inside, open_checkpoint
+from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.packing import PackedSpec
 from slablm.runtime import kernels
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.narrow import narrow_matrices
@@ -33,39 +35,6 @@ from slablm.runtime.replace_module import replace_module
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-
-@dataclass(frozen=True)
-class ModuleSpec:
-    """What `config.json` says about one compressed layer.
-
-    Attributes:
-        kept: entries k kept per row.
-        rank: rank of the factors.
-        signs: ternary states (True) or a bitmap of positions (False).
-        output_error: relative output error measured while compressing.
-        unseen_error: the same on text that calibrated nothing; None if it was not measured.
-        value_bits: bits of a code if the values lie on a grid, else None.
-        group_size: columns that share a scale of the grid, else None.
-    """
-
-    kept: int
-    rank: int
-    signs: bool
-    output_error: float
-    unseen_error: float | None = None
-    value_bits: int | None = None
-    group_size: int | None = None
-
-    def packed(self, out_features: int, in_features: int, value_dtype: torch.dtype) -> PackedSpec:
-        """What is stored of this layer."""
-        return PackedSpec(
-            out_features, in_features, self.kept, self.rank, self.signs, value_dtype, self.value_bits, self.group_size
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; what a layer does not have is left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -85,48 +54,40 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
     def __init__(
         self,
         modules: dict[str, Any] | None = None,
-        value_dtype: str = "float16",
+        value_dtype: str | None = None,
         compression: dict[str, Any] | CompressionConfig | None = None,
         format_version: int = FORMAT_VERSION,
         **unknown: Any,
     ) -> None:
-        check_version(format_version)
+        check_version(format_version)  # a newer version may have new entries
         unknown.pop("quant_method", None)
-        if unknown or not modules or value_dtype not in VALUE_DTYPES:
-            what = f"unknown entry {sorted(unknown)[0]!r}" if unknown else "modules or value_dtype missing or wrong"
-            raise SlabError(f"config.json: quantization_config is damaged ({what})")
-        try:
-            self.modules = {
-                name: spec if isinstance(spec, ModuleSpec) else ModuleSpec(**spec) for name, spec in modules.items()
-            }
-        except TypeError as error:
-            raise SlabError(f"config.json: quantization_config.modules is damaged ({error})") from error
+        if unknown:
+            raise SlabError(f"config.json: quantization_config is damaged (unknown entry {sorted(unknown)[0]!r})")
+        description = Description.from_json(modules, value_dtype, format_version)
+        self.modules = dict(description.modules)
         self.quant_method = QUANT_METHOD  # type: ignore[assignment] # the enum lists only built-in methods
         self.format_version = format_version
-        self.value_dtype = value_dtype
+        self.value_dtype = description.value_dtype
         self.compression = (
             compression
             if isinstance(compression, CompressionConfig)
-            else CompressionConfig.from_dict(compression or {})
+            else CompressionConfig.from_dict({} if compression is None else compression)
         )
 
+    @property
+    def description(self) -> Description:
+        """What decides decoding."""
+        return Description(self.modules, self.value_dtype, self.format_version)
+
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, as in `config.json`."""
+        """JSON-ready form, as in `config.json`; what is written is always in the present version."""
         return {
             "quant_method": self.quant_method,
-            "format_version": self.format_version,
+            "format_version": FORMAT_VERSION,
             "value_dtype": self.value_dtype,
             "compression": self.compression.to_dict(),
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
         }
-
-    def packed_spec(self, name: str, linear: nn.Linear) -> PackedSpec:
-        """Shapes and types of a layer's packed tensors."""
-        spec = self.modules[name]
-        dtype = getattr(torch, self.value_dtype)
-        packed = spec.packed(linear.out_features, linear.in_features, dtype)
-        # An old file means the numbers that were measured when it was written.
-        return packed if self.format_version >= FIRST_WITH_FP16_GRID else replace(packed, grid_dtype=dtype)
 
 
 @register_quantizer(QUANT_METHOD)
@@ -146,17 +107,22 @@ class SlabHfQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         """Check the files, then put empty `SlabLinear` layers where the checkpoint has packed ones."""
-        integrity.verify_files([Path(file) for file in checkpoint_files or []])
-        for name in self.quantization_config.modules:
-            try:
-                linear = model.get_submodule(name)
-            except AttributeError:
-                linear = None
-            if not isinstance(linear, nn.Linear):
-                raise SlabError(f"config.json lists a compressed layer {name!r} that {type(model).__name__} lacks")
-            replace_module(
-                model, name, SlabLinear.from_spec(self.quantization_config.packed_spec(name, linear), linear.bias)
-            )
+        paths = check_inside([str(file) for file in checkpoint_files or []], model.config.name_or_path)
+        checkpoint = open_checkpoint(paths, self.quantization_config.description)
+        checkpoint.verify()
+        modules = {}
+        for name, module in self.quantization_config.modules.items():
+            own_name, linear = _find_linear(model, name)
+            spec = checkpoint.specs[name]
+            if (linear.out_features, linear.in_features) != (spec.out_features, spec.in_features):
+                raise SlabError(
+                    f"layer {name!r} is {spec.out_features} × {spec.in_features} in the files and "
+                    f"{linear.out_features} × {linear.in_features} in {type(model).__name__}: {WAY_OUT}"
+                )
+            modules[own_name] = module
+            replace_module(model, own_name, SlabLinear.from_spec(spec, linear.bias))
+        # From here on they are this model's: it is saved under its own names.
+        self.quantization_config.modules = modules
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check the planes and make `save_pretrained` write the complete format again."""
@@ -183,7 +149,10 @@ class SlabHfQuantizer(HfQuantizer):
                 if address not in narrowed:
                     narrowed[address] = stored_form(tensor, dtype)
                 state[name] = narrowed[address]
-        return state, integrity.metadata(state)
+        # What a checkpoint's config.json will say but for what transformers fills in while it saves: `save_pretrained`
+        # here seals the files again, with what it does say.
+        written = config_digest(json.loads(model.config.to_json_string()))
+        return state, integrity.sealed(integrity.metadata(state), self.quantization_config.description.digest, written)
 
     def is_serializable(self) -> bool:
         """Packed models can be saved."""
@@ -198,6 +167,26 @@ class SlabHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The forward is plain torch."""
         return True
+
+
+def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear]:
+    """The layer that a checkpoint calls `name`, and this model's own name of it.
+
+    A model without a head (``LlamaModel``) has ``layers.0`` where the one with a head has ``model.layers.0``; each can
+    be loaded from a checkpoint of the other.
+
+    Raises:
+        SlabError: there is none.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for own_name in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            linear = model.get_submodule(own_name)
+        except AttributeError:
+            continue
+        if isinstance(linear, nn.Linear):
+            return own_name, linear
+    raise SlabError(f"config.json lists a compressed layer {name!r} that {type(model).__name__} lacks")
 
 
 def _own_memory(model: nn.Module) -> None:
@@ -224,16 +213,7 @@ def describe(model: PreTrainedModel, config: CompressionConfig, reports: list[La
     for report in reports:
         layer = model.get_submodule(report.name)
         assert isinstance(layer, SlabLinear)
-        spec, unseen = layer.spec, report.unseen_error
-        modules[report.name] = ModuleSpec(
-            spec.kept,
-            spec.rank,
-            spec.signs,
-            round(report.output_error, 6),
-            None if unseen is None else round(unseen, 6),
-            spec.value_bits,
-            spec.group_size,
-        )
+        modules[report.name] = ModuleSpec.of(layer.spec, report.output_error, report.unseen_error)
     quantization_config = SlabQuantizationConfig(modules, config.value_dtype or "", config)
     model.config.quantization_config = quantization_config
     return quantization_config

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from slablm.checkpoint import integrity
+from slablm.checkpoint.config_file import read_quantization_config
+from slablm.checkpoint.description import ModuleSpec
+from slablm.checkpoint.files import weight_files
 from slablm.checkpoint.layer_report import LayerReport, size_summary
-from slablm.checkpoint.save import CONFIG, weight_files
-from slablm.checkpoint.shards import Piece, TensorFile
-from slablm.errors import SlabError
+from slablm.checkpoint.verification import open_checkpoint
 from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.packing import PackedSpec
+
+__all__ = ["Inspection", "SizeOnDisk", "inspect_folder", "read_quantization_config"]
 
 
 @dataclass(frozen=True)
@@ -86,81 +86,48 @@ class Inspection(SizeOnDisk):
         }
 
 
-def inspect_folder(folder: Path) -> Inspection:
+def inspect_folder(folder: Path, variant: str | None = None) -> Inspection:
     """Check a checkpoint and measure it.
 
     Args:
         folder: a slablm checkpoint.
+        variant: of its weights, as `save_pretrained` was given it.
 
     Raises:
         SlabError: it is none, its format is unknown, or a file is damaged.
     """
     from slablm.checkpoint.hf import SlabQuantizationConfig
 
-    config = read_quantization_config(folder)
-    quantization = SlabQuantizationConfig(**config)
-    files = weight_files(folder)
-    integrity.verify_files(files)
-    opened = [TensorFile.open(file) for file in files]
-    pieces = {name: piece for file in opened for name, piece in file.pieces.items()}
-    layers = []
-    for name, spec in sorted(quantization.modules.items(), key=lambda item: _by_depth(item[0])):
-        shapes = [_piece(pieces, f"{name}.{part}", folder).shape for part in ("left", "right")]
-        stored = spec.packed(shapes[0][0], shapes[1][1], getattr(torch, quantization.value_dtype))
-        layers.append(
-            LayerReport(
-                name,
-                (stored.out_features, stored.in_features),
-                kept_fraction=spec.kept / stored.in_features,
-                paper_bits=stored.paper_bits,
-                true_bits=8 * sum(_piece(pieces, f"{name}.{part}", folder).nbytes for part in stored.parts()),
-                output_error=spec.output_error,
-                seconds=0.0,
-                unseen_error=spec.unseen_error,
-                value_bits=spec.value_bits or PAPER_VALUE_BITS,
-                group_size=spec.group_size,
-            )
-        )
+    quantization = SlabQuantizationConfig(**read_quantization_config(folder))
+    checkpoint = open_checkpoint(weight_files(folder, variant), quantization.description)
+    checkpoint.verify()
+    layers = [
+        _report(name, quantization.modules[name], checkpoint.specs[name])
+        for name in sorted(quantization.modules, key=_by_depth)
+    ]
     return Inspection(
         tuple(layers),
-        header_bytes=sum(file.header_bytes for file in opened),
-        file_bytes=sum(file.stat().st_size for file in files),
+        header_bytes=sum(file.header_bytes for file in checkpoint.files),
+        file_bytes=sum(file.path.stat().st_size for file in checkpoint.files),
         settings=quantization.compression.to_dict(),
     )
 
 
-def _piece(pieces: dict[str, Piece], name: str, folder: Path) -> Piece:
-    """A tensor of the checkpoint.
-
-    Raises:
-        SlabError: it is missing.
-    """
-    if name not in pieces:
-        raise SlabError(f"{folder}: tensor {name!r} is missing: download or compress it again")
-    return pieces[name]
+def _report(name: str, module: ModuleSpec, stored: PackedSpec) -> LayerReport:
+    return LayerReport(
+        name,
+        (stored.out_features, stored.in_features),
+        kept_fraction=stored.kept / stored.in_features,
+        paper_bits=stored.paper_bits,
+        true_bits=8 * stored.nbytes,
+        output_error=module.output_error,
+        seconds=0.0,
+        unseen_error=module.unseen_error,
+        value_bits=module.value_bits or PAPER_VALUE_BITS,
+        group_size=module.group_size,
+    )
 
 
 def _by_depth(name: str) -> list[tuple[int, str]]:
     """Sort key that puts block 2 before block 10."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
-
-
-def read_quantization_config(folder: Path) -> dict[str, Any]:
-    """``quantization_config`` of a slablm folder.
-
-    Raises:
-        SlabError: the folder or file is missing or broken, or it is not a slablm checkpoint.
-    """
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))["quantization_config"]
-        if config["quant_method"] != "slab":
-            raise KeyError
-    except FileNotFoundError:
-        raise SlabError(f"{path} does not exist: {folder} is no model folder") from None
-    except (ValueError, UnicodeDecodeError) as error:
-        raise SlabError(f"{path} is damaged: {error}") from error
-    except (KeyError, TypeError):
-        raise SlabError(f"{folder} is not a slablm checkpoint (no quant_method 'slab' in {CONFIG})") from None
-    assert isinstance(config, dict)
-    return config

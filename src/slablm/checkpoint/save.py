@@ -20,17 +20,18 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 
-from slablm.checkpoint import integrity
+from slablm.checkpoint import integrity, push
+from slablm.checkpoint.config_file import config_digest
+from slablm.checkpoint.files import CONFIG, INDEX, variant_of, weight_files, weights_in, with_variant
 from slablm.checkpoint.guard import GUARD
 from slablm.checkpoint.shards import Piece, open_all, write_tensors
+from slablm.checkpoint.staging import staging_folder
 from slablm.errors import SlabError
 from slablm.runtime.linear import SlabLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-CONFIG = "config.json"
-INDEX = "model.safetensors.index.json"
 RUN = "slablm_run.json"
 # What a model is saved with, where it has it.
 COMPANIONS = (
@@ -38,7 +39,6 @@ COMPANIONS = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "additional_chat_templates", "vocab.json",
     "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model",
 )  # fmt: skip
-WEIGHTS = ("model.safetensors", INDEX, "model-*-of-*.safetensors")
 MAX_SHARD_SIZE = 50_000_000_000  # as in transformers' save_pretrained
 
 
@@ -72,21 +72,36 @@ def save(
         check_target(out, overwrite, {path.name for path in folder.iterdir()})
 
 
-def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+def save_pretrained(
+    model: PreTrainedModel,
+    save_directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
     """`PreTrainedModel.save_pretrained` for compressed models: atomic, and with the guard for other readers.
 
     Args:
         model: the compressed model (bound when called as a method).
         save_directory: target folder; as everywhere in transformers, an existing model in it is replaced.
-        kwargs: as for transformers; `push_to_hub` is refused, use `huggingface_hub.upload_folder`.
+        is_main_process: whether this process writes; all others do nothing.
+        state_dict: not heeded: what is saved are the packed weights.
+        push_to_hub: whether the finished files are uploaded as well.
+        kwargs: as for transformers.
 
     Raises:
         SlabError: the disk is full or not writable. Nothing is left behind.
     """
-    if kwargs.pop("push_to_hub", False):
-        raise SlabError("push_to_hub is not supported while saving: save to a folder, then `hf upload` it")
-    with _staging(Path(save_directory)) as folder:
+    if not is_main_process:
+        return
+    out = Path(save_directory)
+    upload = push.prepare(model, out, kwargs) if push_to_hub else None
+    with _staging(out) as folder:
         _write_model(model, folder, **kwargs)
+        written = {path.name for path in folder.iterdir()}
+    if upload is not None and written:
+        upload(written)
 
 
 def check_target(out: Path, overwrite: bool, names: Collection[str] = COMPANIONS) -> None:
@@ -105,33 +120,30 @@ def check_target(out: Path, overwrite: bool, names: Collection[str] = COMPANIONS
     if overwrite:
         return
     way_out = "choose another folder or give --overwrite"
-    if model := [path.name for path in (out / CONFIG, *sorted(_weights_in(out))) if path.exists()]:
+    if model := [path.name for path in (out / CONFIG, *sorted(weights_in(out))) if path.exists()]:
         raise SlabError(f"{out} already holds a model: {model[0]} would be replaced: {way_out}")
     for name in sorted(names):
         if (out / name).exists():
             raise SlabError(f"{out} already holds {name}, which would be replaced: {way_out}")
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder.
-
-    Raises:
-        SlabError: there are none.
-    """
-    files = [path for path in _weights_in(folder) if path.suffix == ".safetensors"]
-    if not files:
-        raise SlabError(f"{folder} holds no safetensors files")
-    return sorted(files)
-
-
-def _write_model(model: PreTrainedModel, folder: Path, **kwargs: Any) -> None:
+def _write_model(model: PreTrainedModel, folder: Path, variant: str | None = None, **kwargs: Any) -> None:
     # The original (pre-conversion) tensor names would not match the digests.
     kwargs.setdefault("save_original_format", False)
-    type(model).save_pretrained(model, folder, **kwargs)
-    for file in weight_files(folder):
-        integrity.sort_metadata(file)
-    _count_parameters(model, folder)
+    type(model).save_pretrained(model, folder, variant=variant, **kwargs)
+    if not (folder / CONFIG).exists():  # of several ranks one writes
+        return
     _set_guard(folder)
+    modules, config = _digests(model, folder)
+    for file in weight_files(folder, variant):
+        integrity.seal_file(file, modules, config)
+    _count_parameters(model, folder, variant)
+
+
+def _digests(model: PreTrainedModel, folder: Path) -> tuple[str, str]:
+    """The two digests that the headers carry of a written config."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return model.config.quantization_config.description.digest, config_digest(config)
 
 
 def assemble(
@@ -148,15 +160,16 @@ def assemble(
     """
     # transformers writes everything but the tensors.
     type(model).save_pretrained(model, folder, state_dict={})
-    for file in list(_weights_in(folder)):
+    for file in list(weights_in(folder)):
         file.unlink()
+    _set_guard(folder)
+    metadata = integrity.sealed(metadata, *_digests(model, folder))
     shards = divide(model, pieces, max_shard_size)
     for file_name, inside in shards.filename_to_tensors.items():
         write_tensors(folder / file_name, {name: pieces[name] for name in inside}, {"format": "pt", **metadata})
     if shards.is_sharded:
         _write_json(folder / INDEX, {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename})
     _count_parameters(model, folder)
-    _set_guard(folder)
 
 
 def divide(model: PreTrainedModel, pieces: Mapping[str, Piece], max_shard_size: int) -> StateDictSplit:
@@ -168,22 +181,23 @@ def divide(model: PreTrainedModel, pieces: Mapping[str, Piece], max_shard_size: 
     )
 
 
-def _count_parameters(model: PreTrainedModel, folder: Path) -> None:
+def _count_parameters(model: PreTrainedModel, folder: Path, variant: str | None = None) -> None:
     """Write the number of the model's weights into the index of a sharded checkpoint.
 
     transformers counts what are parameters in memory, which packed weights are not.
     """
-    if not (folder / INDEX).exists():
+    path = folder / with_variant(INDEX, variant)
+    if not path.exists():
         return
-    elements = {name: math.prod(piece.shape) for name, piece in open_all(weight_files(folder)).items()}
+    elements = {name: math.prod(piece.shape) for name, piece in open_all(weight_files(folder, variant)).items()}
     for name, layer in model.named_modules():
         if isinstance(layer, SlabLinear):
             for part in layer.spec.parts():
                 del elements[f"{name}.{part}"]
             elements[f"{name}.weight"] = layer.out_features * layer.in_features
-    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    index = json.loads(path.read_text(encoding="utf-8"))
     index["metadata"]["total_parameters"] = sum(elements.values())
-    _write_json(folder / INDEX, index)
+    _write_json(path, index)
 
 
 def _write_json(path: Path, data: Any) -> None:
@@ -199,22 +213,17 @@ def _set_guard(folder: Path) -> None:
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` whose files move into `out` when all went well, and vanish when not."""
+    out = out.resolve()  # beside it, also where it is called "."
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(out)
-        folder = out.parent / f".{out.name}.partial-{os.getpid()}"
-        folder.mkdir()
-    except OSError as error:
-        raise SlabError(f"cannot write to {out.parent}: {error.strerror or error}") from error
-    try:
-        yield folder
-        publish(folder, out, {path.name for path in folder.iterdir()})
+        with staging_folder(out) as folder:
+            yield folder
+            names = {path.name for path in folder.iterdir()}
+            if names:
+                publish(folder, out, names)
     except (OSError, SafetensorError) as error:
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
         reason = "the disk is full" if full else str(error)
         raise SlabError(f"saving to {out} failed, nothing was changed there: {reason}") from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def publish(folder: Path, out: Path, names: Collection[str]) -> None:
@@ -232,24 +241,11 @@ def publish(folder: Path, out: Path, names: Collection[str]) -> None:
         return
     if (folder / CONFIG).exists():  # comes last: as long as it is not there, `out` holds no model that can be loaded
         (out / CONFIG).unlink(missing_ok=True)
-    for path in list(_weights_in(out)):
-        if path.name not in names:
-            path.unlink()
+    for variant in {variant_of(name) for name in names if name.endswith(".safetensors")}:
+        for path in list(weights_in(out, variant)):
+            if path.name not in names:
+                path.unlink()
     for path in sorted(folder.iterdir(), key=lambda path: path.name == CONFIG):
+        if path.is_dir():  # a folder takes the place of an empty one at most
+            shutil.rmtree(out / path.name, ignore_errors=True)
         path.replace(out / path.name)
-
-
-def _weights_in(folder: Path) -> Iterator[Path]:
-    for pattern in WEIGHTS:
-        yield from folder.glob(pattern)
-
-
-def remove_abandoned(out: Path) -> None:
-    """Delete staging folders of processes that were killed."""
-    for folder in out.parent.glob(f".{out.name}.partial-*"):
-        try:
-            os.kill(int(folder.name.rpartition("-")[2]), 0)
-        except (ValueError, ProcessLookupError):
-            shutil.rmtree(folder, ignore_errors=True)
-        except PermissionError:
-            continue  # alive, somebody else's

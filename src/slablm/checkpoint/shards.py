@@ -21,9 +21,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
+from slablm.checkpoint.files import WAY_OUT
 from slablm.errors import SlabError
 
-WAY_OUT = "download or compress it again"
 # In the order in which safetensors lays them out.
 DTYPES = {
     "U64": torch.uint64,
@@ -46,6 +46,7 @@ DTYPES = {
 _LAYOUT = {name: place for place, name in enumerate(DTYPES)}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _CHUNK = 1 << 22
+_LIMIT = 1 << 63
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ class TensorFile:
             raise _damaged(path, error.strerror or str(error)) from error
         metadata = header.pop("__metadata__", {})
         try:
+            if not all(isinstance(text, str) for text in metadata.values()):
+                raise ValueError("its metadata is no text")
             pieces = {name: _piece(entry, path, start) for name, entry in header.items()}
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"broken header: {error}") from error
@@ -234,20 +237,30 @@ def _read_header(file: IO[bytes], path: Path, size: int) -> tuple[dict[str, Any]
     if 8 + length > size:
         raise _damaged(path, "no safetensors header")
     try:
-        header = json.loads(file.read(length))
-    except ValueError as error:
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
         raise _damaged(path, f"broken header: {error}") from error
     if not isinstance(header, dict) or not isinstance(header.get("__metadata__", {}), dict):
         raise _damaged(path, "broken header")
     return header, 8 + length
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of two entries with one name another reader might take the other."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a name stands twice")
+    return result
+
+
 def _piece(entry: dict[str, Any], path: Path, start: int) -> Piece:
     first, last = entry["data_offsets"]
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"unknown type {entry['dtype']!r}")
-    piece = Piece(entry["dtype"], tuple(map(int, entry["shape"])), (path, start + first))
-    if first < 0 or last - first != piece.nbytes:
+    if not all(type(number) is int and 0 <= number < _LIMIT for number in (first, last, *entry["shape"])):
+        raise ValueError("a shape or position is no number")
+    piece = Piece(entry["dtype"], tuple(entry["shape"]), (path, start + first))
+    if last - first != piece.nbytes:
         raise ValueError("a tensor's bytes do not match its shape")
     return piece
 

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from slablm.checkpoint import integrity
-from slablm.checkpoint.save import CONFIG, RUN
+from slablm.checkpoint.files import CONFIG
+from slablm.checkpoint.save import RUN
 from slablm.checkpoint.shards import Piece, byte_view
 from slablm.compression.options import RunOptions
 from slablm.config import CompressionConfig

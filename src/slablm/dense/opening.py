@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from slablm.checkpoint.shards import WAY_OUT, Piece
+from slablm.checkpoint.files import WAY_OUT
+from slablm.checkpoint.shards import Piece
 from slablm.dense import loading, sources
 from slablm.dense.targets import find_blocks
 from slablm.errors import SlabError

@@ -10,12 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from slablm.checkpoint.save import CONFIG, INDEX
+from slablm.checkpoint.files import CONFIG, INDEX, SINGLE, read_index
 from slablm.checkpoint.shards import Piece, TensorFile
 from slablm.dense.loading import explained
 from slablm.errors import SlabError
 
-_SINGLE = "model.safetensors"
 _ADAPTER = "adapter_config.json"
 
 
@@ -31,14 +30,14 @@ def model_files(source: str, revision: str | None) -> list[Path]:
     """
     if _find(source, _ADAPTER, revision) is not None:
         return []
-    single = _find(source, _SINGLE, revision)
+    single = _find(source, SINGLE, revision)
     if single is not None:
         return [single]
     index = _find(source, INDEX, revision)
     if index is None:
         return []
     files = []
-    for name in sorted(set(_weight_map(index).values())):
+    for name in sorted(set(read_index(index).values())):
         file = _find(source, name, revision)
         if file is None:
             raise SlabError(f"{index} names {name}, which is missing: download the model again")
@@ -58,9 +57,9 @@ def open_weights(files: list[Path], source: str, revision: str | None) -> dict[s
         SlabError: a file is truncated or damaged, or does not hold what the index says.
     """
     opened = {file.name: TensorFile.open(file).pieces for file in files}
-    index = _find(source, INDEX, revision) if _SINGLE not in opened else None
+    index = _find(source, INDEX, revision) if SINGLE not in opened else None
     if index is not None:
-        for name, file_name in _weight_map(index).items():
+        for name, file_name in read_index(index).items():
             if name not in opened[file_name]:
                 raise SlabError(f"{index} names tensor {name!r}, which {file_name} lacks: download the model again")
     return {name: piece for pieces in opened.values() for name, piece in pieces.items()}
@@ -93,7 +92,7 @@ def _find(source: str, name: str, revision: str | None) -> Path | None:
         # What transformers says by itself is that there is no such file; all else has a cause.
         said = error.__cause__
         missing = type(said) is OSError and said.__cause__ is None and said.errno is None
-        if missing or (name in (_ADAPTER, _SINGLE, INDEX) and _cached(source, revision)):
+        if missing or (name in (_ADAPTER, SINGLE, INDEX) and _cached(source, revision)):
             return None
         raise
     return None if found is None else Path(found)
@@ -110,14 +109,3 @@ def _cached(source: str, revision: str | None) -> bool:
     return isinstance(config, str) and any(
         path.suffix in {".safetensors", ".bin"} for path in Path(config).parent.iterdir()
     )
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
-            raise ValueError("no file names")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SlabError(f"{index} is damaged ({error!r}): download the model again") from error
-    assert isinstance(weight_map, dict)
-    return weight_map

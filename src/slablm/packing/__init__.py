@@ -3,6 +3,6 @@
 May import: `methods`.
 """
 
-from slablm.packing.packed import GRID_PARTS, PackedSpec, PackedWeight, pack
+from slablm.packing.packed import GRID_DTYPE, GRID_PARTS, PackedSpec, PackedWeight, pack
 
-__all__ = ["GRID_PARTS", "PackedSpec", "PackedWeight", "pack"]
+__all__ = ["GRID_DTYPE", "GRID_PARTS", "PackedSpec", "PackedWeight", "pack"]

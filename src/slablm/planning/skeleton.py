@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slablm.checkpoint.save import CONFIG
+from slablm.checkpoint.files import CONFIG
 from slablm.checkpoint.shards import Piece
 from slablm.dense import loading, sources
 from slablm.dense.opening import empty_model, own_dtypes, why_whole

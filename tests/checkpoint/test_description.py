@@ -1,0 +1,215 @@
+"""What `config.json` says is not believed before types, ranges, headers and digests agree with it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from slablm import CompressionConfig, SlabError
+from slablm.checkpoint.guard import check_version
+from slablm.checkpoint.inspection import inspect_folder
+from slablm.dense.loading import load
+from tests.checkpoint.folders import age, edit_header, edit_json, edit_record
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def coded_folder(tmp_path_factory, tiny_folder, text_file):
+    """The tiny model with values on a grid; do not write to it."""
+    from slablm.cli.compress import run
+    from slablm.compression.options import RunOptions
+
+    out = tmp_path_factory.mktemp("coded") / "out"
+    config = CompressionConfig(
+        "slab+", magnitude_bits=3, group_size=32, calibration=str(text_file), num_samples=4, seq_len=32, iterations=2
+    )
+    run(str(tiny_folder), out, config, RunOptions())
+    return out
+
+
+@pytest.fixture(params=[3, 4])
+def copy_of(request, tmp_path):
+    """A copy of a folder in format 4, or in format 3, which has no digest of config.json."""
+
+    def copy(folder):
+        shutil.copytree(folder, tmp_path / "copy")
+        return age(tmp_path / "copy", 3) if request.param == 3 else tmp_path / "copy"
+
+    return copy
+
+
+def refused(folder, match):
+    for read in (inspect_folder, lambda path: load(str(path)), AutoModelForCausalLM.from_pretrained):
+        with pytest.raises(SlabError, match=match) as info:
+            read(folder)
+        assert "\n" not in str(info.value)
+
+
+def of_layer(**changes):
+    return lambda config: config["quantization_config"]["modules"][LAYER].update(changes)
+
+
+ENTRIES = {
+    "kept huge": (of_layer(kept=10**12), "keeps 1000000000000 of the 64 entries|not what the files"),
+    "kept negative": (of_layer(kept=-1), "'kept' of .* is -1"),
+    "kept a fraction": (of_layer(kept=1.5), "'kept' of .* is 1.5"),
+    "kept of another layer": (of_layer(kept=7), r"up_proj\.\w+' is .*, config.json says .*|not what the files"),
+    "rank huge": (of_layer(rank=10**9), "'rank' of .* is 1000000000"),
+    "rank true": (of_layer(rank=True), "'rank' of .* is True"),
+    "signs a number": (of_layer(signs=1), "'signs' of .* is 1"),
+    "group size 0": (of_layer(group_size=0), "'group_size' of .* is 0"),
+    "group size missing": (of_layer(group_size=None), "'group_size' of .* is None"),
+    "8 bits": (of_layer(value_bits=8), "'value_bits' of .* is 8"),
+    "bits of text": (of_layer(value_bits="3"), "'value_bits' of .* is '3'"),
+    "bits missing": (of_layer(value_bits=None), "'group_size' of .* is 32"),
+    "error of text": (of_layer(output_error="small"), "'output_error' of .* is 'small'"),
+    "error infinite": (of_layer(unseen_error=float("inf")), "'unseen_error' of .* is inf"),
+    "error none": (of_layer(output_error=None), "'output_error' of .* is None"),
+    "unknown entry": (of_layer(surprise=1), "has an unknown entry 'surprise'"),
+}
+
+
+@pytest.mark.parametrize("case", ENTRIES)
+def test_entries_of_a_layer(case, copy_of, coded_folder):
+    edit, match = ENTRIES[case]
+    folder = copy_of(coded_folder)
+    edit_json(folder / "config.json", edit)
+    refused(folder, match)
+
+
+MODULES = {
+    "no object": (lambda q: q.update(modules=[1]), "modules or value_dtype missing or wrong"),
+    "a layer is no object": (lambda q: q["modules"].update({LAYER: 3}), "up_proj' is no object"),
+    "a layer has no name": (lambda q: q["modules"].update({"": q["modules"][LAYER]}), "'' is no name of a layer"),
+    "a layer without tensors": (
+        lambda q: q["modules"].update({"model.layers.0.mlp": q["modules"][LAYER]}),
+        r"tensor 'model.layers.0.mlp.left' is missing|not what the files were written with",
+    ),
+    "a layer is not listed": (
+        lambda q: q["modules"].pop(LAYER),
+        "does not list the compressed layer 'model.layers.1.mlp.up_proj'|not what the files were written with",
+    ),
+    "another value type": (lambda q: q.update(value_dtype="bfloat16"), "is F16 .* says bfloat16|not what the files"),
+    "a value type that is none": (lambda q: q.update(value_dtype=["float16"]), "modules or value_dtype missing"),
+    "version true": (lambda q: q.update(format_version=True), "format version True is not supported"),
+    "version text": (lambda q: q.update(format_version="4"), "format version '4' is not supported"),
+    "version 3.0": (lambda q: q.update(format_version=3.0), "format version 3.0 is not supported"),
+    "settings are a list": (lambda q: q.update(compression=[]), "compression settings are damaged|was changed"),
+    "ratio text": (lambda q: q["compression"].update(ratio="x"), "'ratio' must be a number, got 'x'|was changed"),
+    "targets 3": (lambda q: q["compression"].update(targets=3), "'targets' must be a list of texts, got 3|was changed"),
+}
+
+
+@pytest.mark.parametrize("case", MODULES)
+def test_entries_of_the_checkpoint(case, copy_of, coded_folder):
+    edit, match = MODULES[case]
+    folder = copy_of(coded_folder)
+    edit_json(folder / "config.json", lambda config: edit(config["quantization_config"]))
+    refused(folder, match)
+
+
+@pytest.mark.parametrize("version", [True, "4", 3.0, None, [4], 0, 5])
+def test_versions_that_are_none(version):
+    with pytest.raises(SlabError, match="is not supported"):
+        check_version(version)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"ratio": "x"}, {"targets": 3}, {"targets": "all"}, {"seed": 1.5}, {"refine": 1}, {"rank": None}, [], "slab"],
+)
+def test_damaged_settings_are_one_line(settings):
+    with pytest.raises(SlabError, match="must be|are damaged"):
+        CompressionConfig.from_dict(settings)
+
+
+def test_shapes_do_not_tell_a_group_size_but_the_digest_does(coded_folder, tmp_path):
+    """⌈64/32⌉ = ⌈64/63⌉: another weight from tensors of the same shapes."""
+    shutil.copytree(coded_folder, tmp_path / "copy")
+    edit_json(tmp_path / "copy" / "config.json", of_layer(group_size=63))
+    refused(tmp_path / "copy", "modules or value_dtype of config.json is not what the files were written with")
+
+
+@pytest.mark.parametrize("entry", [{"num_attention_heads": 8}, {"rope_theta": 1.0}, {"rms_norm_eps": 0.5}, {"new": 1}])
+def test_the_rest_of_the_config_is_covered(entry, compressed_folder, tmp_path):
+    shutil.copytree(compressed_folder, tmp_path / "copy")
+    edit_json(tmp_path / "copy" / "config.json", lambda config: config.update(entry))
+    refused(tmp_path / "copy", "config.json was changed after the model was written")
+
+
+def test_layout_and_volatile_entries_of_the_config_are_not(compressed_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(compressed_folder, folder)
+    edit_json(folder / "config.json", lambda config: config.update(transformers_version="9.9.9", _name_or_path="here"))
+    inspect_folder(folder)
+    model, _ = load(str(folder))
+    model.save_pretrained(tmp_path / "again")  # what is loaded is sealed again with the config that is written
+    inspect_folder(tmp_path / "again")
+
+
+def test_a_changed_setting_can_be_kept(compressed_folder, tmp_path):
+    """The way out that the error names."""
+    model = AutoModelForCausalLM.from_pretrained(compressed_folder, rms_norm_eps=0.25)
+    model.save_pretrained(tmp_path / "again")
+    inspect_folder(tmp_path / "again")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.rms_norm_eps == 0.25
+
+
+@pytest.mark.parametrize("version", [1, 2, 3])
+def test_versions_before_the_digest_are_read_and_saved_in_the_present_one(version, coded_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(coded_folder, folder)
+    age(folder, version)
+    assert inspect_folder(folder).layers == inspect_folder(coded_folder).layers
+    old, _ = load(str(folder))
+    new, _ = load(str(coded_folder))
+    tokens = torch.arange(9)[None]
+    with torch.no_grad():
+        assert torch.equal(old(tokens).logits, new(tokens).logits)
+    old.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format_version"] == 4
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (coded_folder / name).read_bytes()
+
+
+def test_taking_the_digest_out_is_no_way_around_it(coded_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(coded_folder, folder)
+    edit_json(folder / "config.json", lambda config: config["quantization_config"].update(format_version=3))
+    refused(folder, "config.json says format version 3, the files have version 4")
+    edit_record(folder / "model.safetensors", lambda record: record.pop("modules"))
+    refused(folder, "carries no slablm digests")
+
+
+@pytest.mark.parametrize("part", ["codes", "scales", "offsets", "left", "right", "positions"])
+def test_every_part_is_compared_with_the_header(part, coded_folder, tmp_path):
+    """A header may be wrong and its digests as well: what does not fit the config is refused before it is read."""
+    folder = tmp_path / "copy"
+    shutil.copytree(coded_folder, folder)
+    age(folder, 3)
+
+    def flatten(header):
+        names = [name for name in header if name.endswith(f".{part}")]
+        assert names, sorted(header)
+        for name in names:
+            shape = header[name]["shape"]
+            header[name]["shape"] = [1, *shape] if len(shape) == 1 else [shape[0] * shape[1]]
+
+    if part == "positions" and b".positions" not in (folder / "model.safetensors").read_bytes():
+        part = "states"
+    edit_header(folder / "model.safetensors", flatten)
+    refused(folder, r"config\.json says|is no matrix|cannot be read")
+
+
+@pytest.mark.parametrize("weights", ["other.safetensors", ["x"], {}, 3, ""])
+def test_other_weights_than_its_own(weights, compressed_folder, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(compressed_folder, folder)
+    shutil.copy(folder / "model.safetensors", folder / "other.safetensors")
+    edit_json(folder / "config.json", lambda config: config.update(transformers_weights=weights))
+    for read in (inspect_folder, lambda path: load(str(path))):
+        with pytest.raises(SlabError, match="transformers_weights is not what slablm writes"):
+            read(folder)
