@@ -75,6 +75,12 @@ def test_tests_mirror_the_rooms():
     assert names <= {room.name for room in ROOMS}
 
 
+def test_a_file_fits_in_the_head():
+    files = [*PACKAGE.rglob("*.py"), *(ROOT / "csrc").glob("*"), *(ROOT / "tests").rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_bytes().splitlines()) for path in files if path.is_file()}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
+
+
 def _code(path):
     """A module's text without its string literals in triple quotes."""
     return re.sub(r'"""(.|\n)*?"""', "", path.read_text(encoding="utf-8"))

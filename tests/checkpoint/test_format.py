@@ -13,7 +13,7 @@ from slablm.api import compress_folder
 from slablm.compression.options import RunOptions
 from tests.checkpoint import second_reader
 from tests.checkpoint.folders import edit_json
-from tests.compression.test_run import build
+from tests.compression.folders import build
 
 KINDS = {
     "16-bit values": ("llama", {}, {}, "states"),

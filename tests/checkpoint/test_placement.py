@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from slablm import SlabLinear
 from slablm.runtime import kernels
 from slablm.runtime.narrow import NarrowEmbedding, NarrowLinear
-from tests.compression.test_run import build
+from tests.compression.folders import build
 
 OUTSIDE = dict.fromkeys(["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu")
 TOKENS = torch.arange(20)[None]

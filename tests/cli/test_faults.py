@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.cli.test_cli import refused, slablm
-from tests.compression.test_run import assert_same_folders, build
+from tests.compression.folders import assert_same_folders, build
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from slablm.calibration.capture import collect_stats
 from slablm.calibration.statistics import Use
 from slablm.compression.options import RunOptions
 from slablm.system.distributed import ALONE, World, _start_name, assign, join
-from tests.compression.test_run import assert_same_folders, build
+from tests.compression.folders import assert_same_folders, build
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -16,7 +16,7 @@ from slablm.compression.fingerprint import model_digest
 from slablm.compression.options import RunOptions
 from slablm.compression.run import _check_alike
 from slablm.dense import loading, opening
-from tests.compression.test_run import Stop, assert_same_folders, in_memory, stop_after
+from tests.compression.folders import Stop, assert_same_folders, in_memory, stop_after
 from tests.conftest import byte_tokenizer
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from slablm.api import compress_folder
 from slablm.compression.options import RunOptions
-from tests.compression.test_run import assert_same_folders, build
+from tests.compression.folders import assert_same_folders, build
 
 MOMENTS = 400  # more than a run has
 

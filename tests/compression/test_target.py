@@ -10,7 +10,7 @@ from slablm.api import compress_folder
 from slablm.checkpoint import save
 from slablm.compression.options import RunOptions
 from slablm.dense import loading
-from tests.compression.test_run import Stop, assert_same_folders, stop_after, unfinished
+from tests.compression.folders import Stop, assert_same_folders, stop_after, unfinished
 from tests.conftest import byte_tokenizer
 
 

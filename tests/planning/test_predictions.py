@@ -14,8 +14,8 @@ from slablm.api import compress_folder
 from slablm.compression.options import RunOptions
 from slablm.methods import METHODS, LayerStats, RowBudget, row_budget
 from slablm.planning import checks
+from tests.compression.folders import build
 from tests.compression.test_architectures import FAMILIES
-from tests.compression.test_run import build
 
 DATA = Path(__file__).parent.parent / "data"
 PACKABLE = [name for name, method in METHODS.items() if method.packable]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from slablm.errors import SlabError
 from slablm.packing import PackedSpec
-from slablm.runtime.kernels import from_gpu, gpu_layout, reference, to_gpu
+from slablm.runtime.kernels import from_runtime, gpu_layout, reference, to_gpu
 from slablm.runtime.kernels.gpu_layout import PADDING_VALUES, WORD_COLUMNS
 from tests.runtime.kernels.weights import random_packed, specs
 
@@ -19,7 +19,7 @@ def test_layout_keeps_every_bit(spec, seed):
     packed = random_packed(spec, seed)
     weight = to_gpu(packed)
     assert torch.equal(reference.unpack(weight), packed.dense())
-    back = from_gpu(weight)
+    back = from_runtime(weight)
     assert back.spec == packed.spec
     for name in ("values", "left", "right", "plane"):
         assert torch.equal(getattr(back, name), getattr(packed, name))
@@ -28,7 +28,7 @@ def test_layout_keeps_every_bit(spec, seed):
 def test_factors_of_another_type_come_back():
     packed = random_packed(SPEC, 0)
     packed = replace(packed, left=packed.left.bfloat16(), right=packed.right.bfloat16())
-    back = from_gpu(to_gpu(packed), torch.bfloat16)
+    back = from_runtime(to_gpu(packed), torch.bfloat16)
     assert (back.values.dtype, back.left.dtype, back.right.dtype) == (torch.float16, torch.bfloat16, torch.bfloat16)
     assert torch.equal(back.dense(), packed.dense())
 
@@ -91,4 +91,4 @@ def test_more_kept_entries_than_an_offset_can_count_are_refused():
 
 def test_eight_bit_values_do_not_go_back():
     with pytest.raises(SlabError, match="load the checkpoint with 16-bit values"):
-        from_gpu(to_gpu(random_packed(SPEC, 0), value_bits=8))
+        from_runtime(to_gpu(random_packed(SPEC, 0), value_bits=8))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from slablm.errors import SlabError
 from slablm.packing import PackedSpec, PackedWeight
-from slablm.runtime.kernels import reference, to_native, to_packed
+from slablm.runtime.kernels import from_runtime, reference, to_native
 from tests.runtime.kernels.weights import random_packed, specs
 
 SPEC = PackedSpec(6, 130, 40, 1, True, torch.float16)
@@ -18,7 +18,7 @@ def test_layout_keeps_every_bit(spec, seed):
     packed = random_packed(spec, seed)
     weight = to_native(packed)
     assert torch.equal(reference.unpack(weight), packed.dense())
-    back = to_packed(weight)
+    back = from_runtime(weight)
     assert back.spec == packed.spec
     for name in ("values", "left", "right", "plane"):
         assert torch.equal(getattr(back, name), getattr(packed, name))
@@ -79,7 +79,7 @@ def test_unknown_value_bits_are_refused():
 
 def test_eight_bit_values_do_not_go_back():
     with pytest.raises(SlabError, match="load the checkpoint with 16-bit values"):
-        to_packed(to_native(random_packed(SPEC, 0), value_bits=8))
+        from_runtime(to_native(random_packed(SPEC, 0), value_bits=8))
 
 
 @pytest.mark.parametrize(

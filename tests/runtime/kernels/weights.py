@@ -8,7 +8,6 @@ from slablm.methods.grid import ValueGrid
 from slablm.methods.select import kept_columns
 from slablm.packing import PackedSpec, pack
 from slablm.runtime.kernels import reference
-from slablm.runtime.kernels.layout import mask_of
 
 FIXED_POINT_STEPS = 8191  # 14 bits: largest magnitude of a block of 64 inputs
 
@@ -68,7 +67,7 @@ def error_bound(weight, inputs):
     dense = reference.unpack(weight).double()
     bound = 1e-5 * inputs.double().abs() @ dense.abs().T
     if weight.scales is not None:
-        kept, _ = mask_of(weight, 0, weight.out_features)
+        kept, _ = weight.masks(0, weight.out_features)
         steps = _largest_of_block(inputs) @ (dense.abs() * kept).T
         for left, right in zip(weight.left.T, weight.right[:, : weight.in_features], strict=True):
             steps += _largest_of_block(inputs * right) @ (~kept).double().T * left.double().abs()

@@ -13,12 +13,12 @@ from slablm.runtime.kernels.dispatch import (
     check_inputs,
     dense_linear,
     explain,
-    from_runtime,
     linear,
     to_runtime,
 )
-from slablm.runtime.kernels.gpu_layout import GpuWeight, from_gpu, to_gpu
-from slablm.runtime.kernels.layout import NativeWeight, to_native, to_packed
+from slablm.runtime.kernels.gpu_layout import GpuWeight, to_gpu
+from slablm.runtime.kernels.layout import NativeWeight, to_native
+from slablm.runtime.kernels.runtime_weight import from_runtime
 
 __all__ = [
     "REFERENCE",
@@ -29,11 +29,9 @@ __all__ = [
     "check_inputs",
     "dense_linear",
     "explain",
-    "from_gpu",
     "from_runtime",
     "linear",
     "to_gpu",
     "to_native",
-    "to_packed",
     "to_runtime",
 ]

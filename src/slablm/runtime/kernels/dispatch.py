@@ -31,8 +31,8 @@ from torch.nn import functional
 from slablm.errors import SlabError
 from slablm.packing import PackedWeight
 from slablm.runtime.kernels import native, reference
-from slablm.runtime.kernels.gpu_layout import GpuWeight, from_gpu, to_gpu
-from slablm.runtime.kernels.layout import NativeWeight, to_native, to_packed
+from slablm.runtime.kernels.gpu_layout import GpuWeight, to_gpu
+from slablm.runtime.kernels.layout import NativeWeight, to_native
 from slablm.system.float32 import fast_float32
 
 ENVIRONMENT_VARIABLE = "SLABLM_KERNEL"
@@ -134,19 +134,6 @@ def to_runtime(packed: PackedWeight, value_bits: int = 16, name: str = "weight")
         SlabError: a corrupted plane, or an unknown `value_bits`.
     """
     return (to_native if packed.values.device.type == "cpu" else to_gpu)(packed, value_bits, name)
-
-
-def from_runtime(weight: NativeWeight | GpuWeight, factor_dtype: torch.dtype | None = None) -> PackedWeight:
-    """Inverse of `to_runtime` for 16-bit values, bit for bit.
-
-    Args:
-        weight: its values must not be quantized.
-        factor_dtype: type of the factors, by default that of the values.
-
-    Raises:
-        SlabError: the values were quantized to 8 bits.
-    """
-    return from_gpu(weight, factor_dtype) if isinstance(weight, GpuWeight) else to_packed(weight, factor_dtype)
 
 
 def linear(inputs: Tensor, weight: NativeWeight | GpuWeight) -> Tensor:

@@ -26,7 +26,6 @@ from slablm.packing.planes import pack_bits, unpack_bits, unpack_states
 from slablm.runtime.kernels.runtime_weight import (
     RuntimeWeight,
     check_value_bits,
-    packed_from,
     values_and_scales,
     wide_factors,
 )
@@ -72,6 +71,13 @@ class GpuWeight(RuntimeWeight):
         """Values behind the last one."""
         return PADDING_VALUES
 
+    def masks(self, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """As `RuntimeWeight.masks`."""
+        # clone: a view as bytes needs stride 1, which `contiguous` does not give to a single word.
+        planes = self.planes[begin:end].permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
+        bits = [unpack_bits(plane.view(torch.uint8), self.in_features) for plane in planes]
+        return bits[0], bits[1] if self.signs else None
+
 
 def to_gpu(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> GpuWeight:
     """Lay a packed weight out for the Triton kernels, on the device it is on.
@@ -95,28 +101,6 @@ def to_gpu(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> 
     values, scales = values_and_scales(packed, value_bits, PADDING_VALUES)
     left, right = wide_factors(packed, WORD_COLUMNS)
     return GpuWeight(packed.in_features, values, scales, planes, offsets, left, right)
-
-
-def from_gpu(weight: GpuWeight, factor_dtype: torch.dtype | None = None) -> PackedWeight:
-    """Inverse of `to_gpu` for 16-bit values, bit for bit.
-
-    Args:
-        weight: its values must not be quantized.
-        factor_dtype: type of the factors, by default that of the values.
-
-    Raises:
-        SlabError: the values were quantized to 8 bits; the checkpoint's are gone.
-    """
-    return packed_from(weight, *mask_of(weight, 0, weight.out_features), factor_dtype)
-
-
-def mask_of(weight: GpuWeight, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
-    """Kept positions and, if there are signs, negative positions of rows begin … end, [end − begin, n] bool."""
-    n = weight.in_features
-    # clone: a view as bytes needs stride 1, which `contiguous` does not give to a single word.
-    planes = weight.planes[begin:end].permute(2, 0, 1).clone(memory_format=torch.contiguous_format)
-    bits = [unpack_bits(plane.view(torch.uint8), n) for plane in planes]
-    return bits[0], bits[1] if weight.signs else None
 
 
 def _planes(packed: PackedWeight) -> tuple[Tensor, Tensor]:

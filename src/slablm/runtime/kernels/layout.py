@@ -25,7 +25,6 @@ from slablm.packing.planes import unpack_bits, unpack_states
 from slablm.runtime.kernels.runtime_weight import (
     RuntimeWeight,
     check_value_bits,
-    packed_from,
     values_and_scales,
     wide_factors,
 )
@@ -99,6 +98,11 @@ class NativeWeight(RuntimeWeight):
         """Values behind the last one."""
         return PADDING_BYTES // self.values.element_size()
 
+    def masks(self, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """As `RuntimeWeight.masks`."""
+        planes, n = self.planes[begin:end], self.in_features
+        return _mask(planes[:, :, 0], n), _mask(planes[:, :, 1], n) if self.signs else None
+
 
 def to_native(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> NativeWeight:
     """Lay a packed weight out for the kernels.
@@ -118,25 +122,6 @@ def to_native(packed: PackedWeight, value_bits: int = 16, name: str = "weight") 
     values, scales = values_and_scales(packed, value_bits, 8 * PADDING_BYTES // value_bits)
     left, right = wide_factors(packed, WORD_BITS)
     return NativeWeight(packed.in_features, values, scales, planes, left, right)
-
-
-def to_packed(weight: NativeWeight, factor_dtype: torch.dtype | None = None) -> PackedWeight:
-    """Inverse of `to_native` for 16-bit values, bit for bit.
-
-    Args:
-        weight: its values must not be quantized.
-        factor_dtype: type of the factors, by default that of the values.
-
-    Raises:
-        SlabError: the values were quantized to 8 bits; the checkpoint's are gone.
-    """
-    return packed_from(weight, *mask_of(weight, 0, weight.out_features), factor_dtype)
-
-
-def mask_of(weight: NativeWeight, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
-    """Kept positions and, if there are signs, negative positions of rows begin … end, [end − begin, n] bool."""
-    planes, n = weight.planes[begin:end], weight.in_features
-    return _mask(planes[:, :, 0], n), _mask(planes[:, :, 1], n) if weight.signs else None
 
 
 def _planes(packed: PackedWeight) -> Tensor:

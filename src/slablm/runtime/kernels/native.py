@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from slablm.runtime import kernels
 from slablm.runtime.kernels.layout import NativeWeight
 
 MAX_TOKENS = 8
@@ -26,6 +26,8 @@ ABI_VERSION = 2
 INSTRUCTION_SETS = {"avx512": 2, "avx2": 1, "neon": 3, "portable": 0}
 
 _SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+# Beside this file; an editable installation builds the library elsewhere.
+_FOLDERS = sys.modules[__name__.rpartition(".")[0]].__path__
 _SUFFIX = {"Windows": ".dll"}.get(platform.system(), ".so")
 
 
@@ -57,7 +59,7 @@ class Library:
 @cache
 def load() -> Library | str:
     """The library, or why there is none, as one sentence."""
-    found = [path for folder in kernels.__path__ if (path := Path(folder) / f"_kernels{_SUFFIX}").is_file()]
+    found = [path for folder in _FOLDERS if (path := Path(folder) / f"_kernels{_SUFFIX}").is_file()]
     if not found:
         return "slablm was installed without its compiled kernels (no C++ compiler at install time)"
     try:

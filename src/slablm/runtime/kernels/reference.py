@@ -10,12 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from slablm.methods.decomposition import low_rank
-from slablm.runtime.kernels import gpu_layout, layout
-from slablm.runtime.kernels.gpu_layout import GpuWeight
-from slablm.runtime.kernels.layout import NativeWeight
+from slablm.runtime.kernels.runtime_weight import RuntimeWeight
 
 
-def unpack(weight: NativeWeight | GpuWeight, begin: int = 0, end: int | None = None) -> Tensor:
+def unpack(weight: RuntimeWeight, begin: int = 0, end: int | None = None) -> Tensor:
     """Rows begin … end of Ŵ, [end − begin, n] float32.
 
     Args:
@@ -24,8 +22,7 @@ def unpack(weight: NativeWeight | GpuWeight, begin: int = 0, end: int | None = N
         end: row after the last, by default all rows.
     """
     end = weight.out_features if end is None else end
-    where = gpu_layout if isinstance(weight, GpuWeight) else layout
-    kept, minus = where.mask_of(weight, begin, end)
+    kept, minus = weight.masks(begin, end)
     dense = low_rank(weight.left[begin:end], weight.right[:, : weight.in_features])
     if minus is not None:
         dense = torch.where(minus, -dense, dense)
@@ -35,6 +32,6 @@ def unpack(weight: NativeWeight | GpuWeight, begin: int = 0, end: int | None = N
     return dense.masked_scatter_(kept, values)
 
 
-def linear(inputs: Tensor, weight: NativeWeight | GpuWeight) -> Tensor:
+def linear(inputs: Tensor, weight: RuntimeWeight) -> Tensor:
     """Ŵ applied to [..., n] → [..., m], in the inputs' dtype; differentiable in the inputs."""
     return functional.linear(inputs, unpack(weight).to(inputs.dtype))

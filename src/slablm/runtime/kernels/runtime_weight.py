@@ -38,6 +38,10 @@ class RuntimeWeight:
         """Values behind the last one."""
         raise NotImplementedError
 
+    def masks(self, begin: int, end: int) -> tuple[Tensor, Tensor | None]:
+        """Kept positions and, if there are signs, negative positions of rows begin … end, [end − begin, n] bool."""
+        raise NotImplementedError
+
     @property
     def device(self) -> torch.device:
         """Where all tensors are."""
@@ -112,15 +116,11 @@ def wide_factors(packed: PackedWeight, word: int) -> tuple[Tensor, Tensor]:
     return packed.left.float().contiguous(), right.contiguous()
 
 
-def packed_from(
-    weight: RuntimeWeight, kept: Tensor, minus: Tensor | None, factor_dtype: torch.dtype | None = None
-) -> PackedWeight:
+def from_runtime(weight: RuntimeWeight, factor_dtype: torch.dtype | None = None) -> PackedWeight:
     """The packed weight that a layout was made of, bit for bit.
 
     Args:
         weight: its values must not be quantized.
-        kept: kept positions, [m, n] bool.
-        minus: negative positions likewise, if there are signs.
         factor_dtype: type of the factors, by default that of the values.
 
     Raises:
@@ -129,6 +129,7 @@ def packed_from(
     if weight.scales is not None:
         raise SlabError("8-bit values cannot be turned back into stored ones: load the checkpoint with 16-bit values")
     n, dtype = weight.in_features, factor_dtype or weight.values.dtype
+    kept, minus = weight.masks(0, weight.out_features)
     return PackedWeight(
         in_features=n,
         values=weight.rows.clone(),

@@ -1,0 +1,67 @@
+"""Tiny dense models, what the Python API makes of them, and runs that stop in the middle."""
+
+import torch
+
+from slablm.api import compress_model
+from slablm.calibration.text import calibration_windows
+from slablm.checkpoint import save
+from slablm.checkpoint.card import model_card
+from slablm.compression import blocks
+from slablm.dense import loading
+from slablm.dense.targets import select_targets
+from tests.compression.test_architectures import FAMILIES, SMALL
+from tests.conftest import byte_tokenizer
+
+# What a run notes beside its result, and a model that was in memory has nothing to say about.
+NOTE = {save.RUN}
+
+
+def in_memory(source, out, config, dtype="auto", max_shard_size="50GB"):
+    """What the Python API writes: the truth here."""
+    from slablm import __version__
+
+    model, tokenizer = loading.load(str(source), dtype=dtype)
+    targets = select_targets(model, config)
+    reports = compress_model(model, targets, calibration_windows(model, tokenizer, config), config)
+    settings = model.config.quantization_config.compression
+    left_dense = targets.left_dense | blocks.unreached(targets, reports)
+    card = model_card(str(source), settings, reports, left_dense, __version__)
+    with save._staging(out) as folder:
+        save._write_model(model, folder, max_shard_size=max_shard_size)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def assert_same_folders(a, b, besides=()):
+    names = sorted(path.name for path in a.iterdir() if path.name not in besides)
+    assert names == sorted(path.name for path in b.iterdir())
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def build(folder, family, **save_options):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    sizes = SMALL | {"vocab_size": 258} | FAMILIES[family]
+    config = AutoConfig.for_model(family.removesuffix("-tied"), **sizes)
+    model = AutoModelForCausalLM.from_config(config, dtype=save_options.pop("dtype", torch.float32))
+    model.save_pretrained(folder, **save_options)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+class Stop(Exception):  # noqa: N818
+    """The run is over here."""
+
+
+def stop_after(layers):
+    def on_layer(done, total, report):
+        if done == layers:
+            raise Stop
+
+    return on_layer
+
+
+def unfinished(folder):
+    return sorted(path.name for path in folder.iterdir() if path.name.startswith("."))
