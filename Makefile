@@ -10,12 +10,16 @@ READY  := $(VENV)/.ready
 demo: $(READY)
 	TQDM_DISABLE=1 $(BIN)/python examples/demo.py
 
+# Almost every test keeps to one thread, so several processes share the machine.
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 # Loading and saving on the oldest versions that pyproject.toml allows.
+LOADING := tests/checkpoint tests/dense tests/runtime/test_lora.py
 test-floor: $(FLOOR)/.ready
-	$(FLOOR)/bin/python -m pytest -W default tests/checkpoint tests/dense  # old libraries warn of what newer ones do
+	$(FLOOR)/bin/python -m pytest -W default $(SIDE_BY_SIDE) $(LOADING)  # old libraries warn of what newer ones do
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -24,7 +28,7 @@ check: $(READY)
 
 # The kernel tests on a library that watches its memory (gcc or clang, 2 to 4 minutes).
 sanitize: $(READY)
-	PYTHON=$(BIN)/python csrc/sanitize.sh -q
+	PATH="$(CURDIR)/$(BIN):$$PATH" PYTHON=$(BIN)/python csrc/sanitize.sh -q
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -45,5 +49,5 @@ $(READY): pyproject.toml constraints.txt
 $(FLOOR)/.ready: pyproject.toml constraints-floor.txt
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip install --quiet --constraint constraints-floor.txt torch
-	$(FLOOR)/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable . hypothesis pytest
+	$(FLOOR)/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable . hypothesis peft pytest pytest-xdist
 	touch $@

@@ -22,6 +22,11 @@ settings.load_profile("slablm")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+def pytest_collection_modifyitems(items):
+    """The longest tests first, so that of several processes none is left with them in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("smollm2") is None)
+
+
 @pytest.fixture(autouse=True)
 def one_thread(request):
     """Tiny matrices on several threads only wait for each other, on a busy machine for minutes."""

@@ -9,6 +9,9 @@ import pytest
 from rich.console import Console
 
 from slablm.checkpoint import integrity
+from slablm.checkpoint.config_file import config_digest
+from slablm.checkpoint.description import Description
+from slablm.checkpoint.guard import FORMAT_VERSION
 from slablm.checkpoint.shards import open_all, write_tensors
 from slablm.cli import console
 from tests.cli.test_cli import refused, slablm
@@ -52,9 +55,11 @@ def test_a_layer_with_a_hostile_name(compressed_folder, tmp_path, monkeypatch):
     modules = config["quantization_config"]["modules"]
     modules[new] = modules.pop(old)
     (out / "config.json").write_text(json.dumps(config))
+    known = Description.from_json(modules, "float16", FORMAT_VERSION)
     pieces = {name.replace(old, new): piece for name, piece in open_all([out / "model.safetensors"]).items()}
     digests = {name: integrity.digest(piece.read()) for name, piece in pieces.items()}
-    write_tensors(tmp_path / "renamed", pieces, {"format": "pt", **integrity.record(digests)})
+    metadata = integrity.sealed(integrity.record(digests), known.digest, config_digest(config))
+    write_tensors(tmp_path / "renamed", pieces, {"format": "pt", **metadata})
     (tmp_path / "renamed").replace(out / "model.safetensors")
     done = slablm("inspect", out)
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import AutoModelForCausalLM
 
 from slablm import SlabError, SlabLinear
@@ -82,6 +83,16 @@ def test_what_needs_a_dense_weight_is_refused(model):
         peft.get_peft_model(model, config_of()).merge_and_unload()
 
 
+def add_adapter(model, config):
+    """transformers' own way, which asks for a version of PEFT."""
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    if Version(peft.__version__) < Version(MIN_PEFT_VERSION):
+        pytest.skip(f"this transformers wants PEFT {MIN_PEFT_VERSION} or later")
+    model.add_adapter(config)
+    return model
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [({"init_lora_weights": "pissa"}, "'pissa' reads a dense weight"), ({"use_dora": True}, "unsupported variant")],
@@ -91,12 +102,20 @@ def test_variants_that_need_a_dense_weight_are_refused(model, settings, message)
         peft.get_peft_model(model, config_of(**settings))
 
 
-def test_trainers_accept_a_compressed_model(model):
+@pytest.mark.parametrize("attach", [peft.get_peft_model, add_adapter])
+def test_trainers_accept_a_compressed_model(attach, model):
     from transformers import trainer_utils
 
     if not hasattr(trainer_utils, "validate_quantization_for_training"):
         pytest.skip("this transformers has the check inside of its Trainer")
-    trainer_utils.validate_quantization_for_training(peft.get_peft_model(model, config_of()))
-    model = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
-    model.add_adapter(config_of())
-    trainer_utils.validate_quantization_for_training(model)
+    trainer_utils.validate_quantization_for_training(attach(model, config_of()))
+
+
+def test_an_adapter_of_transformers_own(model):
+    inputs = torch.arange(3, 20)[None]
+    before = model(inputs).logits
+    model = add_adapter(model, config_of())
+    assert torch.equal(model(inputs).logits, before)  # B is zero at first
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("lora_" in name for name in trained)
