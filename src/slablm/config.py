@@ -92,7 +92,7 @@ class CompressionConfig:
             kept entries and their bits are chosen for each layer. It is the mean within each block: layers get more or
             less as the block is sensitive to them.
         magnitude_bits: bits of a kept entry's magnitude, 1 to 7; used by `slab+` only (None: values in 16 bits).
-        value_bits: bits of a code, 2 to 8; used by the quantizers (`rtn`, `gptq`) only.
+        value_bits: bits of a code, 2 to 8; used by the quantizers (`rtn`, `gptq`, `awq`) only.
         group_size: columns of a row that share a scale; used with the two above only.
         calibration: ``c4``, ``wikitext2``, ``self``, ``builtin`` or the path of a text file.
         num_samples: number of calibration windows.

@@ -132,6 +132,17 @@ def test_yardsticks_are_measured_too(finished):
     assert all(len(record.layer_errors) == 14 for record in finished[0][1:])
 
 
+def test_every_quantizer_is_measured(conditions, tmp_path):
+    quantizers = tuple(name for name, method in METHODS.items() if method.quantizes)
+    cells = Grid(quantizers, value_bits=(4,), group_sizes=(64,)).cells(BASE)
+    records, measured = measure(cells, conditions, ResultsFile(tmp_path / "results.jsonl"))
+    sizes = {record.cell.method: record.bits_per_weight for record in records[1:]}
+    assert measured == [True] * 6
+    assert sizes.keys() == {"rtn", "rtn-plain", "gptq", "gptq-plain", "awq"}
+    assert sizes["awq"] > sizes["rtn"] == sizes["rtn-plain"] == sizes["gptq"] == sizes["gptq-plain"]
+    assert all(not METHODS[name].packable for name in quantizers)
+
+
 def test_every_cell_starts_from_the_dense_model(finished, conditions, grid, tmp_path):
     alone = [grid.cells(BASE)[0], grid.cells(BASE)[-1]]
     records, _ = measure(alone, conditions, ResultsFile(tmp_path / "results.jsonl"))

@@ -1,3 +1,7 @@
+"""The plain forms of RTN and GPTQ, and what all quantizers have in common; tests/methods/test_gptq.py has the rest."""
+
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -6,7 +10,8 @@ from hypothesis import strategies as st
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods import LayerStats
-from slablm.methods.quantizers import gptq, rtn
+from slablm.methods.awq import awq
+from slablm.methods.quantizers import gptq, gptq_plain, rtn, rtn_plain
 
 HALF_STEP = 0.5 + 5e-3  # float32 against float64, in steps of the grid
 FP16_ULP, FP16_SMALLEST = 2.0**-10, 2.0**-24
@@ -36,7 +41,7 @@ def check_code(code, weight, scale, zero, bits):
 @given(st.integers(1, 4), st.integers(1, 30), st.integers(1, 40), st.integers(2, 8), st.integers(0, 999))
 def test_rtn_rounds_every_entry_to_the_nearest_point_of_its_group(m, n, group_size, bits, seed):
     weight, stats = problem(m, n, seed)
-    result = rtn(weight, stats, CompressionConfig(value_bits=bits, group_size=group_size))
+    result = rtn_plain(weight, stats, CompressionConfig(value_bits=bits, group_size=group_size))
     dense = result.dense()
     for i in range(m):
         for j in range(n):
@@ -64,7 +69,7 @@ def test_gptq_agrees_with_obs_across_blocks(n, group_size):
 def follow_gptq(m, n, group_size, bits, seed):
     """Walk through the columns in float64, inverting what is left of the Hessian anew for each of them."""
     weight, stats = problem(m, n, seed)
-    result = gptq(weight, stats, CompressionConfig(value_bits=bits, group_size=group_size))
+    result = gptq_plain(weight, stats, CompressionConfig(value_bits=bits, group_size=group_size))
     dense, hessian, current = result.dense().double(), stats.gram.double(), weight.double()
     hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(n, dtype=torch.float64)
     for j in range(n):
@@ -79,29 +84,41 @@ def follow_gptq(m, n, group_size, bits, seed):
     torch.testing.assert_close(dense, current)
 
 
+@pytest.mark.parametrize(("sweep", "each"), [(gptq, rtn), (gptq_plain, rtn_plain)])
 @settings(deadline=None, max_examples=25)
 @given(st.integers(1, 5), st.integers(1, 300), st.integers(1, 300), st.integers(2, 8), st.floats(1e-3, 1e3))
-def test_gptq_is_rtn_when_inputs_are_uncorrelated(m, n, group_size, bits, scale):
+def test_gptq_is_rtn_when_inputs_are_uncorrelated(sweep, each, m, n, group_size, bits, scale):
     weight, _ = problem(m, n, seed=0)
     stats = LayerStats(torch.ones(n), n, torch.empty(0, n), scale * torch.eye(n))
     config = CompressionConfig(value_bits=bits, group_size=group_size)
-    ours, plain = gptq(weight, stats, config), rtn(weight, stats, config)
-    for field in ("codes", "scales", "zeros"):
+    ours, plain = sweep(weight, stats, config), each(weight, stats, config)
+    for field in ("codes", "scales", "zeros"):  # equal inputs keep their order, and count alike in the search of clips
         assert torch.equal(getattr(ours, field), getattr(plain, field))
 
 
-def test_gptq_has_the_smaller_output_error_on_correlated_inputs():
-    weight, stats = problem(16, 96, seed=0)
-    config = CompressionConfig(value_bits=3, group_size=32)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gram_matrix_lowers_the_output_error_on_correlated_inputs(bits, seed):
+    """Measured: gptq-plain 0.18 to 0.43 of rtn-plain; gptq 0.28 to 0.47 of rtn, 0.67 to 1.03 of gptq-plain (norms of
+    these inputs hardly differ, so their order means little); awq 0.41 to 0.87 of rtn.
+    """
+    weight, stats = problem(16, 96, seed)
+    config = CompressionConfig(value_bits=bits, group_size=32)
 
-    def output_error(result):
-        difference = weight - result.dense()
+    def output_error(method):
+        difference = weight - method(weight, stats, config).dense()
         return (difference @ stats.gram * difference).sum().item()
 
-    assert output_error(gptq(weight, stats, config)) < 0.8 * output_error(rtn(weight, stats, config))
+    assert output_error(gptq_plain) < 0.6 * output_error(rtn_plain)
+    assert output_error(gptq) < 0.6 * output_error(rtn)
+    assert output_error(gptq) < 1.08 * output_error(gptq_plain)
+    assert output_error(awq) < 0.95 * output_error(rtn)
 
 
-@pytest.mark.parametrize("method", [rtn, gptq])
+QUANTIZERS = (rtn, rtn_plain, gptq, gptq_plain, awq)
+
+
+@pytest.mark.parametrize("method", QUANTIZERS)
 def test_bits_count_codes_scales_and_zero_points(method):
     weight, stats = problem(6, 200, seed=1)
     result = method(weight, stats, CompressionConfig(value_bits=3, group_size=64))
@@ -110,10 +127,11 @@ def test_bits_count_codes_scales_and_zero_points(method):
     assert result.scales.dtype == torch.float16
     assert int(result.codes.max()) < 8
     assert int(result.zeros.max()) < 8
-    assert result.bits() == result.true_bits() == 6 * 200 * 3 + 6 * 4 * (16 + 3)
+    of_inputs = 200 * 16 if method is awq else 0
+    assert result.bits() == result.true_bits() == 6 * 200 * 3 + 6 * 4 * (16 + 3) + of_inputs
 
 
-@pytest.mark.parametrize("method", [rtn, gptq])
+@pytest.mark.parametrize("method", QUANTIZERS)
 def test_zero_is_on_the_grid(method):
     weight, stats = problem(3, 24, seed=2)
     weight = weight.abs() + 1  # without 0 in the range, zeros could not be represented
@@ -124,7 +142,7 @@ def test_zero_is_on_the_grid(method):
     dense = result.dense()
     assert (result.scales > 0).all()  # also for the row of zeros: nothing is divided by 0
     assert torch.equal(dense[0], torch.zeros(24))
-    if method is rtn:
+    if method in (rtn, rtn_plain, awq):
         assert torch.equal(dense[:, 5], torch.zeros(3))
     else:
         assert torch.equal(dense[:, 7], torch.zeros(3))  # a dead input
@@ -133,14 +151,27 @@ def test_zero_is_on_the_grid(method):
 def test_tiny_weights_survive_the_range_of_the_scale():
     weight = torch.tensor([[1e-9, -2e-9, 3e-9, 1e-6]])
     stats = LayerStats(torch.ones(4), 4, torch.empty(0, 4))
-    dense = rtn(weight, stats, CompressionConfig(value_bits=4)).dense()
+    dense = rtn_plain(weight, stats, CompressionConfig(value_bits=4)).dense()
     torch.testing.assert_close(dense, weight, rtol=0, atol=2 * FP16_SMALLEST)
 
 
-def test_range_too_large_for_the_scale_is_refused():
-    stats = LayerStats(torch.ones(2), 2, torch.empty(0, 2))
+@pytest.mark.parametrize("method", QUANTIZERS)
+def test_range_too_large_for_the_scale_is_refused(method):
+    stats = LayerStats(torch.ones(2), 2, torch.empty(0, 2), torch.eye(2))
     with pytest.raises(SlabError, match="FP16 scale"):
-        rtn(torch.tensor([[-1e6, 1e6]]), stats, CompressionConfig(value_bits=4))
+        method(torch.tensor([[-1e6, 1e6]]), stats, CompressionConfig(value_bits=4))
+
+
+@pytest.mark.parametrize("method", QUANTIZERS)
+def test_the_weight_is_left_alone_and_computed_in_float32(method):
+    weight, stats = problem(4, 40, seed=3)
+    stats = replace(stats, held_out=stats.gram)
+    stats.gram[7], stats.gram[:, 7] = 0, 0
+    config, half = CompressionConfig(value_bits=3, group_size=16), weight.to(torch.bfloat16)
+    single, gram = half.float(), stats.gram.clone()
+    assert torch.equal(method(half, stats, config).dense(), method(single, stats, config).dense())
+    assert torch.equal(single, half.float())
+    assert torch.equal(gram, stats.gram)
 
 
 @pytest.mark.parametrize(("field", "value"), [("value_bits", 1), ("value_bits", 9), ("group_size", 0)])

@@ -67,7 +67,7 @@ def test_a_rehearsal_counts_what_a_block_takes(dtype):
 
 def test_gram_matrices_on_the_way():
     """Of 64 windows: after 63 there are 6 sums, and the last one. Or 56 are fitted: 3 sums, then up to 4 more."""
-    for method, expected in (("slab", 0), ("gptq", 6 + 1 - 1), ("slab+", 3 + 4 - 2)):
+    for method, expected in (("slab", 0), ("sparsegpt", 6 + 1 - 1), ("slab+", 3 + 4 - 2)):
         assert _open_sums(CompressionConfig(method, num_samples=64)) == expected
 
 

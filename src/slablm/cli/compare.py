@@ -48,7 +48,7 @@ def compare(
     patterns: Annotated[str, typer.Option(help="unstructured and N:M patterns; N:M is measured at ratio 1 - N/M.")] = (
         "unstructured,2:4,4:8"
     ),
-    bits: Annotated[str, typer.Option(help="Bits per code of the quantizers rtn and gptq.")] = "3,4,8",
+    bits: Annotated[str, typer.Option(help="Bits per code of the quantizers rtn, gptq and awq.")] = "3,4,8",
     group_size: Annotated[str, typer.Option(help="Group sizes of the quantizers.")] = "128",
     bits_per_weight: Annotated[str, typer.Option(help="True bits per weight of further cells of slab+.")] = "",
     calibration: options.Calibration = "c4",

@@ -8,7 +8,8 @@ For the paper's Table I by default:
   a plain pruner with 2:4 removes half of the weights whatever smaller ratio one asks for, and above it the pattern is
   hardly felt. So 2:4 and 4:8 are cells at 50 %, also when 0.5 is not among the ratios;
 - `slab+` also with every budget in true bits;
-- every quantizer (`rtn`, `gptq`) with every number of bits and every group size; ratio and pattern mean nothing to it.
+- every quantizer (`rtn`, `gptq`, `awq` and plain forms) with every number of bits and every group size; ratio and
+  pattern mean nothing to it.
 """
 
 from __future__ import annotations

@@ -37,11 +37,14 @@ COLOURS = (
     ("#5f6b00", "#b3c043"),
     ("#a6262b", "#f27c80"),
     ("#2b3a67", "#9fb0e8"),
+    ("#00838f", "#4dd0e1"),
+    ("#6d4c5b", "#c7a3b3"),
+    ("#4a4f55", "#b9c0c8"),
 )
 INK, GRID = ("#1c1d1f", "#e6e6e3"), ("#d9dadc", "#3a3d42")
 # Bars of the dense model, on both backgrounds: error bars in ink show on it.
 GREY = "#8f949b"
-MARKERS = "os^DvPX<>*"
+MARKERS = "os^DvPX<>*phd"
 FILLS = ("full", "none", "left", "top")
 UNSTRUCTURED = "unstructured"
 # 5 inches become 360 CSS pixels on a phone, where 10 points are still 8.

@@ -1,15 +1,25 @@
-"""Plain quantization as a yardstick: round to nearest, and GPTQ.
+"""Plain quantization as a yardstick: round to nearest, and GPTQ, each at its best and in its plain form.
 
-Every row is cut into groups of `group_size` columns, the last one shorter if need be. A group with b-bit codes has
+The grids are those of `uniform`: per row and group of `group_size` columns a scale and a zero point.
 
-    scale = (max − min) / (2ᵇ − 1)  in FP16,    zero = round(−min / scale),    code = round(w / scale) + zero
+- RTN rounds every weight on its own. It looks at no text, so its clips are searched on Σ (ŵ − w)². Where few inputs are
+  far larger than the others, that can cut off just the weights that count, and the plain form is the better one.
+- GPTQ (Frantar et al. 2022, arXiv 2210.17323) rounds inside the column sweep (`sweep`): the error of a column goes into
+  those that come after it. With G = XᵀX and d_j² = G_jj, and three things that the paper leaves out or names in
+  passing, and that its code and its successors have:
 
-clamped to [0, 2ᵇ − 1], where max and min include 0 so that zero is on the grid. The weight is scale · (code − zero).
+  1. *Activation order*: columns are taken in order of falling d (``act_order``). What large inputs lose, many small
+     ones can make up for, and not the other way round.
+  2. *Static groups* (``static_groups``): a group is `group_size` columns that are neighbours in the weight, whatever
+     the order of the sweep, so the stored form is the same, without a table of indices. Its grid has to be known before
+     the first of them comes up, so all are settled on W itself, with clips searched on Σ d_j² (ŵ_ij − w_ij)².
+  3. *Held-out choice*: G is an estimate from some tokens; the less is added to its diagonal, the more its noise is
+     fitted too. Each of `DAMPINGS` is tried on some rows drawn at random, and judged on tokens that were held back;
+     with the best one all rows are swept. That is the result, unless on those tokens rounding without any feedback is
+     better: the rules by which `slab_plus` judges itself.
 
-- RTN rounds every weight on its own.
-- GPTQ (Frantar et al. 2022, arXiv 2210.17323) rounds inside the column sweep: the error of a column goes into the
-  columns to its right, and the scale of a group is settled when the sweep reaches it, on the weights as they are then.
-  Columns are taken in their own order.
+The plain forms: RTN on grids that span their groups; GPTQ on such grids too, each settled when the sweep reaches its
+group, on the weights as they are then, with columns in their own order and a hundredth of the mean diagonal added.
 """
 
 from __future__ import annotations
@@ -20,16 +30,27 @@ import torch
 from torch import Tensor
 
 from slablm.config import CompressionConfig
-from slablm.errors import SlabError
 from slablm.methods.decomposition import LayerStats
 from slablm.methods.results import QuantizedWeight
+from slablm.methods.slab_plus import output_error, trial_rows
 from slablm.methods.sweep import BLOCK_SIZE, Block, column_sweep, required_gram
+from slablm.methods.uniform import (
+    Grids,
+    clipped_grids,
+    dequantize,
+    in_groups,
+    min_max_grid,
+    quantize,
+    round_to_grids,
+    spanning_grids,
+)
 
-_SMALLEST_SCALE = 2.0**-24  # of FP16; also the scale of a group of zeros
+# Shares of the mean diagonal that are added to G. Without held-out tokens it is the first, which is the paper's.
+DAMPINGS = (0.01, 0.1)
 
 
 def rtn(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> QuantizedWeight:
-    """Round every weight to the nearest point of its group's grid.
+    """Round every weight to the nearest point of its group's grid, which is clipped where that loses less.
 
     Args:
         weight: W, [m, n]; computed in float32 whatever its dtype.
@@ -39,15 +60,117 @@ def rtn(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Quantiz
     Raises:
         SlabError: a group's range does not fit into an FP16 scale.
     """
-    bits = config.value_bits
-    groups = torch.split(weight.float(), config.group_size, dim=1)
-    grids = [min_max_grid(group, bits) for group in groups]
-    codes = [quantize(group, *grid, bits) for group, grid in zip(groups, grids, strict=True)]
-    return _assemble(torch.cat(codes, dim=1), grids, config)
+    weight = weight.float()
+    grids = clipped_grids(weight, config.value_bits, config.group_size, lambda lost: lost.square().sum(dim=-1))
+    return nearest(weight, grids, config)
+
+
+def rtn_plain(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> QuantizedWeight:
+    """Round every weight to the nearest point of the grid that spans its group; arguments as of `rtn`."""
+    weight = weight.float()
+    return nearest(weight, spanning_grids(weight, config.value_bits, config.group_size), config)
+
+
+def nearest(weight: Tensor, grids: Grids, config: CompressionConfig) -> QuantizedWeight:
+    """Every weight, [m, n] float32, at the nearest point of its grid."""
+    codes = round_to_grids(weight, grids, config.value_bits, config.group_size)
+    return QuantizedWeight(codes, *grids, config.group_size, config.value_bits)
 
 
 def gptq(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> QuantizedWeight:
-    """Round column after column and feed the error forward.
+    """Round column after column, large inputs first, and feed the error forward.
+
+    Args:
+        weight: W, [m, n]; computed in float32 whatever its dtype.
+        stats: `gram`, and `held_out`, the Gram matrix of tokens that are not in `gram`. Without the latter nothing is
+            chosen: the result is that of the first of `DAMPINGS`.
+        config: `value_bits`, `group_size` and `seed`; `ratio` and `pattern` are not used.
+
+    Raises:
+        SlabError: no Gram matrix, or none that can be factored; a group's range does not fit into an FP16 scale.
+    """
+    gram, held_out = required_gram(stats, "gptq").to(weight.device, torch.float32), stats.held_out
+    # Weights of dead inputs become zero in the sweep: they must not widen a grid.
+    weight = weight.float().masked_fill(gram.diagonal() == 0, 0)
+    grids = weighted_grids(weight, gram.diagonal(), config)
+    if held_out is None:
+        return swept(weight, gram, grids, falling(gram), DAMPINGS[0], config)
+    damping = best_damping(weight, gram, held_out, grids, config)
+    fed, plain = swept(weight, gram, grids, falling(gram), damping, config), nearest(weight, grids, config)
+    return fed if output_error(weight, fed, held_out) < output_error(weight, plain, held_out) else plain
+
+
+def weighted_grids(weight: Tensor, importance: Tensor, config: CompressionConfig) -> Grids:
+    """The grids with the clips that cost least in Σ d_j² (ŵ_ij − w_ij)².
+
+    Args:
+        weight: W, [m, n] float32.
+        importance: d², [n].
+        config: `value_bits` and `group_size`.
+    """
+    # Relative to the largest, so that equal ones are 1 whatever their size.
+    share = in_groups(
+        (importance / importance.max().clamp_min(torch.finfo(torch.float32).tiny))[None], config.group_size
+    )
+    return clipped_grids(
+        weight, config.value_bits, config.group_size, lambda lost: lost.square_().mul_(share).sum(dim=-1)
+    )
+
+
+def falling(gram: Tensor) -> Tensor:
+    """Columns in order of falling d, equal ones in their own order, [n]."""
+    return gram.diagonal().argsort(descending=True, stable=True)
+
+
+def best_damping(weight: Tensor, gram: Tensor, held_out: Tensor, grids: Grids, config: CompressionConfig) -> float:
+    """Of `DAMPINGS` the one with the smallest error of some rows on held-out tokens.
+
+    Args:
+        weight: W, [m, n] float32.
+        gram: G, [n, n].
+        held_out: of the tokens that decide, [n, n].
+        grids: of all rows.
+        config: `value_bits`, `group_size` and `seed`.
+    """
+    rows = trial_rows(len(weight), config.seed).to(weight.device)
+    sample, theirs = weight[rows], (grids[0][rows], grids[1][rows])
+
+    def error(damping: float) -> float:
+        return output_error(sample, swept(sample, gram, theirs, falling(gram), damping, config), held_out)
+
+    return min(DAMPINGS, key=error)
+
+
+def swept(
+    weight: Tensor, gram: Tensor, grids: Grids, order: Tensor, damping: float, config: CompressionConfig
+) -> QuantizedWeight:
+    """Round in a column sweep, on grids that are known.
+
+    Args:
+        weight: W, [m, n] float32.
+        gram: G, [n, n].
+        grids: of W, as of `spanning_grids`.
+        order: the column of the weight behind each column of the sweep, [n].
+        damping: share of the mean diagonal that is added to G.
+        config: `value_bits` and `group_size`.
+    """
+    scales, zeros = (per_group[:, order // config.group_size] for per_group in grids)
+    codes = torch.empty_like(zeros)
+
+    def plan(block: Block) -> Callable[[int], Tensor]:
+        def replace(j: int) -> Tensor:
+            at = slice(block.start + j, block.start + j + 1)
+            codes[:, at] = quantize(block.weight[:, j : j + 1], scales[:, at], zeros[:, at], config.value_bits)
+            return dequantize(codes[:, at], scales[:, at], zeros[:, at])[:, 0]
+
+        return replace
+
+    column_sweep(weight[:, order], gram[order][:, order], plan, BLOCK_SIZE, damping)
+    return QuantizedWeight(codes[:, order.argsort()], *grids, config.group_size, config.value_bits)
+
+
+def gptq_plain(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> QuantizedWeight:
+    """Round column after column in their own order, on grids that span the group when the sweep reaches it.
 
     Args:
         weight: W, [m, n]; computed in float32 whatever its dtype.
@@ -57,10 +180,10 @@ def gptq(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Quanti
     Raises:
         SlabError: no Gram matrix, or none that can be factored; a group's range does not fit into an FP16 scale.
     """
-    gram = required_gram(stats, "gptq")
+    gram = required_gram(stats, "gptq-plain")
     bits, group_size = config.value_bits, config.group_size
     codes: list[Tensor] = []
-    grids: list[tuple[Tensor, Tensor]] = []
+    grids: list[Grids] = []
 
     def plan(block: Block) -> Callable[[int], Tensor]:
         def replace(j: int) -> Tensor:
@@ -73,50 +196,5 @@ def gptq(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Quanti
 
     # Whole groups per block: a group must not straddle two of them.
     column_sweep(weight, gram, plan, block_size=group_size * max(1, BLOCK_SIZE // group_size))
-    return _assemble(torch.cat(codes, dim=1), grids, config)
-
-
-def min_max_grid(group: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """The asymmetric grid that spans each row of a group.
-
-    Args:
-        group: weights, [m, g] float32.
-        bits: bits of a code.
-
-    Returns:
-        scale [m, 1] float16 and zero point [m, 1] uint8.
-
-    Raises:
-        SlabError: the range does not fit into an FP16 scale.
-    """
-    top = 2**bits - 1
-    low = group.amin(dim=1, keepdim=True).clamp_max(0)
-    high = group.amax(dim=1, keepdim=True).clamp_min(0)
-    scale = ((high - low) / top).clamp_min(_SMALLEST_SCALE).half()
-    if not torch.isfinite(scale).all():
-        raise SlabError(f"a weight range does not fit into an FP16 scale with {bits} bits: ignore this layer")
-    # From the rounded scale: it is the one that is stored.
-    zero = (-low / scale.float()).round().clamp(0, top)
-    return scale, zero.to(torch.uint8)
-
-
-def quantize(weight: Tensor, scale: Tensor, zero: Tensor, bits: int) -> Tensor:
-    """Codes of weights on a grid, [m, g] uint8.
-
-    Args:
-        weight: [m, g] float32.
-        scale: [m, 1] float16.
-        zero: [m, 1] uint8.
-        bits: bits of a code.
-    """
-    return ((weight / scale.float()).round() + zero).clamp(0, 2**bits - 1).to(torch.uint8)
-
-
-def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    """Weights of codes, [m, g] float32; inverse of `quantize` on the grid."""
-    return scale.float() * (codes.float() - zero.float())
-
-
-def _assemble(codes: Tensor, grids: list[tuple[Tensor, Tensor]], config: CompressionConfig) -> QuantizedWeight:
     scales, zeros = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
-    return QuantizedWeight(codes, scales, zeros, config.group_size, config.value_bits)
+    return QuantizedWeight(torch.cat(codes, dim=1), scales, zeros, group_size, bits)

@@ -52,7 +52,7 @@ class PrunedWeight:
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A weight on a uniform grid per row and group of columns: Ŵ = scale · (code − zero).
+    """A weight on a uniform grid per row and group of columns: Ŵ = scale · (code − zero), or that divided by s.
 
     Attributes:
         codes: [m, n] uint8, below 2^value_bits.
@@ -60,6 +60,7 @@ class QuantizedWeight:
         zeros: zero points, [m, g] uint8, below 2^value_bits.
         group_size: columns that share a scale; the last group may be shorter.
         value_bits: bits of a code and of a zero point.
+        input_scales: s, [n] float16, of the inputs, if the weight was scaled before it was rounded (`awq`).
     """
 
     codes: Tensor
@@ -67,6 +68,7 @@ class QuantizedWeight:
     zeros: Tensor
     group_size: int
     value_bits: int
+    input_scales: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,11 +82,13 @@ class QuantizedWeight:
             per_group.float().repeat_interleave(self.group_size, dim=1)[:, :n]
             for per_group in (self.scales, self.zeros)
         )
-        return scales * (self.codes.float() - zeros)
+        weight = scales * (self.codes.float() - zeros)
+        return weight if self.input_scales is None else weight / self.input_scales.float()
 
     def bits(self) -> int:
         """Codes, scales and zero points. There are no positions, so the paper's accounting is the true one."""
-        return self.value_bits * (self.codes.numel() + self.zeros.numel()) + SCALE_BITS * self.scales.numel()
+        scales = self.scales.numel() + (0 if self.input_scales is None else self.input_scales.numel())
+        return self.value_bits * (self.codes.numel() + self.zeros.numel()) + SCALE_BITS * scales
 
     def true_bits(self) -> int:
         """The same as `bits`."""

@@ -42,6 +42,7 @@ from slablm.methods.budget import coded_bytes, kept_per_row, kept_within
 from slablm.methods.decomposition import Decomposition, LayerStats, low_rank
 from slablm.methods.descent import descent_sweep
 from slablm.methods.grid import LARGEST_BITS, ValueGrid, fit_grid
+from slablm.methods.results import QuantizedWeight
 from slablm.methods.select import kept_columns
 from slablm.methods.slab import alternate, leading_factors, start_basis
 from slablm.methods.sweep import BLOCK_SIZE, Block, Plan, column_sweep, required_gram
@@ -224,7 +225,7 @@ def damped(gram: Tensor, damping: float) -> Tensor:
     return result
 
 
-def output_error(weight: Tensor, approximation: Decomposition, gram: Tensor) -> float:
+def output_error(weight: Tensor, approximation: Decomposition | QuantizedWeight, gram: Tensor) -> float:
     """Tr (W − Ŵ) G (W − Ŵ)ᵀ."""
     difference = weight - approximation.dense()
     return ((difference @ gram.to(weight)) * difference).sum().item()

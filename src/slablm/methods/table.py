@@ -10,10 +10,11 @@ from torch import Tensor
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods.ablation import LOWRANK_RANK, sparse, sparse_lowrank, sparse_scalar_binary
+from slablm.methods.awq import awq
 from slablm.methods.budget import RowBudget, kept_per_row
 from slablm.methods.decomposition import Decomposition, LayerStats
 from slablm.methods.pruning import magnitude, wanda
-from slablm.methods.quantizers import gptq, rtn
+from slablm.methods.quantizers import gptq, gptq_plain, rtn, rtn_plain
 from slablm.methods.results import PrunedWeight, QuantizedWeight
 from slablm.methods.slab import slab
 from slablm.methods.slab_plus import possible_forms, slab_plus
@@ -104,11 +105,15 @@ METHODS: dict[str, Method] = {
     "wanda": Method(wanda, _PRUNED, workspace=_pruner_workspace),
     "magnitude": Method(magnitude, _PRUNED, workspace=_pruner_workspace),
     "sparsegpt": Method(sparsegpt, needs_gram=True),
-    "rtn": Method(rtn, quantizes=True),
-    "gptq": Method(gptq, needs_gram=True, quantizes=True),
+    "rtn": Method(rtn, quantizes=True, version=2),
+    "gptq": Method(gptq, needs_gram=True, needs_held_out=True, quantizes=True, version=2),
     "sparse": Method(sparse, _PRUNED, workspace=_pruner_workspace),
     "sparse+lowrank": Method(sparse_lowrank, _rows_of(LOWRANK_RANK, signs=False)),
     "sparse+scalar-binary": Method(sparse_scalar_binary, _rows_of(1, signs=True)),
+    # At the end: a method's place is its colour in the plots.
+    "awq": Method(awq, needs_gram=True, quantizes=True),
+    "rtn-plain": Method(rtn_plain, quantizes=True),
+    "gptq-plain": Method(gptq_plain, needs_gram=True, quantizes=True),
 }
 
 
