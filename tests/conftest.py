@@ -95,6 +95,42 @@ def tiny_folder(tmp_path_factory, tokenizer):
 
 
 @pytest.fixture(scope="session")
+def tiny_gguf(tmp_path_factory, tiny_folder, tokenizer):
+    """The tiny model's sizes and tokens as a GGUF file, its blocks in Q4_1; what it computes is of no interest."""
+    import gguf
+    from safetensors.torch import load_file
+
+    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
+    config, kinds, writer = tiny_config(), gguf.GGMLQuantizationType, gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    # Some merge is required, in place of a byte that no English text has.
+    writer.add_token_list([*sorted(tokenizer.vocab, key=tokenizer.vocab.get)[:-1], "ab"])
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 256)
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in load_file(tiny_folder / "model.safetensors").items():
+        kind = kinds.Q4_1 if tensor.dim() == 2 and ".layers." in name else kinds.F32
+        own = names.get_name(name, try_suffixes=[".weight"])
+        writer.add_tensor(own, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
     """English text, about 20 kB."""
     from slablm.calibration.text import load_text

@@ -25,6 +25,7 @@ from slablm.cli.console import (
     printable,
     progress,
     say,
+    say_if_quantized,
 )
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
@@ -132,6 +133,7 @@ def run(
     results = ResultsFile(out / RESULTS)
     quiet_libraries()
     say(f"Loading {source}")
+    say_if_quantized(source)
     conditions = _conditions(source, config, text, max_windows, eval_seq_len, tasks, load_options)
     with _reporting(cells, conditions, results) as (on_cell, on_step):
         records = measure_cells(cells, conditions, results, on_cell, on_step)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Json, echo, print_json, progress, say
+from slablm.cli.console import Json, echo, print_json, progress, say, say_if_quantized
 
 if TYPE_CHECKING:
     from slablm.compression.options import RunOptions
@@ -75,6 +75,7 @@ def run(source: str, out: Path, config: CompressionConfig, run_options: RunOptio
     if not run_options.world.first:
         compress_folder(source, out, config, run_options)
         return {}
+    say_if_quantized(source)
     with progress(f"Compressing ({config.method})") as (bar, task):
         result = compress_folder(
             source,

@@ -52,6 +52,21 @@ def say(line: object) -> None:
     log.print(printable(line), soft_wrap=True)
 
 
+def say_if_quantized(source: str) -> None:
+    """One line on stderr if a model's weights come from a quantised file, and so are no dense model's.
+
+    Args:
+        source: as for `slablm.dense.loading.load`.
+
+    Raises:
+        SlabError: it is a GGUF file that is missing.
+    """
+    from slablm.dense.loading import quantized_as
+
+    if formats := quantized_as(source):
+        say(f"{source}: weights come from a {formats} file, so they lie on its grid")
+
+
 def echo(line: object) -> None:
     """One line of a result on stdout."""
     typer.echo(printable(line))

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Device, Dtype, Json, Revision, TrustRemoteCode, echo, print_json, progress
+from slablm.cli.console import (
+    Device,
+    Dtype,
+    Json,
+    Revision,
+    TrustRemoteCode,
+    echo,
+    print_json,
+    progress,
+    say_if_quantized,
+)
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -45,6 +55,7 @@ def evaluate(
 
     def load() -> tuple[Any, Any]:
         quiet_libraries()
+        say_if_quantized(model)
         return loading.load(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
 
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]

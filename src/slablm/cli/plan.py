@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Json, TextTable, console, print_json, printable
+from slablm.cli.console import Json, TextTable, console, print_json, printable, say_if_quantized
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -41,6 +41,7 @@ def plan(
     from slablm.planning.plan import plan as make_plan
 
     quiet_libraries()
+    say_if_quantized(model)
     result = make_plan(model, options.config(context), options=options.run_options(settings, source), out=out)
     if json:
         print_json(result.to_dict())

