@@ -29,9 +29,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def one_thread(request):
-    """Tiny matrices on several threads only wait for each other, on a busy machine for minutes."""
+    """Threads that find no free core wait for each other, with tiny matrices and beside other tests for minutes."""
     threads = torch.get_num_threads()
-    if request.node.get_closest_marker("smollm2") is None:
+    if request.node.get_closest_marker("smollm2") is None or "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)

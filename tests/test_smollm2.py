@@ -6,6 +6,7 @@ Everything here uses the first 8 windows of the C4 sample for calibration and th
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import random
 import subprocess
 import sys
@@ -141,4 +142,6 @@ def start_compression(model, out, shared_data):
     command = [sys.executable, "-m", "slablm", "compress", model, out, "--resume", "--method", "slab"]
     command += ["--iterations", "3", "--calibration", shared_data / "c4-sample.txt"]
     command += ["--num-samples", "2", "--seq-len", "128"]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}  # other tests run beside it
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(list(map(str, command)), env=environment, **quiet)
