@@ -49,5 +49,5 @@ $(READY): pyproject.toml constraints.txt
 $(FLOOR)/.ready: pyproject.toml constraints-floor.txt
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/python -m pip install --quiet --constraint constraints-floor.txt torch
-	$(FLOOR)/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable . hypothesis peft pytest pytest-xdist
+	$(FLOOR)/bin/python -m pip install --quiet --constraint constraints-floor.txt --editable . hypothesis markdown-it-py peft pytest pytest-xdist
 	touch $@

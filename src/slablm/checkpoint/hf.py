@@ -126,6 +126,7 @@ class SlabHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check the planes and make `save_pretrained` write the complete format again."""
+        _widen(model)
         narrow_matrices(model, getattr(torch, self.quantization_config.value_dtype))
         use_kernels(model)  # checks the planes of the layers it takes
         for name in self.quantization_config.modules:
@@ -187,6 +188,15 @@ def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear]:
         if isinstance(linear, nn.Linear):
             return own_name, linear
     raise SlabError(f"config.json lists a compressed layer {name!r} that {type(model).__name__} lacks")
+
+
+def _widen(model: PreTrainedModel) -> None:
+    """Give a float32 model its type: transformers 5.18 leaves stored 16-bit matrices of one without a head alone."""
+    if model.config.dtype != torch.float32:
+        return
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16) and not parameter.is_meta:
+            parameter.data = parameter.data.float()
 
 
 def _own_memory(model: nn.Module) -> None:
