@@ -26,6 +26,8 @@ from slablm.dense.generation import continue_text
 from slablm.dense.targets import select_targets
 from slablm.evaluation import perplexity
 
+SHALLOW = 8
+
 pytestmark = [
     pytest.mark.smollm2,
     pytest.mark.skipif(
@@ -115,26 +117,38 @@ def test_two_runs_are_identical(dense_folder, config, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_sigkill_at_a_random_moment_and_resume(dense_folder, straight, shared_data, tmp_path, seed):
+def test_sigkill_at_a_random_moment_and_resume(shallow_folder, straight, shared_data, tmp_path, seed):
     """The command itself, killed after a random share of the time that it takes, then continued."""
     seconds, expected = straight
-    killed = start_compression(dense_folder, tmp_path / "out", shared_data)
+    killed = start_compression(shallow_folder, tmp_path / "out", shared_data)
     with contextlib.suppress(subprocess.TimeoutExpired):
         killed.wait(random.Random(seed).uniform(0.2, 1.0) * seconds)
     killed.kill()
     killed.wait()
-    assert start_compression(dense_folder, tmp_path / "out", shared_data).wait() == 0
+    assert start_compression(shallow_folder, tmp_path / "out", shared_data).wait() == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
     for path in expected.iterdir():
         assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
 @pytest.fixture(scope="module")
-def straight(dense_folder, shared_data, tmp_path_factory):
+def shallow_folder(dense_folder, tmp_path_factory):
+    """Its first blocks: as many moments to be killed in, in less time."""
+    model, tokenizer = loading.load(str(dense_folder))
+    model.config.num_hidden_layers = SHALLOW
+    model.model.layers = model.model.layers[:SHALLOW]
+    folder = tmp_path_factory.mktemp("shallow")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def straight(shallow_folder, shared_data, tmp_path_factory):
     """An uninterrupted run: its wall time and its result."""
     out = tmp_path_factory.mktemp("straight") / "out"
     start = time.perf_counter()
-    assert start_compression(dense_folder, out, shared_data).wait() == 0
+    assert start_compression(shallow_folder, out, shared_data).wait() == 0
     return time.perf_counter() - start, out
 
 
