@@ -1,6 +1,6 @@
 """Mutants of compressed folders: each is refused with one line, by `inspect` and by loading, or is the right model.
 
-    python -m tests.fuzz --mutants 10000 --seed 1 --workers 1
+    python -m tests.fuzz --mutants 10000 --seed 1
 
 A mutant is a small compressed folder in which one or two things are changed: a value, a key or a byte of config.json,
 of the index or of a safetensors header; bytes of tensors; the size of a file; which file is which. Verdicts:
