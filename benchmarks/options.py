@@ -26,7 +26,7 @@ import typer
 from pareto import SEQ_LEN, Texts, evaluation_windows
 
 from slablm.calibration import stream
-from slablm.calibration.text import calibration_windows
+from slablm.calibration.windows import calibration_windows
 from slablm.checkpoint.layer_report import error_summary, size_summary
 from slablm.compression.blocks import compress_blocks
 from slablm.compression.preparation import prepare_model

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 
 from slablm import CompressionConfig, __version__
 from slablm.api import compress_model
-from slablm.calibration.text import calibration_windows, load_text, windows_from_text
+from slablm.calibration.windows import EvaluationText, calibration_windows
 from slablm.checkpoint.card import model_card
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.checkpoint.save import save as checkpoint
@@ -56,8 +56,8 @@ def main() -> None:
     quiet_libraries()
     console.print("Loading SmolLM2-135M-Instruct")
     dense, tokenizer = loading.load("smollm2")
-    text = load_text(options.text, split="evaluation")
-    windows = windows_from_text(text, tokenizer, EVALUATION_TOKENS, options.windows, "evaluation text")
+    text = EvaluationText.read(options.text, EVALUATION_TOKENS, options.windows)
+    windows = text.cut(tokenizer, EVALUATION_TOKENS).ids
     rows = [("dense, FP16", evaluate(dense, windows, "dense"), 16.0, dense_bytes(dense, options.out / "dense"))]
     console.print(f"Calibration text: {options.calibration}, {options.num_samples} × {options.seq_len} tokens")
     config = CompressionConfig(

@@ -1,6 +1,6 @@
 """The real thing: SmolLM2-135M at 50 %, checked against fixed bounds. Minutes, not seconds.
 
-Everything here uses the first 8 windows of the C4 sample for calibration and the first 6 windows of WikiText-2.
+Everything here uses 8 windows of the C4 sample for calibration and the first 6 windows of WikiText-2.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from slablm import CompressionConfig
 from slablm.api import compress_model
-from slablm.calibration.text import calibration_windows, load_text, windows_from_text
+from slablm.calibration.windows import EvaluationText, calibration_windows
 from slablm.checkpoint import save
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.checkpoint.layer_report import error_summary, size_summary
@@ -49,8 +49,7 @@ def dense_folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def windows(dense_folder, shared_data):
     _, tokenizer = loading.load(str(dense_folder))
-    text = load_text(str(shared_data / "wikitext2-test.txt"), split="evaluation")
-    return windows_from_text(text, tokenizer, 2048, 6, "WikiText-2")
+    return EvaluationText.read(f"{shared_data / 'wikitext2-test.txt'}@0-5", 2048).cut(tokenizer, 2048).ids
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from slablm.calibration.text import calibration_windows
+from slablm.calibration.windows import calibration_windows
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.compression import run
 from slablm.compression.blocks import Progress, compress_blocks, unreached

@@ -94,9 +94,11 @@ class CompressionConfig:
         magnitude_bits: bits of a kept entry's magnitude, 1 to 7; used by `slab+` only (None: values in 16 bits).
         value_bits: bits of a code, 2 to 8; used by the quantizers (`rtn`, `gptq`, `awq`) only.
         group_size: columns of a row that share a scale; used with the two above only.
-        calibration: ``c4``, ``wikitext2``, ``self``, ``builtin`` or the path of a text file.
+        calibration: ``c4``, ``wikitext2``, ``self``, ``builtin`` or the path of a text file, perhaps with a range of
+            windows (`slablm.calibration.windows`).
         num_samples: number of calibration windows.
         seq_len: tokens per calibration window.
+        bos: whether each window begins with a BOS token, where the tokenizer begins texts with one.
         targets: modules to compress: ``"all-linear"``, a module name or name suffix, or ``"re:"`` and a pattern.
         ignore: modules to leave dense, same syntax; wins over `targets`.
         value_dtype: stored type of values and factors, ``float16`` or ``bfloat16`` (None: by the model's dtype).
@@ -119,6 +121,7 @@ class CompressionConfig:
     calibration: str = "c4"
     num_samples: int = 128
     seq_len: int = 2048
+    bos: bool = True
     targets: tuple[str, ...] = (ALL_LINEAR,)
     ignore: tuple[str, ...] = ()
     value_dtype: str | None = None
@@ -194,4 +197,4 @@ class CompressionConfig:
         for name, value in data.items():
             if not any(_FITS[wanted](value) for wanted in types[name].split(" | ")):
                 raise SlabError(f"compression setting {name!r} must be {_NAMES[types[name]]}, got {value!r}")
-        return cls(**data)
+        return cls(**{"bos": False, **data})  # settings that do not know of it are older

@@ -3,7 +3,7 @@
 import torch
 
 from slablm.api import compress_model
-from slablm.calibration.text import calibration_windows
+from slablm.calibration.windows import calibration_windows
 from slablm.checkpoint import save
 from slablm.checkpoint.card import model_card
 from slablm.compression import blocks

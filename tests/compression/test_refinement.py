@@ -176,7 +176,7 @@ def test_the_seed_decides_and_nothing_is_left_in_the_block():
 
 def test_a_yardstick_stays_as_it_is(tiny_model, tokenizer, quick):
     """It has no packed form; a comparison may still be given these settings."""
-    from slablm.calibration.text import calibration_windows
+    from slablm.calibration.windows import calibration_windows
     from slablm.compression.blocks import compress_blocks
     from slablm.dense.targets import select_targets
 

@@ -172,9 +172,16 @@ class Calibration:
 
 
 def _pieces(windows: Tensor) -> Tensor:
-    """At most `PIECES` pieces of at most `PIECE_TOKENS` tokens, from all over the windows, in their order."""
-    length = min(PIECE_TOKENS, windows.shape[1])
-    pieces = windows[:, : windows.shape[1] // length * length].reshape(-1, length)
+    """At most `PIECES` pieces of at most `PIECE_TOKENS` tokens, from all over the windows, in their order.
+
+    Where all windows begin with the same token, a BOS token, each piece does.
+    """
+    begin = windows[:, :1] if len(windows) > 1 and (windows[:, 0] == windows[0, 0]).all() else windows[:, :0]
+    body = windows[:, begin.shape[1] :]
+    length = min(PIECE_TOKENS - begin.shape[1], body.shape[1])
+    each = body.shape[1] // length
+    pieces = body[:, : each * length].reshape(-1, length)
+    pieces = torch.cat([begin.repeat_interleave(each, dim=0), pieces], dim=1)
     count = min(PIECES, len(pieces))
     return pieces[torch.arange(count) * len(pieces) // count]
 

@@ -32,8 +32,10 @@ from slablm.errors import SlabError
 
 if TYPE_CHECKING:
     from slablm.comparison.cells import Cell, Grid
-    from slablm.comparison.measure import Conditions, Tasks
+    from slablm.comparison.measure import Conditions
+    from slablm.comparison.protocol import Court
     from slablm.comparison.records import Record, ResultsFile
+    from slablm.comparison.rivals import Rival
     from slablm.comparison.table import Row
 
 T = TypeVar("T")
@@ -52,10 +54,26 @@ def compare(
     bits: Annotated[str, typer.Option(help="Bits per code of the quantizers rtn, gptq and awq.")] = "3,4,8",
     group_size: Annotated[str, typer.Option(help="Group sizes of the quantizers.")] = "128",
     bits_per_weight: Annotated[str, typer.Option(help="True bits per weight of further cells of slab+.")] = "",
+    rival: Annotated[
+        list[str] | None,
+        typer.Option(help="A compressed model from a file, as NAME=PATH (GGUF or a folder); repeat for several."),
+    ] = None,
     calibration: options.Calibration = "c4",
     num_samples: Annotated[int, typer.Option(help="Calibration windows, the same for every method.")] = 128,
+    draws: Annotated[int, typer.Option(min=1, help="Measure each cell with so many draws of these windows.")] = 1,
     seq_len: options.SeqLen = 2048,
-    text: Annotated[str, typer.Option(help="Evaluation: wikitext2, c4, builtin or a text file.")] = "wikitext2",
+    bos: options.Bos = True,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Evaluation: wikitext2 (the default), c4, builtin or a text file, TEXT@6-/40 for some of its "
+            "windows; repeat for several, the main one first."
+        ),
+    ] = None,
+    development: Annotated[
+        list[str] | None,
+        typer.Option(help="Windows on which choices were made, as TEXT@0-5: refused if they overlap; repeat."),
+    ] = None,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Evaluate on the first windows only.")] = None,
     eval_seq_len: Annotated[int | None, typer.Option(min=2, help="Tokens per evaluation window; as --seq-len.")] = None,
     tasks: Annotated[str, typer.Option(help="Zero-shot tasks of lm-eval, separated by commas.")] = "",
@@ -73,6 +91,9 @@ def compare(
     """Compare methods on MODEL, cell by cell; run it again to continue where it was stopped."""
     from slablm.comparison.cells import Grid
     from slablm.comparison.measure import Tasks
+    from slablm.comparison.protocol import Court
+    from slablm.comparison.rivals import Rival
+    from slablm.comparison.table import pooled
 
     grid = Grid(
         tuple(_split(methods)),
@@ -81,14 +102,18 @@ def compare(
         tuple(_numbers(bits, int, "--bits")),
         tuple(_numbers(group_size, int, "--group-size")),
         tuple(_numbers(bits_per_weight, float, "--bits-per-weight")),
+        draws,
     )
-    config = options.config(context, "calibration", "num_samples", "seq_len", "targets", "ignore", "seed")
+    config = options.config(context, "calibration", "num_samples", "seq_len", "bos", "targets", "ignore", "seed")
+    court = Court(
+        tuple(text or ("wikitext2",)), tuple(development or ()), max_windows, eval_seq_len or seq_len,
+        Tasks(tuple(_split(tasks)), tuple(task_file or ()), limit),
+    )  # fmt: skip
     records = run(
-        model, out, grid, config, text=text, max_windows=max_windows, eval_seq_len=eval_seq_len or seq_len,
-        tasks=Tasks(tuple(_split(tasks)), tuple(task_file or ()), limit), dtype=dtype, device=device,
+        model, out, grid, config, court, [Rival.parse(given) for given in rival or ()], dtype=dtype, device=device,
         revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    _show(records, out, json)
+    _show(pooled(records), out, json)
 
 
 def run(
@@ -96,11 +121,8 @@ def run(
     out: Path,
     grid: Grid,
     config: CompressionConfig,
-    *,
-    text: str,
-    max_windows: int | None,
-    eval_seq_len: int,
-    tasks: Tasks,
+    court: Court,
+    rivals: Sequence[Rival] = (),
     **load_options: Any,
 ) -> list[Record]:
     """Check, measure what is missing, write the report; returns all records.
@@ -110,15 +132,14 @@ def run(
         out: folder of the results.
         grid: what to compare.
         config: all other settings of the methods.
-        text: evaluation text.
-        max_windows: only the first evaluation windows; None for all.
-        eval_seq_len: tokens per evaluation window.
-        tasks: zero-shot tasks.
+        court: what to judge by.
+        rivals: models from files.
         load_options: dtype, device and so on for `slablm.dense.loading.load`.
 
     Raises:
         SlabError: any bad input. Cheap checks come before the model is loaded.
     """
+    from slablm.comparison.cells import Cell
     from slablm.comparison.measure import measure_cells
     from slablm.comparison.plots import require_matplotlib
     from slablm.comparison.records import ResultsFile
@@ -126,67 +147,21 @@ def run(
     from slablm.dense import loading
     from slablm.dense.loading import quiet_libraries
 
-    cells = grid.cells(config)
-    tasks.identity()
+    cells = [*grid.cells(config, alone=not rivals), *(Cell(rival=rival) for rival in rivals)]
     require_matplotlib()
     loading.check_dense(source)
     results = ResultsFile(out / RESULTS)
+    hearing = court.read()
     quiet_libraries()
     say(f"Loading {source}")
     say_if_quantized(source)
-    conditions = _conditions(source, config, text, max_windows, eval_seq_len, tasks, load_options)
+    conditions = hearing.conditions(source, config, grid.draws, load_options)
     with _reporting(cells, conditions, results) as (on_cell, on_step):
         records = measure_cells(cells, conditions, results, on_cell, on_step)
     say("Writing the report")
     command = shlex.join(["slablm", *sys.argv[1:]])
     write_report(records, out, conditions.description | {"seed": config.seed}, command)
     return records
-
-
-def _conditions(
-    source: str,
-    config: CompressionConfig,
-    text: str,
-    max_windows: int | None,
-    eval_seq_len: int,
-    tasks: Tasks,
-    load_options: dict[str, Any],
-) -> Conditions:
-    """Load the model once to check it, to read its digest and to cut the texts."""
-    from slablm.calibration.text import calibration_windows, check_length, load_text, windows_from_text
-    from slablm.comparison.measure import Conditions, model_digest
-    from slablm.compression.preparation import check_model
-    from slablm.dense import loading
-    from slablm.dense.targets import select_targets
-
-    num_tokens = None if max_windows is None else max_windows * eval_seq_len
-    content = load_text(text, split="evaluation", num_tokens=num_tokens)
-    model, tokenizer = loading.load(source, **load_options)
-    check_model(model)
-    select_targets(model, config)
-    check_length(model, eval_seq_len)
-    evaluation = windows_from_text(content, tokenizer, eval_seq_len, None, f"evaluation text {text}")[:max_windows]
-    description = {
-        "model": source,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
-        "calibration": config.calibration,
-        "calibration windows": f"{config.num_samples} of {config.seq_len} tokens",
-        "evaluation": text,
-        "evaluation windows": f"{len(evaluation)} of {eval_seq_len} tokens",
-    }
-    if tasks:
-        description["tasks"] = ", ".join((*tasks.names, *(file.name for file in tasks.files)))
-        description["questions per task"] = "all" if tasks.limit is None else f"the first {tasks.limit}"
-    return Conditions(
-        load=lambda: loading.load(source, **load_options)[0],
-        tokenizer=tokenizer,
-        model_digest=model_digest(model),
-        calibration=calibration_windows(model, tokenizer, config),
-        evaluation=evaluation,
-        tasks=tasks,
-        description=description,
-    )
 
 
 @contextmanager

@@ -32,8 +32,9 @@ TASK_OPTIONS = ("limit", "batch_size")
 def evaluate(
     context: typer.Context,
     model: options.Model,
-    text: Annotated[str, typer.Option(help="wikitext2, c4, builtin or a text file.")] = "wikitext2",
+    text: options.EvaluationText = "wikitext2",
     seq_len: Annotated[int, typer.Option(help="Tokens per window.")] = 2048,
+    bos: options.Bos = True,
     max_windows: Annotated[int | None, typer.Option(min=1, help="Use only the first windows.")] = None,
     tasks: Annotated[
         str | None, typer.Option(help="Zero-shot tasks of lm-eval, separated by commas; slab-paper names seven.")
@@ -61,23 +62,23 @@ def evaluate(
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is None and not task_file:
         _refuse(context, TASK_OPTIONS, "counts for zero-shot tasks: add --tasks or --task-file")
-        _perplexity(load, text, seq_len, max_windows, json)
+        _perplexity(load, text, seq_len, max_windows, bos, json)
     else:
         _refuse(context, PERPLEXITY_OPTIONS, "measures perplexity, --tasks and --task-file accuracy: run them apart")
-        _accuracy(load, names, task_file or [], limit, batch_size, json)
+        _accuracy(load, names, task_file or [], limit, batch_size, bos, json)
 
 
-def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, json: bool) -> None:
-    from slablm.calibration.text import check_length, load_text, windows_from_text
+def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, bos: bool, json: bool) -> None:
+    from slablm.calibration.windows import EvaluationText, adds_bos, check_length
     from slablm.evaluation import perplexity
 
     if seq_len < 2:
         raise SlabError(f"--seq-len must be 2 or more, got {seq_len}: a window's first token is not predicted")
-    num_tokens = None if max_windows is None else max_windows * seq_len
-    content = load_text(text, split="evaluation", num_tokens=num_tokens)
+    read = EvaluationText.read(text, seq_len, max_windows)
     loaded, tokenizer = load()
     check_length(loaded, seq_len)
-    windows = windows_from_text(content, tokenizer, seq_len, None, f"evaluation text {text}")[:max_windows]
+    windows = read.cut(tokenizer, seq_len, bos=bos).ids
+    begun = bos and adds_bos(tokenizer)
     with progress("Evaluating") as (bar, task):
         result = perplexity(loaded, windows, lambda done, total: bar.update(task, completed=done, total=total))
     if json:
@@ -87,19 +88,23 @@ def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, jso
                 "stderr": result.stderr,
                 "windows": len(result.window_losses),
                 "tokens": result.tokens,
+                "bos": begun,
             }
         )
     else:
-        echo(f"perplexity {result.value:.3f} ± {result.stderr:.3f} ({len(windows)} windows of {seq_len} tokens)")
+        each = ", each begun with BOS" if begun else ""
+        echo(f"perplexity {result.value:.3f} ± {result.stderr:.3f} ({len(windows)} windows of {seq_len} tokens{each})")
 
 
-def _accuracy(load: Any, names: list[str], files: list[Path], limit: int | None, batch_size: int, json: bool) -> None:
+def _accuracy(
+    load: Any, names: list[str], files: list[Path], limit: int | None, batch_size: int, bos: bool, json: bool
+) -> None:
     from slablm.evaluation.zeroshot import load_tasks, score_tasks
 
     # A wrong name or file is reported before the model is loaded.
     tasks = load_tasks(names, files)
     loaded, tokenizer = load()
-    results = score_tasks(loaded, tokenizer, tasks, limit, batch_size)
+    results = score_tasks(loaded, tokenizer, tasks, limit, batch_size, bos=bos)
     mean = sum(result.accuracy for result in results.values()) / len(results)
     if json:
         print_json({"tasks": {name: result.to_dict() for name, result in results.items()}, "mean_accuracy": mean})

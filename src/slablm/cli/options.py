@@ -33,9 +33,18 @@ GroupSize = Annotated[int, typer.Option(help="slab+: columns that share a scale 
 PatternText = Annotated[str, typer.Option(help="unstructured, 2:4, 4:8 or any N:M (N of every M survive).")]
 Rank = Annotated[int, typer.Option(help="Rank of the low-rank part.")]
 Iterations = Annotated[int, typer.Option(help="Rounds of alternating minimisation.")]
-Calibration = Annotated[str, typer.Option(help="c4, wikitext2, self, builtin or a text file.")]
+Calibration = Annotated[
+    str, typer.Option(help="c4, wikitext2, self, builtin or a text file; TEXT@0-99: of its windows only those.")
+]
+EvaluationText = Annotated[
+    str, typer.Option(help="wikitext2, c4, builtin or a text file; TEXT@0-99: of its windows only those.")
+]
 NumSamples = Annotated[int, typer.Option(help="Calibration windows.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]
+Bos = Annotated[
+    bool,
+    typer.Option(help="Begin each window with a BOS token if the tokenizer begins texts with one; papers do not."),
+]
 TargetNames = Annotated[list[str] | None, typer.Option("--targets", help="Modules to compress; repeat for several.")]
 IgnoredNames = Annotated[list[str] | None, typer.Option("--ignore", help="Modules to leave dense; repeat for several.")]
 ValueDtype = Annotated[str | None, typer.Option(help="Stored values: float16 or bfloat16.")]
@@ -67,6 +76,7 @@ class Settings:
     calibration: Calibration = "c4"
     num_samples: NumSamples = 128
     seq_len: SeqLen = 2048
+    bos: Bos = True
     targets: TargetNames = None
     ignore: IgnoredNames = None
     dtype: Dtype = "auto"

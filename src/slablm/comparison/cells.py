@@ -10,6 +10,9 @@ For the paper's Table I by default:
 - `slab+` also with every budget in true bits;
 - every quantizer (`rtn`, `gptq`, `awq` and plain forms) with every number of bits and every group size; ratio and
   pattern mean nothing to it.
+
+Each of them as often as there are draws of calibration windows, with one seed after the other. Beside the grid stand
+rivals from files (`slablm.comparison.rivals`).
 """
 
 from __future__ import annotations
@@ -18,38 +21,47 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from slablm.comparison.rivals import Rival
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods import METHODS, get_method
 
 DENSE = "dense"
+FROM_FILE = "from a file"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One point of the grid.
+    """One point of the grid, or a model beside it.
 
     Attributes:
-        config: method and settings; None for the dense model.
+        config: method and settings; None for the dense model and for rivals.
+        rival: a compressed model from a file.
     """
 
-    config: CompressionConfig | None
+    config: CompressionConfig | None = None
+    rival: Rival | None = None
+
+    @property
+    def dense(self) -> bool:
+        """Whether it is the dense model."""
+        return self.config is None and self.rival is None
 
     @property
     def method(self) -> str:
-        """Name of the method, ``dense`` without one."""
-        return self.config.method if self.config else DENSE
+        """Name of the method or of the rival, ``dense`` for the dense model."""
+        return self.config.method if self.config else self.rival.name if self.rival else DENSE
 
     @property
     def quantizes(self) -> bool:
-        """Whether it is a point of bits × group size; ratio and pattern are the pruners'."""
-        return self.config is not None and get_method(self.config.method).quantizes
+        """Whether it is a rival or a point of bits × group size; ratio and pattern are the pruners'."""
+        return self.rival is not None or (self.config is not None and get_method(self.config.method).quantizes)
 
     @property
     def setting(self) -> str:
         """What cells of different methods have in common when they are compared, such as ``50 % 2:4``."""
         if self.config is None:
-            return DENSE
+            return FROM_FILE if self.rival else DENSE
         if self.quantizes:
             return f"{self.config.value_bits} bit, group {self.config.group_size}"
         if self.config.bits_per_weight is not None:
@@ -60,8 +72,15 @@ class Cell:
 
     @property
     def label(self) -> str:
-        """Method and setting."""
-        return self.method if self.config is None else f"{self.method} {self.setting}"
+        """Method and setting, and the seed if it is not the first."""
+        if self.config is None:
+            return self.method
+        return f"{self.method} {self.setting}" + (f", seed {self.config.seed}" if self.config.seed else "")
+
+    @property
+    def undrawn(self) -> Cell:
+        """What it has in common with the same cell of another draw."""
+        return self if self.config is None else Cell(replace(self.config, seed=0))
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,7 @@ class Grid:
         value_bits: bits per code, of the quantizers.
         group_sizes: columns that share a scale, of the quantizers.
         budgets: true bits per weight of further cells of `slab+`.
+        draws: how often each cell is measured, with one draw of calibration windows after the other.
     """
 
     methods: tuple[str, ...]
@@ -83,12 +103,14 @@ class Grid:
     value_bits: tuple[int, ...] = (3, 4, 8)
     group_sizes: tuple[int, ...] = (128,)
     budgets: tuple[float, ...] = ()
+    draws: int = 1
 
-    def cells(self, base: CompressionConfig) -> list[Cell]:
+    def cells(self, base: CompressionConfig, *, alone: bool = True) -> list[Cell]:
         """All cells in the order they are measured: dense, then setting by setting, every method of it.
 
         Args:
-            base: all other settings.
+            base: all other settings; its seed is that of the first draw.
+            alone: whether no rivals stand beside them.
 
         Raises:
             SlabError: an unknown method, a ratio or pattern out of range, or nothing to measure.
@@ -103,10 +125,11 @@ class Grid:
             able = ", ".join(name for name, traits in METHODS.items() if traits.takes_true_bits)
             raise SlabError(f"a budget in true bits is for method {able!r}: name it as well")
         configs += [replace(base, method=method, bits_per_weight=bits) for bits in self.budgets for method in by_bits]
-        if not configs:
+        if not configs and alone:
             raise SlabError("nothing to compare: name at least one method, and a ratio and pattern for it")
         # The same value given twice is one cell.
-        return [Cell(None), *map(Cell, dict.fromkeys(configs))]
+        configs = list(dict.fromkeys(configs))
+        return [Cell(), *(Cell(replace(c, seed=base.seed + i)) for c in configs for i in range(self.draws))]
 
     def _pruner_settings(self) -> Iterator[dict[str, Any]]:
         for pattern in self.patterns:

@@ -3,7 +3,7 @@
 Every cell starts from the dense model, loaded anew, so that one model is in memory at a time. Results are appended to
 a file as they come (`slablm.comparison.records`); a cell whose key is there already is not computed again. The key is a
 digest of all that changes the numbers: settings, weights, calibration and evaluation tokens, tasks, `NUMBERS_VERSION`
-and the method's version.
+and the method's version, or a rival's file.
 """
 
 from __future__ import annotations
@@ -14,14 +14,16 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from slablm.checkpoint import integrity
+from slablm.comparison import rivals
 from slablm.comparison.cells import Cell
-from slablm.comparison.records import Record, ResultsFile
+from slablm.comparison.records import OnText, Record, ResultsFile
 from slablm.errors import SlabError
 from slablm.methods import get_method
 from slablm.methods.budget import PAPER_VALUE_BITS
@@ -31,10 +33,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from slablm.checkpoint.layer_report import LayerReport
+    from slablm.config import CompressionConfig
+    from slablm.evaluation.divergence import DenseOutputs
 
 # To be raised whenever a change of the methods or of the evaluation changes results, or the form of a record changes:
 # old cells are then measured again.
-NUMBERS_VERSION = 1
+NUMBERS_VERSION = 2
 _ORIGIN = ("_name_or_path", "_commit_hash", "architectures", "transformers_version")
 
 Step = Callable[[str, int, int], None]
@@ -81,18 +85,20 @@ class Conditions:
         load: gives the dense model, new each time, in eval mode.
         tokenizer: the model's.
         model_digest: from `model_digest`.
-        calibration: token ids, [windows, seq_len], from `calibration_windows`.
-        evaluation: token ids, [windows, seq_len].
+        calibration: gives the token ids of a draw, [windows, seq_len], as `calibration_windows` does.
+        texts: token ids to evaluate on by the text's name, [windows, seq_len] each; the main one first.
         tasks: zero-shot tasks.
+        bos: whether questions of the tasks begin with a BOS token where the tokenizer begins texts with one.
         description: model, texts and so on in words, for the records.
     """
 
     load: Callable[[], PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
     model_digest: str
-    calibration: Tensor
-    evaluation: Tensor
+    calibration: Callable[[CompressionConfig], Tensor]
+    texts: dict[str, Tensor]
     tasks: Tasks
+    bos: bool
     description: dict[str, Any]
 
 
@@ -113,17 +119,17 @@ def cell_key(cell: Cell, conditions: Conditions) -> str:
     """
     settings = cell.config.to_dict() if cell.config else {}
     settings.pop("calibration", None)
-    version = get_method(cell.method).version if cell.config else 1
-    calibrating = conditions.calibration[: cell.config.num_samples] if cell.config else None
+    tasks = conditions.tasks.identity()
     return _digest(
         {
             "numbers": NUMBERS_VERSION,
             "settings": settings,
-            **({"method": version} if version > 1 else {}),
+            "method": get_method(cell.method).version if cell.config else None,
+            "rival": rivals.digest(cell.rival) if cell.rival else None,
             "model": conditions.model_digest,
-            "calibration": None if calibrating is None else integrity.digest(calibrating),
-            "evaluation": integrity.digest(conditions.evaluation),
-            "tasks": conditions.tasks.identity(),
+            "calibration": integrity.digest(conditions.calibration(cell.config)) if cell.config else None,
+            "evaluation": {name: integrity.digest(windows) for name, windows in conditions.texts.items()},
+            "tasks": tasks and [tasks, conditions.bos],
         }
     )
 
@@ -147,13 +153,15 @@ def measure_cells(
         SlabError: a cell cannot be computed; the message names it, finished ones are kept.
     """
     records: list[Record] = []
+    dense: DenseOutputs | None = None
     for cell in cells:
         key = cell_key(cell, conditions)
         record = results.get(key)
         measured = record is None
         if record is None:
             try:
-                record = _measure(cell, key, conditions, records[0] if records else None, on_step)
+                dense = dense or _dense_outputs(conditions, on_step)
+                record = _measure(cell, key, conditions, dense, on_step)
             except SlabError as error:
                 raise SlabError(f"{cell.label}: {error} (finished cells are kept in {results.path})") from error
             results.append(record)
@@ -162,32 +170,41 @@ def measure_cells(
     return records
 
 
-def _measure(cell: Cell, key: str, conditions: Conditions, dense: Record | None, on_step: Step) -> Record:
+def _dense_outputs(conditions: Conditions, on_step: Step) -> DenseOutputs:
+    from slablm.evaluation.divergence import DenseOutputs
+
+    outputs = DenseOutputs.of(conditions.load(), conditions.texts, partial(on_step, "evaluating the dense model"))
+    gc.collect()  # models hold reference cycles: without this two or three of them would be in memory
+    return outputs
+
+
+def _measure(cell: Cell, key: str, conditions: Conditions, dense: DenseOutputs, on_step: Step) -> Record:
     """Load, compress, evaluate."""
     from slablm.checkpoint.layer_report import size_summary
-    from slablm.evaluation import perplexity
     from slablm.system.memory import peak_resident_bytes
 
     clock = _Clock()
     model = conditions.load()
+    bits = float(PAPER_VALUE_BITS)
+    if cell.rival:
+        model, bits = rivals.load(cell.rival, model), rivals.bits_per_weight(cell.rival, model)
     clock.lap("load")
     reports = _compress(model, cell, conditions, on_step)
     clock.lap("compress")
-    result = perplexity(model, conditions.evaluation, lambda done, total: on_step("evaluating", done, total))
+    texts = _on_texts(model, cell, dense, on_step)
     clock.lap("perplexity")
     accuracies = _accuracies(model, conditions)
     clock.lap("tasks")
     del model
-    gc.collect()  # models hold reference cycles: without this two or three of them would be in memory
-    sizes = size_summary(reports) if reports else {"compression_ratio": 0.0, "bits_per_weight": float(PAPER_VALUE_BITS)}
+    gc.collect()
+    sizes = size_summary(reports) if reports else {"compression_ratio": 0.0, "bits_per_weight": bits}
     return Record(
         key=key,
         cell=cell,
         conditions=conditions.description,
         compression_ratio=sizes["compression_ratio"],
         bits_per_weight=sizes["bits_per_weight"],
-        perplexity=result,
-        ratio_to_dense=result.value / dense.perplexity.value if dense else 1.0,
+        texts=texts,
         layer_errors={report.name: report.output_error for report in reports},
         unseen_errors={r.name: r.unseen_error for r in reports if r.unseen_error is not None},
         seconds=clock.laps,
@@ -195,6 +212,16 @@ def _measure(cell: Cell, key: str, conditions: Conditions, dense: Record | None,
         versions=versions(),
         accuracies=accuracies,
     )
+
+
+def _on_texts(model: PreTrainedModel, cell: Cell, dense: DenseOutputs, on_step: Step) -> dict[str, OnText]:
+    if cell.dense:
+        return {name: OnText(text.perplexity) for name, text in dense.texts.items()}
+    compared = dense.compare(model, partial(on_step, "evaluating"))
+    return {
+        name: OnText(result, result.value / dense.texts[name].perplexity.value, divergence)
+        for name, (result, divergence) in compared.items()
+    }
 
 
 def _compress(model: PreTrainedModel, cell: Cell, conditions: Conditions, on_step: Step) -> list[LayerReport]:
@@ -210,7 +237,11 @@ def _compress(model: PreTrainedModel, cell: Cell, conditions: Conditions, on_ste
     targets = select_targets(model, cell.config)
     config = prepare_model(model, targets, cell.config)
     reports = compress_blocks(
-        model, targets, conditions.calibration, config, lambda done, total, report: on_step("compressing", done, total)
+        model,
+        targets,
+        conditions.calibration(config),
+        config,
+        lambda done, total, report: on_step("compressing", done, total),
     )
     # The same numbers; but to unpack every layer anew for each of thousands of short questions would take hours.
     for name, layer in list(model.named_modules()):
@@ -225,7 +256,7 @@ def _accuracies(model: PreTrainedModel, conditions: Conditions) -> dict[str, dic
     from slablm.evaluation.zeroshot import evaluate_tasks
 
     tasks = conditions.tasks
-    results = evaluate_tasks(model, conditions.tokenizer, tasks.names, tasks.files, tasks.limit)
+    results = evaluate_tasks(model, conditions.tokenizer, tasks.names, tasks.files, tasks.limit, bos=conditions.bos)
     return {task: result.to_dict() for task, result in results.items()}
 
 

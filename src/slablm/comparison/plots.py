@@ -82,7 +82,7 @@ def require_matplotlib() -> None:
 
 
 def perplexity_plot(records: Sequence[Record]) -> Figure:
-    """Perplexity (log scale) over true bits per weight, one point per cell, one line per method.
+    """Perplexity (log scale) over true bits per weight, one point per cell, one line per method; rivals by name.
 
     Args:
         records: all cells, the dense one among them.
@@ -106,7 +106,11 @@ def perplexity_plot(records: Sequence[Record]) -> Figure:
                     **_look(method, 7),
                 )[0]
                 line.set_gid(f"data {method} {variant}")
-        dense = next(r for r in records if r.cell.config is None).perplexity.value
+        for record in (r for r in records if r.cell.rival):
+            at = record.bits_per_weight, record.perplexity.value
+            plot.plot(*at, color=INK[0], marker="x", markersize=6)[0].set_gid(f"data {record.cell.method}")
+            plot.annotate(record.cell.method, at, xytext=(4, 3), textcoords="offset points", fontsize=7)
+        dense = next(r for r in records if r.cell.dense).perplexity.value
         plot.axhline(dense, color=INK[0], linestyle="--", linewidth=1)
         plot.set_yscale("log")
         _label_log_axis(plot)

@@ -19,9 +19,57 @@ from statistics import fmean
 from typing import Any
 
 from slablm.comparison.cells import Cell
+from slablm.comparison.rivals import Rival
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
+from slablm.evaluation.divergence import Divergence
 from slablm.evaluation.perplexity import Perplexity
+
+
+@dataclass(frozen=True)
+class OnText:
+    """What was measured on one text.
+
+    Attributes:
+        perplexity: loss of every window.
+        ratio_to_dense: perplexity over the dense model's.
+        divergence: from the dense model; None for the dense model itself.
+        draws: perplexity of each draw of calibration windows, if this is the mean of several.
+    """
+
+    perplexity: Perplexity
+    ratio_to_dense: float = 1.0
+    divergence: Divergence | None = None
+    draws: tuple[float, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form."""
+        stderr, kl = self.perplexity.stderr, self.divergence
+        return {
+            "perplexity": self.perplexity.value,
+            "stderr": None if math.isnan(stderr) else stderr,
+            "ratio_to_dense": self.ratio_to_dense,
+            "tokens": self.perplexity.tokens,
+            "tokens_per_window": self.perplexity.tokens_per_window,
+            "window_losses": list(self.perplexity.window_losses),
+            "kl_divergence": kl
+            and {
+                "mean": kl.mean,
+                "median": kl.median,
+                "percentile99": kl.percentile99,
+                "window_means": list(kl.window_means),
+            },
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> OnText:
+        """Inverse of `to_dict`; derived numbers are derived again."""
+        kl = data["kl_divergence"]
+        return cls(
+            Perplexity(tuple(data["window_losses"]), data["tokens_per_window"]),
+            data["ratio_to_dense"],
+            kl and Divergence(tuple(kl["window_means"]), kl["median"], kl["percentile99"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -34,8 +82,7 @@ class Record:
         conditions: what all cells of the run share, in words: model, texts, windows, device.
         compression_ratio: the paper's, over all target weights; 0 for the dense model.
         bits_per_weight: true bits over target weights; 16 for the dense model.
-        perplexity: loss of every window.
-        ratio_to_dense: perplexity over the dense model's.
+        texts: by the text's name; the first is the one that rows are compared on.
         layer_errors: relative output error on calibration inputs, by full layer name.
         unseen_errors: the same on text that calibrated nothing; empty where that was not measured.
         seconds: time of each step.
@@ -49,14 +96,28 @@ class Record:
     conditions: dict[str, Any]
     compression_ratio: float
     bits_per_weight: float
-    perplexity: Perplexity
-    ratio_to_dense: float
+    texts: dict[str, OnText]
     layer_errors: dict[str, float]
     unseen_errors: dict[str, float]
     seconds: dict[str, float]
     peak_memory_bytes: int | None
     versions: dict[str, str]
     accuracies: dict[str, dict[str, Any]] | None = None
+
+    @property
+    def main(self) -> OnText:
+        """What was measured on the first text."""
+        return next(iter(self.texts.values()))
+
+    @property
+    def perplexity(self) -> Perplexity:
+        """On the first text."""
+        return self.main.perplexity
+
+    @property
+    def ratio_to_dense(self) -> float:
+        """On the first text."""
+        return self.main.ratio_to_dense
 
     @property
     def layer_error(self) -> float | None:
@@ -78,22 +139,17 @@ class Record:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
-        stderr = self.perplexity.stderr
+        rival = self.cell.rival
         return {
             "key": self.key,
             "method": self.cell.method,
             "config": self.cell.config.to_dict() if self.cell.config else None,
             "seed": self.cell.config.seed if self.cell.config else None,
+            "rival": rival and {"name": rival.name, "path": str(rival.path)},
             "conditions": self.conditions,
             "compression_ratio": self.compression_ratio,
             "bits_per_weight": self.bits_per_weight,
-            "perplexity": {
-                "value": self.perplexity.value,
-                "stderr": None if math.isnan(stderr) else stderr,
-                "ratio_to_dense": self.ratio_to_dense,
-                "tokens_per_window": self.perplexity.tokens_per_window,
-                "window_losses": list(self.perplexity.window_losses),
-            },
+            "texts": {name: on_text.to_dict() for name, on_text in self.texts.items()},
             "accuracies": self.accuracies,
             "layer_errors": self.layer_errors,
             "unseen_errors": self.unseen_errors,
@@ -105,17 +161,19 @@ class Record:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Record:
         """Inverse of `to_dict`; derived numbers are derived again."""
-        perplexity = data["perplexity"]
+        config, rival = data["config"], data["rival"]
         return cls(
             key=data["key"],
-            cell=Cell(CompressionConfig.from_dict(data["config"]) if data["config"] else None),
+            cell=Cell(
+                CompressionConfig.from_dict(config) if config else None,
+                Rival(rival["name"], Path(rival["path"])) if rival else None,
+            ),
             conditions=data["conditions"],
             compression_ratio=data["compression_ratio"],
             bits_per_weight=data["bits_per_weight"],
-            perplexity=Perplexity(tuple(perplexity["window_losses"]), perplexity["tokens_per_window"]),
-            ratio_to_dense=perplexity["ratio_to_dense"],
+            texts={name: OnText.from_dict(on_text) for name, on_text in data["texts"].items()},
             layer_errors=data["layer_errors"],
-            unseen_errors=data.get("unseen_errors", {}),  # older records have none
+            unseen_errors=data["unseen_errors"],
             seconds=data["seconds"],
             peak_memory_bytes=data["peak_memory_bytes"],
             versions=data["versions"],

@@ -72,6 +72,7 @@ def _render(records: Sequence[Record], folder: Path, description: dict[str, Any]
     template = environment.from_string(
         resources.files("slablm.comparison").joinpath(TEMPLATE).read_text(encoding="utf-8")
     )
+    records = table.pooled(records)
     measured = [record for record in records if record.accuracies]
     return template.render(
         table=table,
@@ -91,6 +92,8 @@ def _render(records: Sequence[Record], folder: Path, description: dict[str, Any]
         description=description,
         versions=_versions(records),
         command=command,
+        texts=list(records[0].texts),
+        draws=any(record.main.draws for record in records),
         single_window=len(records[0].perplexity.window_losses) < 2,
     )
 

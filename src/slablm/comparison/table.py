@@ -2,18 +2,25 @@
 
 Methods are compared within a setting (`Cell.setting`): the same ratio and pattern, or the same bits and group size.
 Every row is compared with the *reference* of its setting: ``slab`` where it was measured, otherwise the method with
-the lowest perplexity. Perplexities are paired per window, accuracies per question (`slablm.evaluation.paired`).
+the lowest perplexity. Perplexities are paired per window, accuracies per question (`slablm.evaluation.paired`). Rivals
+from files stand beside the settings.
+
+A cell that was measured with several draws of calibration windows is one row: its losses are means over the draws,
+window by window, and the spread of the draws' perplexities is shown beside their (geometric) mean. The intervals are
+over windows; what they leave out, the chance of the draw, is in that spread.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Any
 
-from slablm.comparison.records import Record
+from slablm.comparison.records import OnText, Record
+from slablm.evaluation.divergence import Divergence
 from slablm.evaluation.paired import PairedDifference, average_difference, paired_difference
 
 SLAB = "slab"
@@ -46,6 +53,7 @@ class Row:
             "perplexity": record.perplexity.value,
             "stderr": _number(record.perplexity.stderr),
             "ratio_to_dense": record.ratio_to_dense,
+            "texts": {name: _on_text(on_text) for name, on_text in record.texts.items()},
             "layer_error": record.layer_error,
             "unseen_layer_error": record.unseen_error,
             "reference": self.reference,
@@ -81,8 +89,16 @@ class Verdict:
         return low > 0 or high < 0
 
 
+def pooled(records: Sequence[Record]) -> list[Record]:
+    """One record per cell, in order: the mean over its draws."""
+    draws: dict[Any, list[Record]] = {}
+    for record in records:
+        draws.setdefault(record.cell.undrawn, []).append(record)
+    return [group[0] if len(group) == 1 else _mean(group) for group in draws.values()]
+
+
 def settings(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """Records of each setting, in order; without the dense model."""
+    """Records of each setting, in order; without the dense model and rivals."""
     groups: dict[str, list[Record]] = {}
     for record in records:
         if record.cell.config is not None:
@@ -113,7 +129,7 @@ def headline(records: Sequence[Record]) -> str:
     """The outcome in one sentence."""
     pruned = [verdict for verdict in verdicts(records) if not verdict.reference.cell.quantizes]
     if not pruned:
-        best = min((r for r in records if r.cell.config), key=lambda record: record.perplexity.value)
+        best = min((r for r in records if not r.cell.dense), key=lambda record: record.perplexity.value)
         return (
             f"Lowest perplexity: {best.cell.label} with {show_perplexity(best)}, {best.ratio_to_dense:.2f} × dense, "
             f"at {best.bits_per_weight:.2f} true bits per weight."
@@ -164,12 +180,26 @@ def accuracy_difference(a: Record, b: Record) -> PairedDifference | None:
     )
 
 
-def show_perplexity(record: Record) -> str:
-    """Value ± standard error, with as many decimals as say something."""
-    perplexity = record.perplexity
-    digits = 0 if perplexity.value >= 1000 else 1 if perplexity.value >= 100 else 2
-    value = f"{perplexity.value:,.{digits}f}"
-    return value if math.isnan(perplexity.stderr) else f"{value} ± {perplexity.stderr:,.{digits}f}"
+def show_perplexity(record: Record, text: str | None = None) -> str:
+    """Perplexity ± standard error or, of several draws, from the least to the most; as many decimals as say something.
+
+    Args:
+        record: the cell.
+        text: on which text; by default the first.
+    """
+    on_text = record.main if text is None else record.texts[text]
+    value, stderr = on_text.perplexity.value, on_text.perplexity.stderr
+    digits = 0 if value >= 1000 else 1 if value >= 100 else 2
+    shown = f"{value:,.{digits}f}"
+    if on_text.draws:
+        return f"{shown} ({min(on_text.draws):,.{digits}f} to {max(on_text.draws):,.{digits}f})"
+    return shown if math.isnan(stderr) else f"{shown} ± {stderr:,.{digits}f}"
+
+
+def show_divergence(on_text: OnText) -> str:
+    """KL divergence from the dense model: mean, median and 99th percentile; empty for the dense model."""
+    kl = on_text.divergence
+    return "" if kl is None else f"{kl.mean:.3f} ({kl.median:.3f}, {kl.percentile99:.2f})"
 
 
 def show_errors(record: Record) -> str:
@@ -203,6 +233,60 @@ def show_average(record: Record) -> str:
     return show_accuracy(record.average_accuracy, math.sqrt(variance) / len(record.accuracies))
 
 
+def _mean(draws: Sequence[Record]) -> Record:
+    """The mean of one cell's draws."""
+    first = draws[0]
+    return replace(
+        first,
+        bits_per_weight=fmean(record.bits_per_weight for record in draws),
+        compression_ratio=fmean(record.compression_ratio for record in draws),
+        texts={name: _mean_on_text([record.texts[name] for record in draws]) for name in first.texts},
+        layer_errors=_means([record.layer_errors for record in draws]),
+        unseen_errors=_means([record.unseen_errors for record in draws]),
+        seconds=_means([record.seconds for record in draws]),
+        accuracies=_mean_accuracies(draws),
+    )
+
+
+def _mean_on_text(draws: Sequence[OnText]) -> OnText:
+    losses = _by_item([on_text.perplexity.window_losses for on_text in draws])
+    kls = [on_text.divergence for on_text in draws if on_text.divergence is not None]
+    first = draws[0].perplexity
+    dense = first.value / draws[0].ratio_to_dense
+    result = replace(first, window_losses=losses)
+    return OnText(
+        result,
+        result.value / dense,
+        Divergence(
+            _by_item([kl.window_means for kl in kls]),
+            fmean(kl.median for kl in kls),
+            fmean(kl.percentile99 for kl in kls),
+        ),
+        tuple(on_text.perplexity.value for on_text in draws),
+    )
+
+
+def _mean_accuracies(draws: Sequence[Record]) -> dict[str, dict[str, Any]] | None:
+    """Accuracies with each question's score as the mean over the draws."""
+    results = [record.accuracies for record in draws if record.accuracies]
+    if not results:
+        return None
+    mean: dict[str, dict[str, Any]] = {}
+    for task in results[0]:
+        correct = _by_item([result[task]["correct"] for result in results])
+        error = paired_difference([0.0] * len(correct), correct).stderr
+        mean[task] = {"acc": fmean(correct), "stderr": error, "n": len(correct), "correct": list(correct)}
+    return mean
+
+
+def _by_item(draws: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    return tuple(map(fmean, zip(*draws, strict=True)))
+
+
+def _means(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: fmean(values[name] for values in draws) for name in draws[0] if all(name in v for v in draws)}
+
+
 def _reference(group: Sequence[Record]) -> Record:
     named = [record for record in group if record.cell.method == SLAB]
     return named[0] if named else min(group, key=lambda record: record.perplexity.value)
@@ -226,6 +310,17 @@ def _percent(value: float, low: float, high: float, unit: str = "%") -> str:
 
 def _number(value: float) -> float | None:
     return None if math.isnan(value) else value
+
+
+def _on_text(on_text: OnText) -> dict[str, Any]:
+    kl = on_text.divergence
+    return {
+        "perplexity": on_text.perplexity.value,
+        "ratio_to_dense": on_text.ratio_to_dense,
+        "tokens": on_text.perplexity.tokens,
+        "draws": list(on_text.draws) or None,
+        "kl_divergence": kl and {"mean": kl.mean, "median": kl.median, "percentile99": kl.percentile99},
+    }
 
 
 def _difference(difference: PairedDifference | None) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from slablm.calibration.windows import Excerpt
 from slablm.checkpoint import integrity
 from slablm.checkpoint.files import CONFIG
 from slablm.checkpoint.save import RUN
@@ -47,7 +48,7 @@ def inputs(dense: DenseModel, config: CompressionConfig) -> dict[str, str]:
         "dtype": str(dense.model.dtype),
         "model config": _digest(json.dumps(described, sort_keys=True, default=str).encode()),
     }
-    text = Path(config.calibration)
+    text = Path(Excerpt.parse(config.calibration).source)
     return found | ({"calibration text": _digest(_read(text))} if text.is_file() else {})
 
 

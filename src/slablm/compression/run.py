@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from slablm.calibration.text import calibration_windows
+from slablm.calibration.windows import calibration_windows
 from slablm.checkpoint import integrity
 from slablm.checkpoint.card import model_card
 from slablm.checkpoint.inspection import read_quantization_config

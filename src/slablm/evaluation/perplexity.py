@@ -1,7 +1,7 @@
-"""Perplexity exactly as the pruning literature measures it.
+"""Perplexity as the pruning literature measures it.
 
-The text is joined, tokenised once and cut into non-overlapping windows of `seq_len`. Within a window every token but
-the first is predicted from those before it:
+The text is cut into non-overlapping windows (`slablm.calibration.windows`). Within a window every token but the first
+is predicted from those before it:
 
     PPL = exp(mean over windows and positions of −log p(xₜ | x₍<ₜ₎))
 
@@ -26,6 +26,8 @@ from slablm.system.float32 import fast_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+OnWindow = Callable[[int, int], None]
 
 # Rows of logits turned into losses at a time: float32 copies of [seq_len, vocabulary] would cost 400 MB and more.
 ROWS_AT_A_TIME = 256
@@ -69,9 +71,7 @@ class Perplexity:
 
 @torch.no_grad()
 @fast_float32()
-def perplexity(
-    model: PreTrainedModel, windows: Tensor, on_window: Callable[[int, int], None] | None = None
-) -> Perplexity:
+def perplexity(model: PreTrainedModel, windows: Tensor, on_window: OnWindow | None = None) -> Perplexity:
     """Measure a model's perplexity.
 
     Args:
@@ -84,16 +84,30 @@ def perplexity(
     """
     losses = []
     for index, window in enumerate(windows):
-        logits = model(input_ids=window[None].to(model.device), use_cache=False).logits[0, :-1]
-        targets = window[1:].to(logits.device)
-        total = sum(
-            functional.cross_entropy(rows.float(), wanted, reduction="sum").item()
-            for rows, wanted in zip(logits.split(ROWS_AT_A_TIME), targets.split(ROWS_AT_A_TIME), strict=True)
-        )
-        loss = total / len(targets)
-        if not math.isfinite(loss):
-            raise SlabError(f"the loss of window {index} is {loss}: the model's numbers overflow, try --dtype float32")
-        losses.append(loss)
+        losses.append(window_loss(window_logits(model, window)[0], window, index))
         if on_window is not None:
             on_window(index + 1, len(windows))
     return Perplexity(tuple(losses), windows.shape[1] - 1)
+
+
+def window_logits(model: PreTrainedModel, window: Tensor) -> Tensor:
+    """Logits of every predicted token, [batch, seq_len − 1, vocabulary]."""
+    logits: Tensor = model(input_ids=window[None].to(model.device), use_cache=False).logits[:, :-1]
+    return logits
+
+
+def window_loss(logits: Tensor, window: Tensor, index: int) -> float:
+    """Mean loss of a window in nats per token, from logits [seq_len − 1, vocabulary].
+
+    Raises:
+        SlabError: it is NaN or Inf.
+    """
+    targets = window[1:].to(logits.device)
+    total = sum(
+        functional.cross_entropy(rows.float(), wanted, reduction="sum").item()
+        for rows, wanted in zip(logits.split(ROWS_AT_A_TIME), targets.split(ROWS_AT_A_TIME), strict=True)
+    )
+    loss = total / len(targets)
+    if not math.isfinite(loss):
+        raise SlabError(f"the loss of window {index} is {loss}: the model's numbers overflow, try --dtype float32")
+    return loss

@@ -11,8 +11,8 @@ where the task defines it. The standard error is s / √questions, with s the st
 
 Two models that answered the same questions are best compared question by question, so the scores are kept.
 
-Prompts, tokenisation and scoring are lm-eval's own, for tasks from the hub and for local files alike. Whether a text
-starts with a BOS token is left to the tokenizer, which is lm-eval's default. The one departure: log-probabilities are
+Prompts, tokenisation and scoring are lm-eval's own, for tasks from the hub and for local files alike. A text begins
+with a BOS token where the tokenizer says so, or, without `bos`, never. The one departure: log-probabilities are
 taken in float32 whatever the model's dtype. In bfloat16, lm-eval's default, they have 8 bits and answers tie.
 """
 
@@ -92,6 +92,8 @@ def evaluate_tasks(
     tasks: Sequence[str],
     task_files: Sequence[Path],
     limit: int | None = None,
+    *,
+    bos: bool = True,
 ) -> dict[str, TaskResult]:
     """Measure a model's accuracy on tasks from the hub and on local files.
 
@@ -101,6 +103,7 @@ def evaluate_tasks(
         tasks: names that lm-eval knows, or ``slab-paper``.
         task_files: JSON-lines files, see `slablm.evaluation.zeroshot_files`.
         limit: use only the first questions of every task.
+        bos: as for `score_tasks`.
 
     Returns:
         Task name → result. A local task has its file's name without the suffix; a group has its members.
@@ -109,7 +112,7 @@ def evaluate_tasks(
         SlabError: as in `load_tasks` and `score_tasks`.
     """
     check_limit(limit)
-    return score_tasks(model, tokenizer, load_tasks(tasks, task_files), limit)
+    return score_tasks(model, tokenizer, load_tasks(tasks, task_files), limit, bos=bos)
 
 
 def load_tasks(tasks: Sequence[str], task_files: Sequence[Path]) -> dict[str, Any]:
@@ -151,6 +154,8 @@ def score_tasks(
     tasks: Mapping[str, Any],
     limit: int | None = None,
     batch_size: int = 1,
+    *,
+    bos: bool = True,
 ) -> dict[str, TaskResult]:
     """Let a model answer the questions of loaded tasks.
 
@@ -161,6 +166,7 @@ def score_tasks(
         limit: use only the first questions of every task.
         batch_size: answers scored at a time. Larger is faster on GPUs and takes batch_size · tokens · vocabulary
             floats of memory.
+        bos: whether a text begins with a BOS token, where the tokenizer begins texts with one.
 
     Returns:
         Task name → result.
@@ -175,8 +181,13 @@ def score_tasks(
     for task in tasks.values():
         task.set_fewshot_seed(FEWSHOT_SEED)
     with _only_errors():
-        # lm-eval gives the tokenizer a padding token where it has none: a copy, not the caller's.
-        lm = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size, softmax_dtype="float32")
+        lm = HFLM(
+            pretrained=model,
+            tokenizer=copy.deepcopy(tokenizer),  # it is given a padding token where it has none
+            batch_size=batch_size,
+            softmax_dtype="float32",
+            add_bos_token=None if bos else False,  # None: as the tokenizer has it
+        )
     try:
         answers = evaluate(lm=lm, task_dict={"tasks": dict(tasks)}, limit=limit, bootstrap_iters=0, log_samples=True)
     except AssertionError as error:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from slablm.calibration.statistics import rows_per_window
-from slablm.calibration.text import UNSEEN_WINDOWS, windows_wanted
+from slablm.calibration.windows import UNSEEN_WINDOWS, windows_wanted
 from slablm.compression.preparation import with_value_dtype
 from slablm.config import CompressionConfig
 from slablm.dense.opening import empty_model

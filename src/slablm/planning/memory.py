@@ -22,7 +22,8 @@ from pathlib import Path
 from slablm.calibration.pairwise import most_sums
 from slablm.calibration.statistics import Use
 from slablm.calibration.stream import window_uses
-from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text, windows_wanted
+from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text
+from slablm.calibration.windows import Excerpt, windows_wanted
 from slablm.config import CompressionConfig
 from slablm.methods import get_method
 from slablm.planning.rehearsal import Rehearsal, Work
@@ -238,15 +239,16 @@ def _outside_bytes(situation: Situation) -> int:
 
 
 def _text_bytes(config: CompressionConfig) -> int:
-    if config.calibration == "self":
+    source = Excerpt.parse(config.calibration).source
+    if source == "self":
         return 0
-    if config.calibration == "wikitext2":
+    if source == "wikitext2":
         characters = _WIKITEXT2_CHARACTERS
-    elif config.calibration == "c4":
+    elif source == "c4":
         characters = windows_wanted(config) * config.seq_len * CHARACTERS_PER_TOKEN
-    elif config.calibration == "builtin":
+    elif source == "builtin":
         characters = len(load_text("builtin", split="calibration"))
     else:
-        path = Path(config.calibration)
+        path = Path(source)
         characters = path.stat().st_size if path.is_file() else 0
     return characters * _TOKENISER_BYTES_PER_CHARACTER

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from slablm.calibration.text import windows_wanted
+from slablm.calibration.windows import windows_wanted
 from slablm.compression.layer import compress_layer
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
