@@ -16,17 +16,15 @@ import json
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
 
 import torch
 import typer
-from pareto import SEQ_LEN, Texts, evaluation_windows
 
 from slablm.calibration import stream
-from slablm.calibration.windows import calibration_windows
+from slablm.calibration.windows import EvaluationText, calibration_windows
 from slablm.checkpoint.layer_report import error_summary, size_summary
 from slablm.compression.blocks import compress_blocks
 from slablm.compression.preparation import prepare_model
@@ -37,6 +35,9 @@ from slablm.evaluation.perplexity import perplexity
 from slablm.methods import get_method
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.replace_module import replace_module
+
+
+SEQ_LEN = 2048
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ def arms(bits: float) -> list[Arm]:
     budget = {"method": "slab+", "bits_per_weight": bits}
     even = (stream, "sensitivities", lambda *args: {})
     no_feedback = (stream, "get_method", lambda name: replace(get_method(name), needs_held_out=False))
-    # The package has a function of the same name.
-    no_descent = (import_module("slablm.methods.slab_plus"), "DESCENTS", 0)
+    no_descent = (slab_plus, "DESCENTS", 0)
     return [
         Arm("slab 50 %, 16-bit values", {"method": "slab"}),
         Arm("slab+ 50 %, 16-bit values, weighted factors alone", {"method": "slab+"}, [no_feedback]),
@@ -79,26 +79,25 @@ def arms(bits: float) -> list[Arm]:
 
 def main(
     source: str,
-    calibration: Annotated[Path, typer.Option()],
-    text: Annotated[Path, typer.Option()],
+    calibration: Annotated[str, typer.Option(help="Perhaps with a range of windows, as TEXT@0-113.")],
+    text: Annotated[list[str], typer.Option(help="As TEXT@0-3; repeat for several.")],
     bits: float = 3.5,
     num_samples: int = 8,
-    windows: int = 4,
     only: Annotated[list[int] | None, typer.Option(help="Numbers of arms, from 0.")] = None,
 ) -> None:
     """Print one JSON line per arm."""
-    base = CompressionConfig(calibration=str(calibration), num_samples=num_samples, seq_len=SEQ_LEN)
+    base = CompressionConfig(calibration=calibration, num_samples=num_samples, seq_len=SEQ_LEN)
     paper = None
     for number, arm in enumerate(arms(bits)):
         if only and number not in only:
             continue
-        result = measure(source, arm, base, Texts(calibration, text, windows))
+        result = measure(source, arm, base, text)
         paper = result["seconds"] if number == 0 else paper
         ratio = None if paper is None else round(result["seconds"] / paper, 2)
         print(json.dumps({"arm": arm.name, **result, "ratio": ratio}), flush=True)
 
 
-def measure(source: str, arm: Arm, base: CompressionConfig, texts: Texts) -> dict[str, Any]:
+def measure(source: str, arm: Arm, base: CompressionConfig, texts: list[str]) -> dict[str, Any]:
     """Compress and evaluate."""
     model, tokenizer = loading.load(source)
     config = CompressionConfig(**{**base.to_dict(), **arm.settings})
@@ -114,12 +113,11 @@ def measure(source: str, arm: Arm, base: CompressionConfig, texts: Texts) -> dic
     for name, layer in list(model.named_modules()):
         if isinstance(layer, SlabLinear):
             replace_module(model, name, layer.unpacked(torch.float32))
-    same, other = evaluation_windows(tokenizer, texts)
+    windows = {text: EvaluationText.read(text, SEQ_LEN).cut(tokenizer, SEQ_LEN).ids for text in texts}
     errors = error_summary(reports)
     return {
         "bits_per_weight": round(size_summary(reports)["bits_per_weight"], 3),
-        "calibration_text": round(perplexity(model, same).value, 3),
-        "evaluation_text": round(perplexity(model, other).value, 3),
+        **{text: round(perplexity(model, ids).value, 3) for text, ids in windows.items()},
         **{name: None if error is None else round(error, 4) for name, error in errors.items()},
         "seconds": round(seconds, 1),
     }

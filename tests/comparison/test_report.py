@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -17,8 +18,10 @@ import pytest
 from slablm import CompressionConfig, SlabError
 from slablm.comparison import plots, table
 from slablm.comparison.cells import Cell
-from slablm.comparison.records import Record
+from slablm.comparison.records import OnText, Record
+from slablm.comparison.rivals import Rival
 from slablm.comparison.report import write_report
+from slablm.evaluation.divergence import Divergence
 from slablm.evaluation.perplexity import Perplexity
 from slablm.methods import METHODS
 
@@ -55,8 +58,7 @@ def record(method, loss, bits, *, windows=6, accuracy=None, **settings):
         conditions={},
         compression_ratio=1 - bits / 16,
         bits_per_weight=bits,
-        perplexity=Perplexity(losses, 31),
-        ratio_to_dense=math.exp(statistics.fmean(losses) - 3),
+        texts={"wikitext2": on_text(losses, config), "c4@1-6": on_text([loss + 0.1 for loss in losses], config)},
         layer_errors={name: 0.1 + 0.2 * noise.random() for name in layers} if config else {},
         unseen_errors=dict.fromkeys(layers, 0.4321) if config else {},
         seconds={"load": 0.1, "compress": 12.3, "perplexity": 0.2},
@@ -64,6 +66,20 @@ def record(method, loss, bits, *, windows=6, accuracy=None, **settings):
         versions={"slablm": "0.1.0", "torch": "2.13"},
         accuracies=accuracies,
     )
+
+
+def on_text(losses, config):
+    kl = Divergence(tuple(loss - 2 for loss in losses), 0.0123, 1.23) if config else None
+    return OnText(Perplexity(tuple(losses), 31), math.exp(statistics.fmean(losses) - 3), kl)
+
+
+def drawn(method, losses, bits, **settings):
+    """The same cell of several draws."""
+    return [record(method, loss, bits, seed=seed, **settings) for seed, loss in enumerate(losses)]
+
+
+def from_file(name, loss, bits):
+    return replace(record("rtn", loss, bits), cell=Cell(rival=Rival(name, Path(f"{name}.gguf"))), layer_errors={})
 
 
 def task_result(correct):
@@ -110,6 +126,55 @@ def test_both_errors_of_the_layers_are_shown():
     assert table.show_errors(slab) == f"{seen:.3f} / 0.432"
     assert table.show_errors(replace(slab, unseen_errors={})) == f"{seen:.3f}"
     assert table.show_errors(dense) == ""
+
+
+def test_draws_are_one_row_with_their_mean_and_spread():
+    draws = drawn("slab", (3.2, 3.3, 3.4), 8.6)
+    dense, slab, wanda = table.pooled([record("dense", 3.0, 16), *draws, record("wanda", 3.8, 9.0)])
+    assert slab.cell == draws[0].cell
+    by_window = zip(*(draw.perplexity.window_losses for draw in draws), strict=True)
+    assert slab.perplexity.window_losses == pytest.approx([statistics.fmean(losses) for losses in by_window])
+    values = [draw.perplexity.value for draw in draws]
+    assert slab.main.draws == tuple(values)
+    assert slab.main.ratio_to_dense == pytest.approx(statistics.geometric_mean(d.ratio_to_dense for d in draws))
+    assert slab.main.divergence.mean == pytest.approx(statistics.fmean(d.main.divergence.mean for d in draws))
+    shown = table.show_perplexity(slab)
+    assert shown == f"{slab.perplexity.value:.2f} ({min(values):.2f} to {max(values):.2f})"
+    assert [dense.main.draws, wanda.main.draws] == [(), ()]
+    assert table.rows([dense, slab, wanda])[2].loss.mean == pytest.approx(0.5, abs=0.02)
+
+
+def test_answers_of_several_draws_are_means():
+    draws = drawn("slab", (3.2, 3.3), 8.6, accuracy=0.5)
+    (mean,) = table.pooled(draws)
+    for task, result in mean.accuracies.items():
+        scores = [draw.accuracies[task]["correct"] for draw in draws]
+        assert result["correct"] == [statistics.fmean(both) for both in zip(*scores, strict=True)]
+        assert result["acc"] == pytest.approx(statistics.fmean(draw.accuracies[task]["acc"] for draw in draws))
+
+
+def test_rivals_from_files_stand_beside_the_settings(tmp_path):
+    records = [*small(), from_file("IQ4_NL", 3.1, 4.5), from_file("Q3_K", 3.9, 3.5)]
+    assert [row.reference for row in table.rows(records)][4:] == [None, None]
+    assert len(table.verdicts(records)) == 1
+    assert [(a.cell.method, b.cell.method) for a, b in table.stronger_quantizers(records)] == [("slab", "IQ4_NL")]
+    text = write_report(records, tmp_path, {"model": "m"}, "x").read_text(encoding="utf-8")
+    assert ">IQ4_NL<" in text[text.index("<h2>All cells") :]
+    assert ">IQ4_NL<" in (tmp_path / "plots/perplexity-over-size.svg").read_text(encoding="utf-8")
+
+
+def test_every_text_has_its_place_in_the_report(tmp_path):
+    records = small()
+    text = write_report(records, tmp_path, {"model": "m"}, "x").read_text(encoding="utf-8")
+    others = text[text.index("<h2>On the other texts") : text.index("<h2>Perplexity over size")]
+    for entry in records:
+        assert table.show_perplexity(entry, "c4@1-6") in others
+    assert table.show_divergence(records[1].main) in text
+    assert re.fullmatch(r"1\.\d{3} \(0\.012, 1\.23\)", table.show_divergence(records[1].main))
+    assert table.show_divergence(records[0].main) == ""
+    assert "On the other texts" not in write_report(
+        [replace(r, texts={"one": r.main}) for r in records], tmp_path, {"model": "m"}, "x"
+    ).read_text(encoding="utf-8")
 
 
 def test_rows_compare_with_slab_within_a_setting():
@@ -216,7 +281,7 @@ def test_patterns_are_told_apart_by_their_filling():
 
 def test_the_report_shows_every_cell(page, everything):
     text, _ = page
-    body = text[text.index("<h2>All cells") : text.index("<h2>Perplexity over size")]
+    body = text[text.index("<h2>All cells") : text.index("<h2>On the other texts")]
     for entry in everything:
         assert table.show_perplexity(entry) in body
         assert f"<td>{entry.bits_per_weight:.2f}</td>" in body

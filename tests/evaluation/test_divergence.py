@@ -56,7 +56,9 @@ def test_the_head_is_the_dense_models_even_if_the_other_has_its_own(tiny_model):
     other = copy.deepcopy(tiny_model)
     other.lm_head.weight.data *= 2
     (_, kl), *_ = DenseOutputs.of(tiny_model, TEXTS).compare(other).values()
-    assert kl.window_means == pytest.approx(tokens_apart(tiny_model, other, TEXTS["one"]).mean(dim=1).tolist(), rel=1e-3)
+    assert kl.window_means == pytest.approx(
+        tokens_apart(tiny_model, other, TEXTS["one"]).mean(dim=1).tolist(), rel=1e-3
+    )
 
 
 def test_the_dense_model_does_not_diverge_from_itself(tiny_model):

@@ -92,7 +92,7 @@ def compare(
     from slablm.comparison.cells import Grid
     from slablm.comparison.measure import Tasks
     from slablm.comparison.protocol import Court
-    from slablm.comparison.rivals import Rival
+    from slablm.comparison.rivals import parse_all
     from slablm.comparison.table import pooled
 
     grid = Grid(
@@ -110,7 +110,7 @@ def compare(
         Tasks(tuple(_split(tasks)), tuple(task_file or ()), limit),
     )  # fmt: skip
     records = run(
-        model, out, grid, config, court, [Rival.parse(given) for given in rival or ()], dtype=dtype, device=device,
+        model, out, grid, config, court, parse_all(rival or ()), dtype=dtype, device=device,
         revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     _show(pooled(records), out, json)
@@ -226,24 +226,27 @@ def _show(records: Sequence[Record], out: Path, json: bool) -> None:
 
 
 def _print_perplexities(lines: Sequence[Row]) -> None:
-    from slablm.comparison.table import show_perplexity, show_relative
+    from slablm.comparison.table import show_divergence, show_perplexity, show_relative
 
+    main, *others = lines[0].record.texts
     body = [
         (
-            line.record.cell.setting if line.record.cell.config else "",
+            "" if line.record.cell.dense else line.record.cell.setting,
             line.record.cell.method,
             f"{line.record.compression_ratio:.3f}",
             f"{line.record.bits_per_weight:.2f}",
             show_perplexity(line.record),
             f"{line.record.ratio_to_dense:.2f}",
+            show_divergence(line.record.main),
             show_relative(line.loss) if line.loss else "reference" if line.reference else "",
+            *(show_perplexity(line.record, text) for text in others),
         )
         for line in lines
     ]
     print_table(
-        "Perplexity",
+        f"Perplexity on {main}",
         ("setting", "method", "ratio\n(paper)", "true bits\nper weight", "perplexity\n± std. error", "× dense",
-         "against\nreference [95 %]"),
+         "KL divergence\nmean (median, 99 %)", "against\nreference [95 %]", *(f"on {text}" for text in others)),
         body,
     )  # fmt: skip
 

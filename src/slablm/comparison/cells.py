@@ -21,12 +21,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from slablm.comparison.rivals import Rival
+from slablm.comparison.rivals import DENSE, Rival
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods import METHODS, get_method
 
-DENSE = "dense"
 FROM_FILE = "from a file"
 
 

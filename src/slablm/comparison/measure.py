@@ -85,6 +85,7 @@ class Conditions:
         load: gives the dense model, new each time, in eval mode.
         tokenizer: the model's.
         model_digest: from `model_digest`.
+        base: settings that all cells share, of which rivals have their targets.
         calibration: gives the token ids of a draw, [windows, seq_len], as `calibration_windows` does.
         texts: token ids to evaluate on by the text's name, [windows, seq_len] each; the main one first.
         tasks: zero-shot tasks.
@@ -95,6 +96,7 @@ class Conditions:
     load: Callable[[], PreTrainedModel]
     tokenizer: PreTrainedTokenizerBase
     model_digest: str
+    base: CompressionConfig
     calibration: Callable[[CompressionConfig], Tensor]
     texts: dict[str, Tensor]
     tasks: Tasks
@@ -181,13 +183,16 @@ def _dense_outputs(conditions: Conditions, on_step: Step) -> DenseOutputs:
 def _measure(cell: Cell, key: str, conditions: Conditions, dense: DenseOutputs, on_step: Step) -> Record:
     """Load, compress, evaluate."""
     from slablm.checkpoint.layer_report import size_summary
+    from slablm.dense.targets import select_targets
     from slablm.system.memory import peak_resident_bytes
 
     clock = _Clock()
     model = conditions.load()
     bits = float(PAPER_VALUE_BITS)
     if cell.rival:
-        model, bits = rivals.load(cell.rival, model), rivals.bits_per_weight(cell.rival, model)
+        targets = [name for names in select_targets(model, conditions.base).names for name in names]
+        bits = rivals.true_bits(cell.rival, model, targets).bits_per_weight
+        model = rivals.load(cell.rival, model)
     clock.lap("load")
     reports = _compress(model, cell, conditions, on_step)
     clock.lap("compress")

@@ -104,6 +104,7 @@ class Hearing:
             load=lambda: loading.load(source, **load_options)[0],
             tokenizer=tokenizer,
             model_digest=model_digest(model),
+            base=config,
             calibration=calibration,
             texts=texts,
             tasks=self.court.tasks,
