@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # Float64 copies of a whole window would be the largest tensors of a block.
@@ -90,7 +91,7 @@ def mean_drift(blocks: Sequence[Drift]) -> Drift:
 def _sums(before: Tensor, after: Tensor) -> tuple[float, float]:
     """‖after − before‖² and ‖before‖² of [tokens, hidden]."""
     change = size = 0.0
-    for old, new in zip(before.split(_ROWS_AT_A_TIME), after.split(_ROWS_AT_A_TIME), strict=True):
+    for old, new in zip(*(torch.split(states, _ROWS_AT_A_TIME) for states in (before, after)), strict=True):
         wide = old.double()
         change += (new.double() - wide).square().sum().item()
         size += wide.square().sum().item()
