@@ -16,7 +16,6 @@ import json
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Annotated, Any
 from unittest.mock import patch
 
@@ -32,10 +31,9 @@ from slablm.config import CompressionConfig
 from slablm.dense import loading
 from slablm.dense.targets import select_targets
 from slablm.evaluation.perplexity import perplexity
-from slablm.methods import get_method
+from slablm.methods import get_method, slab_plus
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.replace_module import replace_module
-
 
 SEQ_LEN = 2048
 

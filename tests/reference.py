@@ -32,3 +32,14 @@ def slab(weight, norms, k, rank=1, iterations=20, pattern=None):
         u, s, vt = torch.linalg.svd(residual.abs(), full_matrices=False)
         low_rank_signed = (u[:, :rank] * s[:rank]) @ vt[:rank] * signs
     return sparse + low_rank_signed, mask
+
+
+def drift(dense, compressed):
+    """‖H' − H‖ / ‖H‖ of lists of windows [tokens, hidden], number by number: (first tokens, all others)."""
+    change, size = [0.0, 0.0], [0.0, 0.0]
+    for before, after in zip(dense, compressed, strict=True):
+        for token, (old_row, new_row) in enumerate(zip(before.tolist(), after.tolist(), strict=True)):
+            for old, new in zip(old_row, new_row, strict=True):
+                change[token > 0] += (new - old) ** 2
+                size[token > 0] += old**2
+    return tuple((c / s) ** 0.5 if s else 0.0 for c, s in zip(change, size, strict=True))

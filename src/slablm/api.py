@@ -16,6 +16,7 @@ from slablm.compression import run
 from slablm.compression.blocks import Progress, compress_blocks, unreached
 from slablm.compression.options import RunOptions
 from slablm.compression.preparation import check_model, check_packable, prepare_model
+from slablm.compression.store import BlockStore
 from slablm.config import CompressionConfig
 from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
@@ -120,10 +121,11 @@ def compress_model(
 
     check_packable(config.method)
     config = prepare_model(model, targets, config)
-    reports = compress_blocks(model, targets, windows, config, on_layer)
+    store = BlockStore()
+    reports = compress_blocks(model, targets, windows, config, on_layer, store)
     for name, reason in unreached(targets, reports).items():
         warnings.warn(f"left dense: {name} ({reason})", stacklevel=2)
-    hf.attach(model, config, reports)
+    hf.attach(model, config, reports, store.drift)
     return reports
 
 

@@ -3,6 +3,8 @@
 import json
 import struct
 
+from slablm.checkpoint.config_file import config_digest
+
 RECORD = "slablm"
 
 
@@ -35,13 +37,17 @@ def edit_record(path, edit):
 
 
 def age(folder, version):
-    """Make a folder one of a version before 4, whose files say nothing about config.json."""
+    """Make a folder one of an earlier version; before 4 files say nothing about config.json."""
+    edit_json(folder / "config.json", lambda config: config["quantization_config"].update(format_version=version))
+    written = config_digest(json.loads((folder / "config.json").read_text()))
 
     def forget(record):
         record["format_version"] = version
-        del record["modules"], record["config"]
+        if version < 4:
+            del record["modules"], record["config"]
+        else:
+            record["config"] = written
 
-    edit_json(folder / "config.json", lambda config: config["quantization_config"].update(format_version=version))
     for path in folder.glob("*.safetensors"):
         edit_record(path, forget)
     return folder

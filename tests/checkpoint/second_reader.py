@@ -64,7 +64,7 @@ class Reader:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.entries = config["quantization_config"]
         assert self.entries["quant_method"] == "slab"
-        assert self.entries["format_version"] == 4
+        assert self.entries["format_version"] == 5
         self.modules, self.value_dtype = self.entries["modules"], self.entries["value_dtype"]
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"

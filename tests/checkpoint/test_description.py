@@ -30,13 +30,13 @@ def coded_folder(tmp_path_factory, tiny_folder, text_file):
     return out
 
 
-@pytest.fixture(params=[3, 4])
+@pytest.fixture(params=[3, 4, 5])
 def copy_of(request, tmp_path):
-    """A copy of a folder in format 4, or in format 3, which has no digest of config.json."""
+    """A copy of a folder in the present format, in format 4, or in format 3, which has no digest of config.json."""
 
     def copy(folder):
         shutil.copytree(folder, tmp_path / "copy")
-        return age(tmp_path / "copy", 3) if request.param == 3 else tmp_path / "copy"
+        return tmp_path / "copy" if request.param == 5 else age(tmp_path / "copy", request.param)
 
     return copy
 
@@ -99,6 +99,14 @@ MODULES = {
     "version 3.0": (lambda q: q.update(format_version=3.0), "format version 3.0 is not supported"),
     "settings are a list": (lambda q: q.update(compression=[]), "compression settings are damaged|was changed"),
     "ratio text": (lambda q: q["compression"].update(ratio="x"), "'ratio' must be a number, got 'x'|was changed"),
+    "drift no list": (lambda q: q.update(drift=0.5), "drift is damaged: it is no list|was changed"),
+    "drift a number": (lambda q: q.update(drift=[0.5]), "drift is damaged: block 0 has 0.5|was changed"),
+    "drift text": (lambda q: q["drift"][1].update(rest="x"), "drift is damaged: block 1 has .*'x'|was changed"),
+    "drift true": (lambda q: q["drift"][1].update(first=True), "drift is damaged: block 1 has|was changed"),
+    "drift negative": (lambda q: q["drift"][0].update(rest=-0.1), "drift is damaged: block 0 has|was changed"),
+    "drift infinite": (lambda q: q["drift"][0].update(rest=float("inf")), "drift is damaged: block 0 has|was changed"),
+    "drift incomplete": (lambda q: q["drift"][0].pop("first"), "drift is damaged: block 0 has|was changed"),
+    "drift and more": (lambda q: q["drift"][0].update(last=0.1), "drift is damaged: block 0 has|was changed"),
     "targets 3": (lambda q: q["compression"].update(targets=3), "'targets' must be a list of texts, got 3|was changed"),
 }
 
@@ -111,7 +119,7 @@ def test_entries_of_the_checkpoint(case, copy_of, coded_folder):
     refused(folder, match)
 
 
-@pytest.mark.parametrize("version", [True, "4", 3.0, None, [4], 0, 5])
+@pytest.mark.parametrize("version", [True, "4", 3.0, None, [5], 0, 6])
 def test_versions_that_are_none(version):
     with pytest.raises(SlabError, match="is not supported"):
         check_version(version)
@@ -158,8 +166,8 @@ def test_a_changed_setting_can_be_kept(compressed_folder, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.rms_norm_eps == 0.25
 
 
-@pytest.mark.parametrize("version", [1, 2, 3])
-def test_versions_before_the_digest_are_read_and_saved_in_the_present_one(version, coded_folder, tmp_path):
+@pytest.mark.parametrize("version", [1, 2, 3, 4])
+def test_earlier_versions_are_read_and_saved_in_the_present_one(version, coded_folder, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(coded_folder, folder)
     age(folder, version)
@@ -170,7 +178,7 @@ def test_versions_before_the_digest_are_read_and_saved_in_the_present_one(versio
     with torch.no_grad():
         assert torch.equal(old(tokens).logits, new(tokens).logits)
     old.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format_version"] == 4
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format_version"] == 5
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (coded_folder / name).read_bytes()
 
@@ -179,7 +187,7 @@ def test_taking_the_digest_out_is_no_way_around_it(coded_folder, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(coded_folder, folder)
     edit_json(folder / "config.json", lambda config: config["quantization_config"].update(format_version=3))
-    refused(folder, "config.json says format version 3, the files have version 4")
+    refused(folder, "config.json says format version 3, the files have version 5")
     edit_record(folder / "model.safetensors", lambda record: record.pop("modules"))
     refused(folder, "carries no slablm digests")
 

@@ -111,6 +111,24 @@ def test_format_2_has_no_errors_on_unseen_text(damaged, compressed_folder):
     assert error_summary(inspect_folder(folder).layers)["unseen_error"] is None
 
 
+def test_format_4_has_no_drift(damaged, compressed_folder, tmp_path):
+    folder = age(damaged(lambda config: config.pop("drift")), 4)
+    assert inspect_folder(folder).drift == ()
+    assert inspect_folder(folder).to_dict()["drift"] is None
+    assert len(inspect_folder(compressed_folder).drift) == 2
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")  # and it stays without
+    config = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == 5
+    assert "drift" not in config
+
+
+def test_the_drift_is_kept_when_a_model_is_saved_again(compressed_folder, tmp_path):
+    AutoModelForCausalLM.from_pretrained(compressed_folder).save_pretrained(tmp_path / "again")
+    again, before = inspect_folder(tmp_path / "again").drift, inspect_folder(compressed_folder).drift
+    assert again == before
+    assert all(0 < number < 1 for block in before for number in (block.first, block.rest))
+
+
 def test_bfloat16_grids_of_format_3_read_as_they_were_measured(tiny_folder, tokenizer, quick, tmp_path):
     """Their magnitudes were bfloat16 numbers; now they are FP16 numbers, the factors as before."""
     dense = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
@@ -127,7 +145,7 @@ def test_bfloat16_grids_of_format_3_read_as_they_were_measured(tiny_folder, toke
         assert torch.equal(weight.values.abs(), exact.to(weight.values.dtype))
     aged.save_pretrained(tmp_path / "again")  # in the present version, and the same numbers
     entry = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
-    assert entry["format_version"] == 4
+    assert entry["format_version"] == 5
     assert {module["grid_dtype"] for module in entry["modules"].values()} == {"bfloat16"}
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "again").model.layers[0].mlp.up_proj.packed
     assert torch.equal(again.values, old.values)

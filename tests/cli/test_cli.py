@@ -80,7 +80,9 @@ def test_compress_without_json_prints_both_sizes(tiny_folder, quick, tmp_path):
     assert re.search(
         r"mean relative output error +0\.\d{4} on calibration text, 0\.\d{4} on unseen text\n", done.stdout
     )
+    assert re.search(r"drift on unseen text +0\.\d{4} behind the last block\n", done.stdout)
     card = (tmp_path / "out" / "README.md").read_text()
+    assert re.search(r"\| drift of the hidden states behind the last block, on that text \| 0\.\d{4} \|", card)
     assert re.search(r"method \*\*wanda\*\* to a ratio of 0\.\d{4}\n", card)
     assert "`model.layers.0.self_attn.k_proj` (ignored by 'k_proj')" in card
     assert str(tmp_path) not in card
@@ -93,11 +95,14 @@ def test_a_text_that_ends_with_the_last_window(tiny_folder, tmp_path):
     (tmp_path / "short.txt").write_text("a" * 127, encoding="utf-8")  # with <s>, 4 windows
     options = ["--calibration", tmp_path / "short.txt", "--num-samples", 4, "--seq-len", 32]
     done = slablm("compress", tiny_folder, tmp_path / "out", *options, "--bits-per-weight", 5, "--json")
-    assert json.loads(done.stdout)["unseen_error"] is None, done.stderr
+    result = json.loads(done.stdout)
+    assert result["unseen_error"] is result["drift"] is None, done.stderr
     card = (tmp_path / "out" / "README.md").read_text()
     assert "method **slab+** with a budget of 5 true bits per weight" in card
     assert "calibrated nothing" not in card
-    assert slablm("inspect", tmp_path / "out").returncode == 0
+    done = slablm("inspect", tmp_path / "out")
+    assert done.returncode == 0
+    assert "drift" not in done.stdout + card
 
 
 def test_eval(made, tiny_folder, text_file):
@@ -132,6 +137,14 @@ def test_inspect(made):
     done = slablm("inspect", out)
     assert "model.layers.1.mlp.down_proj" in done.stdout
     assert "true bits per weight" in done.stdout
+    drift = result["drift"]
+    assert [set(block) for block in drift["blocks"]] == [{"first", "rest"}] * 2
+    assert drift["last"] == drift["blocks"][1]
+    assert drift["mean"]["rest"] == pytest.approx(sum(block["rest"] for block in drift["blocks"]) / 2)
+    shown = (
+        f"on unseen text: {drift['last']['rest']:.4f} behind the last block, {drift['mean']['rest']:.4f} in the mean"
+    )
+    assert shown in " ".join(done.stdout.split())
 
 
 def test_sizes_are_measured_on_the_file(made):

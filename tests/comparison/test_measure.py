@@ -16,6 +16,7 @@ from slablm.comparison.measure import Conditions, Tasks, cell_key, measure_cells
 from slablm.comparison.records import Record, ResultsFile
 from slablm.evaluation import perplexity
 from slablm.evaluation.divergence import DenseOutputs
+from slablm.evaluation.drift import DenseStreams
 from slablm.methods import METHODS
 
 BASE = CompressionConfig(calibration="builtin", num_samples=4, seq_len=32, iterations=4)
@@ -121,6 +122,7 @@ def test_a_cell_is_what_compressing_and_evaluating_gives(finished, conditions, g
     assert perplexity(model, conditions.texts["other"]) == slab.texts["other"].perplexity
     outputs = DenseOutputs.of(conditions.load(), conditions.texts)
     assert outputs.compare(model)["other"][1] == slab.texts["other"].divergence
+    assert slab.drift == tuple(DenseStreams.of(conditions.load(), conditions.texts["main"][:2]).drift(model))
     assert slab.layer_errors == {report.name: report.output_error for report in reports}
     assert slab.unseen_errors == {report.name: report.unseen_error for report in reports}
     assert slab.unseen_errors.keys() == slab.layer_errors.keys()

@@ -19,11 +19,12 @@ from slablm import CompressionConfig, SlabError
 from slablm.comparison import plots, table
 from slablm.comparison.cells import Cell
 from slablm.comparison.records import OnText, Record
-from slablm.comparison.rivals import Rival
 from slablm.comparison.report import write_report
+from slablm.comparison.rivals import Rival
 from slablm.evaluation.divergence import Divergence
 from slablm.evaluation.perplexity import Perplexity
 from slablm.methods import METHODS
+from slablm.methods.drift import Drift
 
 PROJECTIONS = ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj")
 CHROMIUM = shutil.which("chromium")
@@ -61,6 +62,7 @@ def record(method, loss, bits, *, windows=6, accuracy=None, **settings):
         texts={"wikitext2": on_text(losses, config), "c4@1-6": on_text([loss + 0.1 for loss in losses], config)},
         layer_errors={name: 0.1 + 0.2 * noise.random() for name in layers} if config else {},
         unseen_errors=dict.fromkeys(layers, 0.4321) if config else {},
+        drift=(Drift(0.01, 0.1), Drift(0.02, 0.2345)) if config else (),
         seconds={"load": 0.1, "compress": 12.3, "perplexity": 0.2},
         peak_memory_bytes=None,
         versions={"slablm": "0.1.0", "torch": "2.13"},
@@ -288,6 +290,7 @@ def test_the_report_shows_every_cell(page, everything):
         assert entry.cell.config is None or f">{entry.cell.setting}</th>" in body
     assert len(re.findall('<td class="text stay">', body)) == len(everything)
     assert "12.3" in body
+    assert body.count("<td>0.234</td>") == len(everything) - 1
 
 
 def test_the_report_needs_nothing_from_elsewhere(page):

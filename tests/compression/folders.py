@@ -23,9 +23,9 @@ def in_memory(source, out, config, dtype="auto", max_shard_size="50GB"):
     model, tokenizer = loading.load(str(source), dtype=dtype)
     targets = select_targets(model, config)
     reports = compress_model(model, targets, calibration_windows(model, tokenizer, config), config)
-    settings = model.config.quantization_config.compression
+    described = model.config.quantization_config
     left_dense = targets.left_dense | blocks.unreached(targets, reports)
-    card = model_card(str(source), settings, reports, left_dense, __version__)
+    card = model_card(str(source), described.compression, reports, left_dense, __version__, drift=described.drift)
     with save._staging(out) as folder:
         save._write_model(model, folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)

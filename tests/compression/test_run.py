@@ -95,9 +95,9 @@ def test_spilled_activations_change_nothing(tiny_folder, quick, tmp_path):
     assert_same_folders(tmp_path / "ram", tmp_path / "half")
     assert_same_folders(tmp_path / "ram", tmp_path / "file")
     assert [line for line in heard if "hidden states" in line] == [
-        "Memory for hidden states of all windows: 49.2 kB",
-        "Memory for hidden states of all windows: 49.2 kB, all but 16.4 kB in a file",
-        "Memory for hidden states of all windows: 49.2 kB, all but 1 B in a file",
+        "Memory for hidden states of all windows: 65.5 kB",
+        "Memory for hidden states of all windows: 65.5 kB, all but 16.4 kB in a file",
+        "Memory for hidden states of all windows: 65.5 kB, all but 1 B in a file",
     ]
 
 

@@ -8,6 +8,10 @@ Up to three streams of hidden states walk side by side, and every block is run o
     pieces    with refinement: shorter pieces of the windows, for its steps (`slablm.compression.refinement`)
 
 Each has calls of its own, as masks and positions are as long as what is run.
+
+Among the windows are the unseen ones a second time. Everything else goes through compressed blocks; these copies go
+through the dense ones, each block being run on them before its layers are replaced. How far the two have come apart
+behind a block is its drift (`slablm.methods.drift`).
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ from slablm.calibration.sensitivity import sensitivities
 from slablm.calibration.statistics import Use
 from slablm.config import CompressionConfig
 from slablm.methods import LayerStats, get_method
+from slablm.methods.drift import Drift, Squares
 from slablm.system.distributed import World
 from slablm.system.finite import check_finite
 
@@ -80,10 +85,10 @@ class Stream:
         """Block `index` on hidden states in front of it, [1, tokens, hidden_size]."""
         return self.calls[index](self._blocks[index], states)
 
-    def propagate(self, index: int) -> None:
-        """Go past a block, whose weights are Ŵ by now."""
-        for i, states in enumerate(self.hidden):
-            output = self.run(index, states)
+    def propagate(self, index: int, windows: range | None = None) -> None:
+        """Go past a block as it is now, with all windows or some."""
+        for i in range(len(self.hidden)) if windows is None else windows:
+            output = self.run(index, self.hidden[i])
             check_finite(output, f"the output of block {index}")
             self.hidden[i] = output
 
@@ -113,9 +118,12 @@ class Calibration:
         calibrating = windows[: config.num_samples]
         self._uses = window_uses(config.method, len(calibrating), len(windows) - len(calibrating))
         mine = world.share(len(windows))
+        unseen = _unseen(mine, len(calibrating))
+        self._compressed = range(len(mine))
+        self._dense = range(len(mine), len(mine) + len(unseen))
         probes = calibrating[: PROBES if config.bits_per_weight is not None else 0, :PROBE_TOKENS]
         pieces = _pieces(calibrating) if config.refine else windows[:0]
-        windows = windows[mine.start : mine.stop]
+        windows = windows[[*mine, *unseen]]
         with source.outside():
             self._windows = Stream(model, blocks, windows, source, source.activations(len(windows)))
             self._probes = Stream(model, blocks, probes, source)
@@ -165,10 +173,23 @@ class Calibration:
 
         return self._pieces.calls[index](run, states)
 
+    def propagate_dense(self, index: int) -> None:
+        """Run a block that is still dense on the copies of the unseen windows."""
+        self._windows.propagate(index, self._dense)
+
     def propagate(self, index: int) -> None:
-        """Run a block, whose weights are Ŵ by now, on everything."""
-        for stream in (self._windows, self._probes, self._pieces):
+        """Run a block, whose weights are Ŵ by now, on everything else."""
+        self._windows.propagate(index, self._compressed)
+        for stream in (self._probes, self._pieces):
             stream.propagate(index)
+
+    def drift(self) -> Drift | None:
+        """The drift behind the block that all have passed, the same on every rank; None without unseen windows."""
+        if Use.MEASURE not in self._uses:
+            return None
+        hidden, last = self._windows.hidden, self._compressed[len(self._compressed) - len(self._dense) :]
+        mine = [Squares.of(hidden[dense], hidden[i]) for i, dense in zip(last, self._dense, strict=True)]
+        return Drift.of([squares for theirs, _ in self._world.gather(mine, {}) for squares in theirs])
 
 
 def _pieces(windows: Tensor) -> Tensor:
@@ -184,6 +205,23 @@ def _pieces(windows: Tensor) -> Tensor:
     pieces = torch.cat([begin.repeat_interleave(each, dim=0), pieces], dim=1)
     count = min(PIECES, len(pieces))
     return pieces[torch.arange(count) * len(pieces) // count]
+
+
+def _unseen(share: range, calibrating: int) -> range:
+    """The windows of a rank's share that calibrate nothing."""
+    return range(max(share.start, min(calibrating, share.stop)), share.stop)
+
+
+def windows_held(calibrating: int, unseen: int, ranks: int = 1) -> list[int]:
+    """How many windows' hidden states each rank holds; the unseen ones count twice.
+
+    Args:
+        calibrating: number of windows that calibrate.
+        unseen: number of windows after them.
+        ranks: processes that divide the windows.
+    """
+    shares = [World(rank, ranks).share(calibrating + unseen) for rank in range(ranks)]
+    return [len(share) + len(_unseen(share, calibrating)) for share in shares]
 
 
 def window_uses(method: str, calibrating: int, unseen: int) -> list[Use]:

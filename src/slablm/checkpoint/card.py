@@ -7,6 +7,7 @@ may hold anything: what means something to Markdown is escaped.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from slablm.system.memory import human_bytes
 
 if TYPE_CHECKING:
     from slablm.config import CompressionConfig
+    from slablm.methods.drift import Drift
 
 _INHERITED = ("license", "license_name", "license_link", "language")
 TEMPLATE = """\
@@ -37,6 +39,9 @@ with [slablm](https://pypi.org/project/slablm/) {{ version }}.
 | mean relative output error on calibration text | {{ "%.4f" | format(errors.output_error) }} |
 {% if errors.unseen_error is not none -%}
 | the same on text that calibrated nothing | {{ "%.4f" | format(errors.unseen_error) }} |
+{% endif -%}
+{% if drift is not none -%}
+| drift of the hidden states behind the last block, on that text | {{ "%.4f" | format(drift) }} |
 {% endif -%}
 {% for key, value in settings.items() -%}
 | `{{ key }}` | {{ value | cell }} |
@@ -68,6 +73,7 @@ def model_card(
     left_dense: dict[str, str],
     version: str,
     revision: str | None = None,
+    drift: Sequence[Drift] = (),
 ) -> str:
     """Text of the model card.
 
@@ -78,6 +84,7 @@ def model_card(
         left_dense: matrices inside the blocks that were left dense, with the reason.
         version: version of slablm.
         revision: of the dense model on the hub.
+        drift: behind every block; empty if it was not measured.
     """
     summary, budget = size_summary(reports), config.bits_per_weight
     ratio = summary["compression_ratio"]
@@ -99,6 +106,7 @@ def model_card(
         weights=summary["weights"],
         packed=human_bytes(summary["packed_bytes"]),
         errors=error_summary(reports),
+        drift=drift[-1].rest if drift else None,
         left_dense=left_dense,
     )
 

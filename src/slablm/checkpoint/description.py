@@ -22,6 +22,7 @@ from slablm.checkpoint.guard import FIRST_WITH_FP16_GRID, check_version
 from slablm.checkpoint.shards import DTYPES, Piece
 from slablm.config import VALUE_DTYPES
 from slablm.errors import SlabError
+from slablm.methods.drift import Drift
 from slablm.methods.grid import LARGEST_BITS
 from slablm.packing import GRID_DTYPE, PackedSpec
 
@@ -29,6 +30,8 @@ _PLANES = (".states", ".positions")  # one of them is there in every compressed 
 _DECODING = ("kept", "rank", "signs", "value_bits", "group_size", "grid_dtype")
 # What magnitudes on a grid were rounded to before they became FP16 numbers in every model.
 _OLD_GRID = "bfloat16"
+# Of errors, in config.json.
+_DECIMALS = 6
 
 
 @dataclass(frozen=True)
@@ -119,8 +122,8 @@ class ModuleSpec:
             spec.kept,
             spec.rank,
             spec.signs,
-            round(output_error, 6),
-            None if unseen_error is None else round(unseen_error, 6),
+            round(output_error, _DECIMALS),
+            None if unseen_error is None else round(unseen_error, _DECIMALS),
             spec.value_bits,
             spec.group_size,
             _OLD_GRID if old_grid else None,
@@ -184,6 +187,36 @@ class Description:
         return json_digest({"modules": modules, "value_dtype": self.value_dtype})
 
 
+def read_drift(entries: Any) -> tuple[Drift, ...]:
+    """The drift behind each block; what is a `Drift` already is taken as it is.
+
+    Args:
+        entries: a list; None where it was not measured.
+
+    Raises:
+        SlabError: it is something else.
+    """
+    if entries is None:
+        return ()
+    if not isinstance(entries, list | tuple):
+        raise _damaged("drift is damaged: it is no list")
+    return tuple(_read_block(index, entry) for index, entry in enumerate(entries))
+
+
+def drift_entry(drift: Drift) -> dict[str, float]:
+    """What is said about the drift behind a block, rounded to six decimals."""
+    return {name: round(value, _DECIMALS) for name, value in asdict(drift).items()}
+
+
+def _read_block(index: int, entry: Any) -> Drift:
+    if isinstance(entry, Drift):
+        return entry
+    wanted = {field.name for field in fields(Drift)}
+    if not isinstance(entry, dict) or entry.keys() != wanted or not all(map(_is_size, entry.values())):
+        raise _damaged(f"drift is damaged: block {index} has {entry!r}")
+    return Drift(**entry)
+
+
 def check_parts(description: Description, pieces: Mapping[str, Piece], where: Path) -> dict[str, PackedSpec]:
     """Compare every part of every compressed layer with the headers of the files.
 
@@ -243,6 +276,10 @@ def _is_int(value: Any) -> bool:
 
 def _is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_size(value: Any) -> bool:
+    return _is_finite(value) and value >= 0
 
 
 def _damaged(what: str, dot: str = ".") -> SlabError:

@@ -15,9 +15,9 @@ from slablm.errors import SlabError
 QUANT_METHOD = "slab"
 GUARD = "this model is compressed by slablm: run `pip install slablm` and `import slablm` before loading it"
 # Of FORMAT.md: what is written, and what can be read. Version 2 added values in few bits, 3 errors on unseen text, 4
-# digests of what config.json says; since 4 values on a grid are FP16 numbers in memory.
-FORMAT_VERSION = 4
-READABLE_VERSIONS = (1, 2, 3, 4)
+# digests of what config.json says, 5 the drift; since 4 values on a grid are FP16 numbers in memory.
+FORMAT_VERSION = 5
+READABLE_VERSIONS = (1, 2, 3, 4, 5)
 FIRST_WITH_FP16_GRID = 4
 
 

@@ -9,6 +9,7 @@ A reader *without* slablm stops at the guard (`slablm.checkpoint.guard`), which 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slablm.checkpoint import integrity
 from slablm.checkpoint.config_file import config_digest
-from slablm.checkpoint.description import Description, ModuleSpec
+from slablm.checkpoint.description import Description, ModuleSpec, drift_entry, read_drift
 from slablm.checkpoint.files import WAY_OUT
 from slablm.checkpoint.guard import FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
 from slablm.checkpoint.layer_report import LayerReport
@@ -28,6 +29,7 @@ from slablm.checkpoint.stored import stored_form
 from slablm.checkpoint.verification import check_inside, open_checkpoint
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
+from slablm.methods.drift import Drift
 from slablm.runtime import kernels
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.narrow import narrow_matrices
@@ -46,6 +48,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         value_dtype: ``float16`` or ``bfloat16``.
         compression: settings of the run (`CompressionConfig` or its dict).
         format_version: version of the format.
+        drift: the drift behind each block (`Drift` or its dict); None if it was not measured.
 
     Raises:
         SlabError: the version is not one this slablm reads, or a field is missing or wrong.
@@ -57,6 +60,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         value_dtype: str | None = None,
         compression: dict[str, Any] | CompressionConfig | None = None,
         format_version: int = FORMAT_VERSION,
+        drift: Sequence[Any] | None = None,
         **unknown: Any,
     ) -> None:
         check_version(format_version)  # a newer version may have new entries
@@ -68,6 +72,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment] # the enum lists only built-in methods
         self.format_version = format_version
         self.value_dtype = description.value_dtype
+        self.drift = read_drift(drift)
         self.compression = (
             compression
             if isinstance(compression, CompressionConfig)
@@ -87,6 +92,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
             "value_dtype": self.value_dtype,
             "compression": self.compression.to_dict(),
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
+            **({"drift": [drift_entry(block) for block in self.drift]} if self.drift else {}),
         }
 
 
@@ -211,33 +217,39 @@ def _own_memory(model: nn.Module) -> None:
             tensor.data = tensor.data.clone()
 
 
-def describe(model: PreTrainedModel, config: CompressionConfig, reports: list[LayerReport]) -> SlabQuantizationConfig:
+def describe(
+    model: PreTrainedModel, config: CompressionConfig, reports: list[LayerReport], drift: Sequence[Drift] = ()
+) -> SlabQuantizationConfig:
     """Write into a freshly compressed model's config what its `SlabLinear` layers are.
 
     Args:
         model: the model with its `SlabLinear` layers.
         config: the settings, `value_dtype` included.
         reports: one per compressed layer.
+        drift: behind every block; empty if it was not measured.
     """
     modules = {}
     for report in reports:
         layer = model.get_submodule(report.name)
         assert isinstance(layer, SlabLinear)
         modules[report.name] = ModuleSpec.of(layer.spec, report.output_error, report.unseen_error)
-    quantization_config = SlabQuantizationConfig(modules, config.value_dtype or "", config)
+    quantization_config = SlabQuantizationConfig(modules, config.value_dtype or "", config, drift=drift)
     model.config.quantization_config = quantization_config
     return quantization_config
 
 
-def attach(model: PreTrainedModel, config: CompressionConfig, reports: list[LayerReport]) -> None:
+def attach(
+    model: PreTrainedModel, config: CompressionConfig, reports: list[LayerReport], drift: Sequence[Drift] = ()
+) -> None:
     """Tell transformers that this freshly compressed model is quantized by slablm, so that it can be saved.
 
     Args:
         model: the model with its `SlabLinear` layers.
         config: the settings, `value_dtype` included.
         reports: one per compressed layer.
+        drift: as for `describe`.
     """
-    quantization_config = describe(model, config, reports)
+    quantization_config = describe(model, config, reports, drift)
     # These three are what `from_pretrained` sets on a quantized model.
     vars(model).update(
         hf_quantizer=SlabHfQuantizer(quantization_config, pre_quantized=True),

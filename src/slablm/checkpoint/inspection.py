@@ -9,9 +9,10 @@ from typing import Any
 from slablm.checkpoint.config_file import read_quantization_config
 from slablm.checkpoint.description import ModuleSpec
 from slablm.checkpoint.files import weight_files
-from slablm.checkpoint.layer_report import LayerReport, size_summary
+from slablm.checkpoint.layer_report import LayerReport, drift_summary, size_summary
 from slablm.checkpoint.verification import open_checkpoint
 from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.methods.drift import Drift
 from slablm.packing import PackedSpec
 
 __all__ = ["Inspection", "SizeOnDisk", "inspect_folder", "read_quantization_config"]
@@ -53,9 +54,11 @@ class Inspection(SizeOnDisk):
 
     Attributes:
         settings: the compression settings.
+        drift: behind every block; empty if it was not measured.
     """
 
     settings: dict[str, Any]
+    drift: tuple[Drift, ...] = ()
 
     @property
     def kept_fraction(self) -> float:
@@ -71,6 +74,7 @@ class Inspection(SizeOnDisk):
             "weights": self.weights,
             "file_bytes": self.file_bytes,
             "compression": self.settings,
+            "drift": drift_summary(self.drift),
             "tensors": [
                 {
                     "name": layer.name,
@@ -110,6 +114,7 @@ def inspect_folder(folder: Path, variant: str | None = None) -> Inspection:
         header_bytes=sum(file.header_bytes for file in checkpoint.files),
         file_bytes=sum(file.path.stat().st_size for file in checkpoint.files),
         settings=quantization.compression.to_dict(),
+        drift=quantization.drift,
     )
 
 

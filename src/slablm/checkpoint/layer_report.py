@@ -1,4 +1,4 @@
-"""What became of each layer, and what that comes to: sizes, always both, and errors, always both."""
+"""What became of each layer, and what that comes to: sizes, always both, errors, always both, and the drift."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.methods.drift import Drift, mean_drift
 
 
 @dataclass(frozen=True)
@@ -81,3 +82,14 @@ def error_summary(reports: Sequence[LayerReport]) -> dict[str, float | None]:
         "output_error": fmean(report.output_error for report in reports),
         "unseen_error": fmean(unseen) if len(unseen) == len(reports) else None,
     }
+
+
+def drift_summary(blocks: Sequence[Drift]) -> dict[str, Any] | None:
+    """JSON-ready: the drift behind the `last` block, its `mean` over the blocks, and all `blocks`; None without any.
+
+    Args:
+        blocks: the drift behind every block, in order.
+    """
+    if not blocks:
+        return None
+    return {"last": vars(blocks[-1]), "mean": vars(mean_drift(blocks)), "blocks": [vars(block) for block in blocks]}

@@ -226,7 +226,7 @@ def _show(records: Sequence[Record], out: Path, json: bool) -> None:
 
 
 def _print_perplexities(lines: Sequence[Row]) -> None:
-    from slablm.comparison.table import show_divergence, show_perplexity, show_relative
+    from slablm.comparison.table import show_divergence, show_drift, show_perplexity, show_relative
 
     main, *others = lines[0].record.texts
     body = [
@@ -238,6 +238,7 @@ def _print_perplexities(lines: Sequence[Row]) -> None:
             show_perplexity(line.record),
             f"{line.record.ratio_to_dense:.2f}",
             show_divergence(line.record.main),
+            show_drift(line.record),
             show_relative(line.loss) if line.loss else "reference" if line.reference else "",
             *(show_perplexity(line.record, text) for text in others),
         )
@@ -246,7 +247,8 @@ def _print_perplexities(lines: Sequence[Row]) -> None:
     print_table(
         f"Perplexity on {main}",
         ("setting", "method", "ratio\n(paper)", "true bits\nper weight", "perplexity\n± std. error", "× dense",
-         "KL divergence\nmean (median, 99 %)", "against\nreference [95 %]", *(f"on {text}" for text in others)),
+         "KL divergence\nmean (median, 99 %)", "drift", "against\nreference [95 %]",
+         *(f"on {text}" for text in others)),
         body,
     )  # fmt: skip
 

@@ -66,7 +66,7 @@ def run(source: str, out: Path, config: CompressionConfig, run_options: RunOptio
     """
     from slablm.api import compress_folder
     from slablm.checkpoint.inspection import inspect_folder
-    from slablm.checkpoint.layer_report import error_summary
+    from slablm.checkpoint.layer_report import drift_summary, error_summary
     from slablm.dense.loading import quiet_libraries
     from slablm.system.memory import peak_resident_bytes
 
@@ -93,6 +93,7 @@ def run(source: str, out: Path, config: CompressionConfig, run_options: RunOptio
         "bits_per_weight": inspection.bits_per_weight,
         "compression_ratio": inspection.compression_ratio,
         **error_summary(inspection.layers),
+        "drift": drift_summary(inspection.drift),
         "bytes_on_disk": inspection.file_bytes,
         "dense_bytes": result.dense_bytes,
         "resumed_blocks": result.resumed_blocks,
@@ -114,6 +115,8 @@ def _print_summary(result: dict[str, Any]) -> None:
         "weights on disk": human_bytes(result["bytes_on_disk"]),
         "time": f"{result['seconds']:.1f} s",
     }
+    if result["drift"]:
+        lines["drift on unseen text"] = f"{result['drift']['last']['rest']:.4f} behind the last block"
     if result["dense_bytes"]:
         lines["dense weights"] = human_bytes(result["dense_bytes"])
     if result["peak_memory_bytes"]:

@@ -29,6 +29,7 @@ def inspect(
 def _print_table(inspection: Inspection) -> None:
     from rich.box import SIMPLE
 
+    from slablm.methods.drift import mean_drift
     from slablm.system.memory import human_bytes
 
     table = TextTable(title="Compressed layers", box=SIMPLE)
@@ -49,6 +50,12 @@ def _print_table(inspection: Inspection) -> None:
     shown.print(table)
     shown.print("bits: true bits per weight; ratio: the paper's compression ratio")
     shown.print("error: relative output error on calibration text; unseen: on text that calibrated nothing")
+    if inspection.drift:
+        last, mean = inspection.drift[-1], mean_drift(inspection.drift)
+        shown.print(
+            f"drift of hidden states from the dense model's, on unseen text: {last.rest:.4f} behind the last block, "
+            f"{mean.rest:.4f} in the mean of all (first tokens of windows: {last.first:.4f}, {mean.first:.4f})"
+        )
     shown.print(
         f"total: {len(inspection.layers)} layers, {inspection.weights / 1e6:.1f} M weights, "
         f"kept {inspection.kept_fraction:.4f}, {inspection.bits_per_weight:.3f} true bits per weight, "

@@ -35,10 +35,13 @@ if TYPE_CHECKING:
     from slablm.checkpoint.layer_report import LayerReport
     from slablm.config import CompressionConfig
     from slablm.evaluation.divergence import DenseOutputs
+    from slablm.evaluation.drift import DenseStreams
 
 # To be raised whenever a change of the methods or of the evaluation changes results, or the form of a record changes:
 # old cells are then measured again.
 NUMBERS_VERSION = 2
+# Of the main text: the drift needs few, and the hidden states behind all blocks are kept of each.
+DRIFT_WINDOWS = 2
 _ORIGIN = ("_name_or_path", "_commit_hash", "architectures", "transformers_version")
 
 Step = Callable[[str, int, int], None]
@@ -155,14 +158,14 @@ def measure_cells(
         SlabError: a cell cannot be computed; the message names it, finished ones are kept.
     """
     records: list[Record] = []
-    dense: DenseOutputs | None = None
+    dense: _Dense | None = None
     for cell in cells:
         key = cell_key(cell, conditions)
         record = results.get(key)
         measured = record is None
         if record is None:
             try:
-                dense = dense or _dense_outputs(conditions, on_step)
+                dense = dense or _Dense.of(conditions, on_step)
                 record = _measure(cell, key, conditions, dense, on_step)
             except SlabError as error:
                 raise SlabError(f"{cell.label}: {error} (finished cells are kept in {results.path})") from error
@@ -172,15 +175,28 @@ def measure_cells(
     return records
 
 
-def _dense_outputs(conditions: Conditions, on_step: Step) -> DenseOutputs:
-    from slablm.evaluation.divergence import DenseOutputs
+@dataclass(frozen=True)
+class _Dense:
+    """What is kept of the dense model: outputs on all texts, and hidden states on a few windows of the main one."""
 
-    outputs = DenseOutputs.of(conditions.load(), conditions.texts, partial(on_step, "evaluating the dense model"))
-    gc.collect()  # models hold reference cycles: without this two or three of them would be in memory
-    return outputs
+    outputs: DenseOutputs
+    streams: DenseStreams
+
+    @classmethod
+    def of(cls, conditions: Conditions, on_step: Step) -> _Dense:
+        from slablm.evaluation.divergence import DenseOutputs
+        from slablm.evaluation.drift import DenseStreams
+
+        model = conditions.load()
+        outputs = DenseOutputs.of(model, conditions.texts, partial(on_step, "evaluating the dense model"))
+        main = next(iter(conditions.texts.values()))
+        streams = DenseStreams.of(model, main[:DRIFT_WINDOWS])
+        del model
+        gc.collect()  # models hold reference cycles: without this two or three of them would be in memory
+        return cls(outputs, streams)
 
 
-def _measure(cell: Cell, key: str, conditions: Conditions, dense: DenseOutputs, on_step: Step) -> Record:
+def _measure(cell: Cell, key: str, conditions: Conditions, dense: _Dense, on_step: Step) -> Record:
     """Load, compress, evaluate."""
     from slablm.checkpoint.layer_report import size_summary
     from slablm.dense.targets import select_targets
@@ -196,7 +212,8 @@ def _measure(cell: Cell, key: str, conditions: Conditions, dense: DenseOutputs, 
     clock.lap("load")
     reports = _compress(model, cell, conditions, on_step)
     clock.lap("compress")
-    texts = _on_texts(model, cell, dense, on_step)
+    texts = _on_texts(model, cell, dense.outputs, on_step)
+    drift = () if cell.dense else tuple(dense.streams.drift(model))
     clock.lap("perplexity")
     accuracies = _accuracies(model, conditions)
     clock.lap("tasks")
@@ -212,6 +229,7 @@ def _measure(cell: Cell, key: str, conditions: Conditions, dense: DenseOutputs, 
         texts=texts,
         layer_errors={report.name: report.output_error for report in reports},
         unseen_errors={r.name: r.unseen_error for r in reports if r.unseen_error is not None},
+        drift=drift,
         seconds=clock.laps,
         peak_memory_bytes=peak_resident_bytes(),
         versions=versions(),

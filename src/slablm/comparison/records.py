@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +24,7 @@ from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.evaluation.divergence import Divergence
 from slablm.evaluation.perplexity import Perplexity
+from slablm.methods.drift import Drift
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,8 @@ class Record:
         texts: by the text's name; the first is the one that rows are compared on.
         layer_errors: relative output error on calibration inputs, by full layer name.
         unseen_errors: the same on text that calibrated nothing; empty where that was not measured.
+        drift: of the hidden states behind every block, on the first windows of the main text; empty for the dense
+            model.
         seconds: time of each step.
         peak_memory_bytes: largest resident set of the process until the end of the cell; None if unknown.
         versions: of slablm, torch, transformers and python.
@@ -99,6 +102,7 @@ class Record:
     texts: dict[str, OnText]
     layer_errors: dict[str, float]
     unseen_errors: dict[str, float]
+    drift: tuple[Drift, ...]
     seconds: dict[str, float]
     peak_memory_bytes: int | None
     versions: dict[str, str]
@@ -130,6 +134,11 @@ class Record:
         return fmean(self.unseen_errors.values()) if self.unseen_errors else None
 
     @property
+    def last_drift(self) -> float | None:
+        """Drift behind the last block, first tokens apart; None for the dense model."""
+        return self.drift[-1].rest if self.drift else None
+
+    @property
     def average_accuracy(self) -> float | None:
         """Unweighted mean over the tasks."""
         if not self.accuracies:
@@ -153,6 +162,7 @@ class Record:
             "accuracies": self.accuracies,
             "layer_errors": self.layer_errors,
             "unseen_errors": self.unseen_errors,
+            "drift": [asdict(block) for block in self.drift],
             "seconds": self.seconds,
             "peak_memory_bytes": self.peak_memory_bytes,
             "versions": self.versions,
@@ -174,6 +184,7 @@ class Record:
             texts={name: OnText.from_dict(on_text) for name, on_text in data["texts"].items()},
             layer_errors=data["layer_errors"],
             unseen_errors=data["unseen_errors"],
+            drift=tuple(Drift(**block) for block in data["drift"]),
             seconds=data["seconds"],
             peak_memory_bytes=data["peak_memory_bytes"],
             versions=data["versions"],

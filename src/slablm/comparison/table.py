@@ -22,6 +22,7 @@ from typing import Any
 from slablm.comparison.records import OnText, Record
 from slablm.evaluation.divergence import Divergence
 from slablm.evaluation.paired import PairedDifference, average_difference, paired_difference
+from slablm.methods.drift import mean_drift
 
 SLAB = "slab"
 
@@ -56,6 +57,7 @@ class Row:
             "texts": {name: _on_text(on_text) for name, on_text in record.texts.items()},
             "layer_error": record.layer_error,
             "unseen_layer_error": record.unseen_error,
+            "drift": record.last_drift,
             "reference": self.reference,
             "log_loss_difference": _difference(self.loss),
             "average_accuracy": record.average_accuracy,
@@ -207,6 +209,11 @@ def show_errors(record: Record) -> str:
     return " / ".join(f"{error:.3f}" for error in (record.layer_error, record.unseen_error) if error is not None)
 
 
+def show_drift(record: Record) -> str:
+    """Drift behind the last block; empty for the dense model."""
+    return "" if record.last_drift is None else f"{record.last_drift:.3f}"
+
+
 def show_relative(loss: PairedDifference) -> str:
     """Relative difference of perplexities with its interval, in percent; from tenfold on, as a factor."""
     value, low, high = loss.relative()
@@ -243,6 +250,7 @@ def _mean(draws: Sequence[Record]) -> Record:
         texts={name: _mean_on_text([record.texts[name] for record in draws]) for name in first.texts},
         layer_errors=_means([record.layer_errors for record in draws]),
         unseen_errors=_means([record.unseen_errors for record in draws]),
+        drift=tuple(map(mean_drift, zip(*(record.drift for record in draws), strict=True))),
         seconds=_means([record.seconds for record in draws]),
         accuracies=_mean_accuracies(draws),
     )

@@ -8,6 +8,8 @@ front of it produce, so that every layer is fitted to what it will really see:
                      refine them together, if that is asked for
                      run it compressed on all windows; the outputs are the next block's inputs
 
+A few windows that calibrate nothing also walk through the dense blocks, to see how far the two streams drift apart.
+
 Where a block's weights come from, and where the finished block goes, is up to a `BlockStore`. With the plain one the
 model is in memory and stays there; `slablm.compression.streaming` has one that reads each block from
 files and drops it again.
@@ -111,6 +113,7 @@ def compress_blocks(
         if calibrated is not None:
             with mapped_apart(above=_HEAP_PIECE):
                 store.load(index)
+            calibrated.propagate_dense(index)
         if index < store.done:
             finished = store.finished(index) if world.first else FinishedBlock()
             for report in finished.reports:
@@ -134,6 +137,7 @@ def compress_blocks(
         if calibrated is not None:
             _round_unreached(model, set(targets.names[index]) - {report.name for report in finished.reports}, config)
             calibrated.propagate(index)
+            finished.drift = calibrated.drift()
         for name, weight in finished.packed.items():
             replace_module(model, name, SlabLinear.from_packed(weight, layers[name].bias))
         store.finish(index, finished)

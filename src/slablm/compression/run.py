@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from slablm.calibration.stream import windows_held
 from slablm.calibration.windows import calibration_windows
 from slablm.checkpoint import integrity
 from slablm.checkpoint.card import model_card
@@ -38,6 +39,7 @@ from slablm.dense.loading import check_dense, is_compressed
 from slablm.dense.opening import DenseModel, open_dense
 from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
+from slablm.methods.drift import Drift
 from slablm.system.memory import give_back, human_bytes
 from slablm.system.versions import __version__
 
@@ -159,7 +161,7 @@ class _Run:
         left_dense = unreached(self.targets, reports)
         self._say_left_dense(left_dense)
         if not (journal.folder / _PUBLISH).exists():
-            self._assemble(reports, self.targets.left_dense | left_dense, blocks.names)
+            self._assemble(reports, blocks.drift, self.targets.left_dense | left_dense, blocks.names)
         self._publish()
         journal.remove()
         world.tell(None)
@@ -174,7 +176,8 @@ class _Run:
             self.say(f"The whole model is in memory: {self.dense.whole_because}")
         model, limit, ranks = self.dense.model, self.options.max_memory, self.options.world.size
         count, seq_len = self.windows.shape
-        most = -(-count // ranks) * seq_len  # tokens of the busiest rank
+        calibrating = self.config.num_samples
+        most = max(windows_held(calibrating, count - calibrating, ranks)) * seq_len  # tokens of the busiest rank
         needed = most * model.config.get_text_config().hidden_size * model.dtype.itemsize
         file = f", all but {human_bytes(limit)} in a file" if limit is not None and needed > limit else ""
         whose = "all windows" if ranks == 1 else f"the windows of each of {ranks} ranks"
@@ -182,20 +185,22 @@ class _Run:
         if self.journal.done:
             self.say(f"Going on after {self.journal.done} finished blocks")
 
-    def _assemble(self, reports: list[LayerReport], left_dense: dict[str, str], names: list[list[str]]) -> None:
+    def _assemble(
+        self, reports: list[LayerReport], drift: list[Drift], left_dense: dict[str, str], names: list[list[str]]
+    ) -> None:
         """Put the result together in the journal's folder, and make sure that it has reached the disk."""
         from slablm.checkpoint import hf
 
         model, folder = self.dense.model, self.journal.model_folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        hf.describe(model, self.config, reports)
+        hf.describe(model, self.config, reports, drift)
         pieces, digests = self.journal.everything()
         digests |= {alias: digests[first] for first, *aliases in names for alias in aliases}
         assemble(model, folder, pieces, integrity.record(digests, names), self.options.max_shard_size)
         self.dense.tokenizer.save_pretrained(folder)
         revision = self.options.revision
-        card = model_card(self.source, self.config, reports, left_dense, __version__, revision)
+        card = model_card(self.source, self.config, reports, left_dense, __version__, revision, drift)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_run(folder, self.made_from)
         for path in (path for path in folder.rglob("*") if path.is_file()):

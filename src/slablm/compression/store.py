@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from slablm.calibration.activations import Activations
 from slablm.checkpoint.layer_report import LayerReport
+from slablm.methods.drift import Drift
 from slablm.packing import PackedWeight
 
 
@@ -22,16 +23,25 @@ class FinishedBlock:
     Attributes:
         packed: packed weights by full name; empty with a method that has no packed form.
         reports: one per layer.
+        drift: behind the block; None if there was no text to measure it on.
     """
 
     packed: dict[str, PackedWeight] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
+    drift: Drift | None = None
 
 
 class BlockStore:
-    """Where blocks come from and where they go. This one: the model is in memory, and so it stays."""
+    """Where blocks come from and where they go. This one: the model is in memory, and so it stays.
+
+    Attributes:
+        drift: behind every block that is finished; empty if there was no text to measure it on.
+    """
 
     done = 0  # blocks that an earlier run has finished
+
+    def __init__(self) -> None:
+        self.drift: list[Drift] = []
 
     def activations(self, count: int) -> Activations:
         """An empty buffer for the hidden states of `count` windows."""
@@ -50,3 +60,5 @@ class BlockStore:
 
     def finish(self, index: int, block: FinishedBlock) -> None:
         """Take over block `index`; its target layers are `SlabLinear` by now."""
+        if block.drift is not None:
+            self.drift.append(block.drift)

@@ -31,6 +31,7 @@ from slablm.compression.store import BlockStore, FinishedBlock
 from slablm.config import CompressionConfig
 from slablm.dense.opening import DenseModel, is_parameter, put, tensor_names
 from slablm.dense.targets import Targets, find_blocks
+from slablm.methods.drift import Drift
 from slablm.packing import PackedSpec
 from slablm.system.finite import check_finite
 
@@ -59,6 +60,7 @@ class StreamedBlocks(BlockStore):
         folder: Path | None,
         done: int,
     ) -> None:
+        super().__init__()
         self.done = done
         self._dense, self._journal, self._folder = dense, journal, folder
         self._value_dtype: torch.dtype = getattr(torch, config.value_dtype or "")
@@ -115,7 +117,8 @@ class StreamedBlocks(BlockStore):
         """A block from the journal, its packed weights on the compute device."""
         assert self._journal is not None
         pieces, notes = self._journal.pieces(block_key(index)), self._journal.notes(block_key(index))
-        reports = [LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in notes]
+        reports = [LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in notes["reports"]]
+        drift = None if notes["drift"] is None else Drift(**notes["drift"])
         packed = {}
         for report in reports:
             part = {key: piece for key, piece in pieces.items() if key.startswith(f"{report.name}.")}
@@ -123,14 +126,17 @@ class StreamedBlocks(BlockStore):
                 key.removeprefix(f"{report.name}."): piece.read().to(self._dense.device) for key, piece in part.items()
             }
             packed[report.name] = _spec(report, read).from_parts(read, report.name)
-        return FinishedBlock(packed, reports)
+        return FinishedBlock(packed, reports, drift)
 
     def finish(self, index: int, block: FinishedBlock) -> None:
         """Write a block into the journal, if there is one and the block is not in it, and drop the block."""
+        super().finish(index, block)
         if self._journal is not None and index >= self.done:
             state = self._blocks[index].state_dict(prefix=self._name(index))
             tensors = {name: self._stored(name, tensor) for name, tensor in state.items()}
-            self._journal.put(block_key(index), tensors, [vars(report) for report in block.reports])
+            drift = None if block.drift is None else vars(block.drift)
+            notes = {"reports": [vars(report) for report in block.reports], "drift": drift}
+            self._journal.put(block_key(index), tensors, notes)
         self._release(index)
         self._loaded = None
 

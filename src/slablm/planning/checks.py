@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from slablm.calibration.statistics import rows_per_window
-from slablm.calibration.windows import UNSEEN_WINDOWS, windows_wanted
+from slablm.calibration.stream import windows_held
+from slablm.calibration.windows import UNSEEN_WINDOWS
 from slablm.compression.preparation import with_value_dtype
 from slablm.config import CompressionConfig
 from slablm.dense.opening import empty_model
@@ -154,8 +155,10 @@ def look_ahead(
     disk = Disk(
         result_bytes=size.file_bytes + size.config_bytes + known.other_bytes,
         journal_bytes=size.file_bytes + _SMALL_FILES,
-        spilled_bytes=ranks
-        * spilled_bytes(rehearsal.window_bytes, -(-windows_wanted(config) // ranks), options.max_memory),
+        spilled_bytes=sum(
+            spilled_bytes(rehearsal.window_bytes, windows, options.max_memory)
+            for windows in windows_held(config.num_samples, UNSEEN_WINDOWS, ranks)
+        ),
         free_bytes=free_bytes(out),
     )
     outlook = Outlook(rehearsal, size, memory, disk)

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from slablm.calibration.pairwise import most_sums
 from slablm.calibration.statistics import Use
-from slablm.calibration.stream import window_uses
+from slablm.calibration.stream import window_uses, windows_held
 from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text
-from slablm.calibration.windows import Excerpt, windows_wanted
+from slablm.calibration.windows import UNSEEN_WINDOWS, Excerpt, windows_wanted
 from slablm.config import CompressionConfig
 from slablm.methods import get_method
 from slablm.planning.rehearsal import Rehearsal, Work
@@ -142,7 +142,7 @@ def plan_memory(
     """
     s = situation
     dense = [Part("the whole model", size.dense_bytes, s.accelerator)] if s.whole else []
-    needed = rehearsal.window_bytes * -(-windows_wanted(config) // s.ranks)
+    needed = rehearsal.window_bytes * max(windows_held(config.num_samples, UNSEEN_WINDOWS, s.ranks))
     states = Part("hidden states of all windows", needed if s.max_memory is None else min(needed, s.max_memory))
     phases = [Phase("text", (*dense, Part("tokenising the text", _text_bytes(config))))]
     if s.whole:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
-from slablm.calibration.text import check_length
+from slablm.calibration.windows import check_length
 from slablm.compression.layer import compress_layer
 from slablm.compression.options import RunOptions
 from slablm.compression.preparation import check_packable, with_value_dtype

@@ -21,10 +21,11 @@ from slablm.checkpoint.save import divide
 from slablm.checkpoint.shards import Piece, header
 from slablm.config import CompressionConfig
 from slablm.dense.opening import tensor_names
-from slablm.dense.targets import Targets
+from slablm.dense.targets import Targets, find_blocks
 from slablm.errors import SlabError
 from slablm.methods import RowBudget, row_budget
 from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.methods.drift import Drift
 from slablm.packing import PackedSpec
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.replace_module import replace_module
@@ -85,7 +86,7 @@ def plan_size(
     dtype: torch.dtype = getattr(torch, config.value_dtype or "")
     dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
     layers = tuple(_empty_layer(model, name, budget, dtype, config.group_size) for name, budget in stored_as.items())
-    hf.describe(model, config, list(layers))
+    hf.describe(model, config, list(layers), [Drift(_ERROR, _ERROR)] * len(find_blocks(model)[1]))
     state, groups = model.state_dict(), tensor_names(model)
     pieces = {names[0]: Piece.of(_stored(state[names[0]], dtype)) for names in groups}
     metadata = {"format": "pt", **integrity.record(dict.fromkeys(state, _DIGEST), groups)}

@@ -2,7 +2,8 @@
 
 Three rates are measured: seconds per weight of the real decomposition (once for every width of the model, on a slice
 of a few hundred rows; with error feedback, on two smaller matrices), floating-point operations per second of a matrix
-product, bytes per second of an elementwise operation. The rest is counting: every block runs twice on every window.
+product, bytes per second of an elementwise operation. The rest is counting: every block runs twice on every window, and
+once more on those that calibrate nothing.
 Reading and writing files is not included, nor are the sensitivities and the refinement of a block.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from slablm.calibration.windows import windows_wanted
+from slablm.calibration.windows import UNSEEN_WINDOWS, windows_wanted
 from slablm.compression.layer import compress_layer
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
@@ -36,7 +37,7 @@ class Duration:
     """An estimate, in seconds.
 
     Attributes:
-        calibration: both runs of all windows through all blocks.
+        calibration: all runs of all windows through all blocks.
         decomposition: all layers.
     """
 
@@ -67,8 +68,10 @@ def estimate(
     flops = 2 * _PRODUCT**3 / _seconds(lambda: a @ a, device)
     b = torch.randn(_ELEMENTS, device=device)
     speed = b.nbytes / _seconds(lambda: b * 1.5, device)
-    runs = [(block.count, work) for block in rehearsal.blocks for work in (block.statistics, block.propagation)]
-    window = sum(count * (work.flops / flops + work.touched_bytes / speed) for count, work in runs)
+    windows = windows_wanted(config)
+    runs = [(windows * block.count, block.statistics) for block in rehearsal.blocks]
+    runs += [((windows + UNSEEN_WINDOWS) * block.count, block.propagation) for block in rehearsal.blocks]
+    calibration = sum(count * (work.flops / flops + work.touched_bytes / speed) for count, work in runs)
     by_width: dict[int, int] = {}
     tallest: dict[int, int] = {}
     for layer in size.layers:
@@ -76,7 +79,7 @@ def estimate(
         by_width[n] = by_width.get(n, 0) + layer.weights
         tallest[n] = max(tallest.get(n, 0), m)
     seconds = sum(w * _per_weight((tallest[n], n), config, dtype, device) for n, w in by_width.items())
-    return Duration(windows_wanted(config) * window, seconds)
+    return Duration(calibration, seconds)
 
 
 def _per_weight(shape: tuple[int, int], config: CompressionConfig, dtype: torch.dtype, device: torch.device) -> float:
