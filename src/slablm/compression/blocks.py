@@ -113,18 +113,19 @@ def compress_blocks(
         if calibrated is not None:
             with mapped_apart(above=_HEAP_PIECE):
                 store.load(index)
-            calibrated.propagate_dense(index)
         if index < store.done:
             finished = store.finished(index) if world.first else FinishedBlock()
             for report in finished.reports:
                 note(report)
             if calibrated is not None:
+                calibrated.propagate_dense(index)
                 finished = _exchange(finished, layers, world)
                 _use_approximations(layers, finished.packed)
         else:
             assert calibrated is not None
             sensitivity = calibrated.sensitivity(index, layers)
             stats = calibrated.stats(index, layers)
+            calibrated.propagate_dense(index)
             layers = {name: layer for name, layer in layers.items() if name in stats}
             dense = _DenseBlock.of(index, layers, stats, calibrated) if config.refine else None
             with mapped_apart(above=_HEAP_PIECE):

@@ -17,6 +17,7 @@ import torch
 from slablm.calibration.windows import Excerpt
 from slablm.checkpoint import integrity
 from slablm.checkpoint.files import CONFIG
+from slablm.checkpoint.guard import FORMAT_VERSION
 from slablm.checkpoint.save import RUN
 from slablm.checkpoint.shards import Piece, byte_view
 from slablm.compression.options import RunOptions
@@ -65,7 +66,7 @@ def fingerprint(
     """
     # Of a text that is longer than the windows, the rest changes nothing.
     shown: dict[str, Any] = {name: value for name, value in made_from.items() if name != "calibration text"}
-    shown["device"] = options.device
+    shown |= {"device": options.device, "format version": FORMAT_VERSION}
     shown |= {f"setting {key}": value for key, value in config.to_dict().items()}
     shown["calibration tokens"] = integrity.digest(windows)
     shown |= {f"version of {name}": version for name, version in versions().items()}

@@ -7,8 +7,9 @@ the dense model and H' those of the compressed one on the same text, [tokens, hi
 
     drift = ‖H' − H‖_F / ‖H‖_F
 
-The first token of a window stands apart. It carries the attention sink's massive activations: on Llama-like models 99 %
-of ‖H‖² and more, which would hide what happens to all the others.
+The first token of a window stands apart. It carries the attention sink's massive activations, which would hide what
+happens to all others (in SmolLM2, with windows of 1,024 tokens, 90 to 97 % of ‖H‖² behind blocks 11 to 20, and 3 %
+behind the last).
 
 Squares are summed up per window, in float64, and the windows' sums are added with one rounding (`math.fsum`): the total
 is the same however windows are divided among ranks.
