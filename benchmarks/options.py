@@ -1,13 +1,15 @@
-"""What each part of `slab+` gives, and the time it takes: the parts added one after the other.
+"""What each part of a method gives, and the time it takes: the parts added one after the other.
 
-The first arm is the paper's algorithm with as many bits as it takes; the others have a budget in true bits. Seconds are
-of the compression, calibration included, one thread or as many as OMP_NUM_THREADS says; their ratio to the paper's
-algorithm is printed beside them. The arms run one after the other in one process.
+`--of slab+`: the first arm is the paper's algorithm with as many bits as it takes; the others have a budget in true
+bits. `--of gptq`: why its plain form loses to rounding, and what of its better form makes up for that. Seconds are of
+the compression, calibration included, one thread or as many as OMP_NUM_THREADS says; their ratio to the first arm is
+printed beside them. The arms run one after the other in one process.
 
 A method that fits the calibration tokens can miss all others. So the mean error of the layers is printed twice: on the
-calibration windows, and on two windows of the same text that calibrate nothing. Quantizers stand at the end.
+calibration windows, and on two windows of the same text that calibrate nothing.
 
-    python benchmarks/options.py smollm2 --calibration c4-sample.txt --text wikitext2-test.txt
+    python benchmarks/options.py MODEL --of gptq --calibration c4-sample.txt@0-227 --num-samples 40 --seq-len 1024 \
+        --text wikitext2-test.txt@0-5 --text c4-sample.txt@130-133
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ import json
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Annotated, Any
 from unittest.mock import patch
 
 import torch
 import typer
+from torch import Tensor
 
 from slablm.calibration import stream
+from slablm.calibration.statistics import StatsCollector
 from slablm.calibration.windows import EvaluationText, calibration_windows
 from slablm.checkpoint.layer_report import error_summary, size_summary
 from slablm.compression.blocks import compress_blocks
@@ -31,11 +36,14 @@ from slablm.config import CompressionConfig
 from slablm.dense import loading
 from slablm.dense.targets import select_targets
 from slablm.evaluation.perplexity import perplexity
-from slablm.methods import get_method, slab_plus
+from slablm.methods import get_method, quantizers, slab_plus
+from slablm.methods import sweep as sweep_module
+from slablm.methods.uniform import spanning_grids
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.replace_module import replace_module
 
 SEQ_LEN = 2048
+BITS = 3.5
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,9 @@ class Arm:
     patches: list[tuple[Any, str, Any]] = field(default_factory=list)
 
 
-def arms(bits: float) -> list[Arm]:
-    """From the paper's algorithm to all of `slab+`, at `bits` true bits per weight."""
-    budget = {"method": "slab+", "bits_per_weight": bits}
+def slab_plus_arms() -> list[Arm]:
+    """From the paper's algorithm to all of `slab+`, at `BITS` true bits per weight."""
+    budget = {"method": "slab+", "bits_per_weight": BITS}
     even = (stream, "sensitivities", lambda *args: {})
     no_feedback = (stream, "get_method", lambda name: replace(get_method(name), needs_held_out=False))
     no_descent = (slab_plus, "DESCENTS", 0)
@@ -70,28 +78,66 @@ def arms(bits: float) -> list[Arm]:
         Arm("+ descent", budget, [even]),
         Arm("+ uneven budgets (slab+)", budget),
         Arm("+ refinement (--refine)", budget | {"refine": True}),
-        Arm("rounding, 4 bit, group 128", {"method": "rtn", "value_bits": 4, "group_size": 128}),
-        Arm("GPTQ, 4 bit, group 128", {"method": "gptq", "value_bits": 4, "group_size": 128}),
     ]
+
+
+def gptq_arms(num_samples: int, seq_len: int) -> list[Arm]:
+    """From rounding to GPTQ at its best, 4 bits in groups of 128; and what the calibration text has to do with it."""
+    plain, best = {"method": "gptq-plain"}, {"method": "gptq"}
+
+    def damped(share: float) -> tuple[Any, str, Any]:
+        return quantizers, "DAMPINGS", (share,)
+
+    # Neither order nor grids: min/max grids that are fixed before, columns in their own order.
+    spanning = (quantizers, "weighted_grids", lambda w, d, c: spanning_grids(w, c.value_bits, c.group_size))
+    sweep = partial(sweep_module.column_sweep, damping=0.1)
+    shorter = {"num_samples": 4 * num_samples, "seq_len": seq_len // 4}
+    longer = {"num_samples": num_samples // 2, "seq_len": 2 * seq_len}
+    return [
+        Arm("rounding, plain", {"method": "rtn-plain"}),
+        Arm("rounding, clipped", {"method": "rtn"}),
+        Arm("GPTQ, plain (1 % damping)", plain),
+        Arm("GPTQ, plain, 10 % damping", plain, [(quantizers, "column_sweep", sweep)]),
+        Arm("GPTQ, plain, windows a quarter as long", plain | shorter),
+        Arm("GPTQ, plain, windows twice as long", plain | longer),
+        Arm("GPTQ, plain, without the first token", plain, [without_first_token()]),
+        Arm("GPTQ, order, 1 % damping", best, [spanning, damped(0.01)]),
+        Arm("GPTQ, order, 10 % damping", best, [spanning, damped(0.1)]),
+        Arm("GPTQ, order, clips, 10 % damping", best, [damped(0.1)]),
+        Arm("GPTQ, order, clips, damping chosen (gptq)", best),
+        Arm("the same without the first token", best, [without_first_token()]),
+    ]
+
+
+def without_first_token() -> tuple[Any, str, Any]:
+    """Statistics that leave out the first token of every window."""
+    add = StatsCollector.add
+
+    def add_the_others(self: StatsCollector, inputs: Tensor, *args: Any) -> None:
+        add(self, inputs[..., 1:, :], *args)
+
+    return StatsCollector, "add", add_the_others
 
 
 def main(
     source: str,
     calibration: Annotated[str, typer.Option(help="Perhaps with a range of windows, as TEXT@0-113.")],
     text: Annotated[list[str], typer.Option(help="As TEXT@0-3; repeat for several.")],
-    bits: float = 3.5,
+    of: Annotated[str, typer.Option(help="slab+ or gptq.")] = "slab+",
     num_samples: int = 8,
+    seq_len: int = SEQ_LEN,
     only: Annotated[list[int] | None, typer.Option(help="Numbers of arms, from 0.")] = None,
 ) -> None:
     """Print one JSON line per arm."""
-    base = CompressionConfig(calibration=calibration, num_samples=num_samples, seq_len=SEQ_LEN)
-    paper = None
-    for number, arm in enumerate(arms(bits)):
+    base = CompressionConfig(calibration=calibration, num_samples=num_samples, seq_len=seq_len)
+    first = None
+    arms = slab_plus_arms() if of == "slab+" else gptq_arms(num_samples, seq_len)
+    for number, arm in enumerate(arms):
         if only and number not in only:
             continue
         result = measure(source, arm, base, text)
-        paper = result["seconds"] if number == 0 else paper
-        ratio = None if paper is None else round(result["seconds"] / paper, 2)
+        first = result["seconds"] if number == 0 else first
+        ratio = None if first is None else round(result["seconds"] / first, 2)
         print(json.dumps({"arm": arm.name, **result, "ratio": ratio}), flush=True)
 
 

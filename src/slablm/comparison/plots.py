@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from slablm.comparison.cells import DENSE, Cell
+from slablm.comparison.cells import Cell
 from slablm.comparison.records import Record
+from slablm.comparison.rivals import DENSE
 from slablm.errors import SlabError
 from slablm.methods import METHODS
 

@@ -17,8 +17,8 @@ import jinja2
 from markupsafe import Markup
 
 from slablm.comparison import plots, table
-from slablm.comparison.cells import DENSE
 from slablm.comparison.records import Record
+from slablm.comparison.rivals import DENSE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,9 +102,8 @@ class DenseOutputs:
         handle = _head(model).register_forward_pre_hook(lambda module, args: states.append(args[0].cpu()))
         try:
             for name, windows in texts.items():
-                before = done
-                result = perplexity(model, windows, lambda count, _, before=before: on_window(before + count, total))
-                known[name] = DenseText(windows, tuple(states[before:]), result)
+                result = perplexity(model, windows, partial(_further, on_window, done, total))
+                known[name] = DenseText(windows, tuple(states[done:]), result)
                 done += len(windows)
         finally:
             handle.remove()
@@ -153,6 +153,11 @@ class DenseOutputs:
             handle.remove()
 
 
+def _further(on_window: OnWindow, before: int, total: int, done: int, windows: int) -> None:
+    """Count the windows of one text among those of all."""
+    on_window(before + done, total)
+
+
 def divergence(dense: Tensor, own: Tensor) -> Tensor:
     """KL divergence between rows of logits, [rows, vocabulary] twice → [rows] float32."""
     p, q = (functional.log_softmax(logits.float(), dim=-1) for logits in (dense, own))
@@ -169,5 +174,5 @@ def summary(windows: list[Tensor]) -> Divergence:
 
 
 def _head(model: PreTrainedModel) -> nn.Module:
-    head: nn.Module = model.get_output_embeddings()
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     return head

@@ -103,10 +103,8 @@ def window_loss(logits: Tensor, window: Tensor, index: int) -> float:
         SlabError: it is NaN or Inf.
     """
     targets = window[1:].to(logits.device)
-    total = sum(
-        functional.cross_entropy(rows.float(), wanted, reduction="sum").item()
-        for rows, wanted in zip(logits.split(ROWS_AT_A_TIME), targets.split(ROWS_AT_A_TIME), strict=True)
-    )
+    pieces = zip(torch.split(logits, ROWS_AT_A_TIME), torch.split(targets, ROWS_AT_A_TIME), strict=True)
+    total = sum(functional.cross_entropy(rows.float(), wanted, reduction="sum").item() for rows, wanted in pieces)
     loss = total / len(targets)
     if not math.isfinite(loss):
         raise SlabError(f"the loss of window {index} is {loss}: the model's numbers overflow, try --dtype float32")
