@@ -6,11 +6,13 @@ Everything here uses 8 windows of the C4 sample for calibration and the first 6 
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import random
 import subprocess
 import sys
 import time
+from statistics import fmean
 
 import pytest
 from transformers import AutoModelForCausalLM
@@ -72,12 +74,12 @@ def test_slab_at_50_percent(dense_folder, windows, config, tmp_path):
     assert dense_value == pytest.approx(22.06, abs=0.05)
 
     wanda, _, _ = compressed(dense_folder, dataclasses.replace(config, method="wanda"))
-    wanda_value = perplexity(wanda, windows).value
+    of_wanda = perplexity(wanda, windows[:3]).window_losses
 
     slab, tokenizer, reports = compressed(dense_folder, config)
-    slab_value = perplexity(slab, windows).value
-    assert slab_value <= 1.33 * dense_value
-    assert slab_value <= 0.60 * wanda_value
+    of_slab = perplexity(slab, windows)
+    assert of_slab.value <= 1.33 * dense_value
+    assert fmean(of_slab.window_losses[:3]) <= fmean(of_wanda) + math.log(0.60)
     assert all(0 < report.output_error < 0.5 for report in reports)
 
     save.save(slab, tokenizer, tmp_path / "out")
@@ -87,14 +89,14 @@ def test_slab_at_50_percent(dense_folder, windows, config, tmp_path):
     assert sizes.compression_ratio >= 0.5
 
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert perplexity(reloaded, windows).value == pytest.approx(slab_value, rel=1e-5)
+    assert perplexity(reloaded, windows[:1]).window_losses == pytest.approx(of_slab.window_losses[:1], abs=1e-5)
     text = continue_text(reloaded, tokenizer, "Once upon a time", max_new_tokens=8)
     assert len(text) > len("Once upon a time")
 
 
 def test_the_default_is_better_than_the_papers_algorithm(dense_folder, windows, config):
-    """At equal size; four of the blocks and few windows, to be done in a minute."""
-    some = dataclasses.replace(config, num_samples=4, targets=(r"re:.*layers\.1[0-3]\..*",))
+    """At equal size; two of the blocks and few windows, to be done in a minute."""
+    some = dataclasses.replace(config, num_samples=4, seq_len=1024, targets=(r"re:.*layers\.1[01]\..*",))
     results = {}
     for method in (CompressionConfig().method, "slab"):
         model, _, reports = compressed(dense_folder, dataclasses.replace(some, method=method))
@@ -106,10 +108,10 @@ def test_the_default_is_better_than_the_papers_algorithm(dense_folder, windows, 
     assert better_error < 0.9 * paper_error
 
 
-def test_two_runs_are_identical(dense_folder, config, tmp_path):
+def test_two_runs_are_identical(shallow_folder, config, tmp_path):
     quick = dataclasses.replace(config, num_samples=2, seq_len=256)
     for name in ("a", "b"):
-        model, tokenizer, _ = compressed(dense_folder, quick)
+        model, tokenizer, _ = compressed(shallow_folder, quick)
         save.save(model, tokenizer, tmp_path / name)
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
