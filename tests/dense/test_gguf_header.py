@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from slablm import SlabError
-from slablm.dense.gguf_header import block_formats
+from slablm.dense.gguf_header import Header, StoredTensor, block_formats, read_header
 from slablm.dense.loading import quantized_as
 
 ZEROS = np.zeros((2, 32), dtype=np.float32)
@@ -18,6 +18,27 @@ def test_formats_of_the_blocks(tiny_gguf):
     )
     assert weights == {"Q4_1": expected}
     assert quantized_as(str(tiny_gguf)) == "Q4_1"
+
+
+def test_all_tensors_are_those_of_the_gguf_package(tiny_gguf):
+    header = read_header(tiny_gguf)
+    assert header.architecture == "llama"
+    assert header.tensors == tuple(
+        StoredTensor(tensor.name, int(tensor.n_elements), tensor.tensor_type.name, int(tensor.n_bytes))
+        for tensor in gguf.GGUFReader(tiny_gguf).tensors
+    )
+
+
+def test_the_architecture_is_a_text_of_one_name(tmp_path):
+    """Not an entry with a longer name, nor one of another type; without any, there is none."""
+    path, name = tmp_path / "named.gguf", b"general.architecture"
+    text = struct.pack("<IQ", 8, 3) + b"abc"
+    for key, value, expected in ((name, text, "abc"), (name + b"2", text, ""), (name, struct.pack("<IB", 7, 1), "")):
+        path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, len(key)) + key + value)
+        assert read_header(path) == Header(expected, ())
+    key = b"k" * 1000  # longer than what is kept of it
+    path.write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 2, 1000) + key + text + struct.pack("<Q", 20) + name + text)
+    assert read_header(path) == Header("abc", ())
 
 
 def test_several_formats_and_none(tmp_path):

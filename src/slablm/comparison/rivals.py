@@ -190,7 +190,8 @@ def embedding_size(rival: Rival, like: PreTrainedModel) -> Size:
     Raises:
         SlabError: the file cannot be read.
     """
-    ends = [module for module in (like.get_input_embeddings(), like.get_output_embeddings()) if module is not None]
+    head: nn.Module | None = like.get_output_embeddings()  # type: ignore[no-untyped-call]
+    ends = [like.get_input_embeddings(), *([] if head is None else [head])]
     names = [name for name, module in like.named_modules() if any(module is end for end in ends)]
     stored = _stored_bytes(rival, like)
     tables = {id(weight): weight.numel() for weight in map(_weight, ends)}
@@ -277,10 +278,11 @@ def _embeddings(model: PreTrainedModel) -> int:
 
 
 def _shapes(module: nn.Module, name: str = "") -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The shapes of all parameters; of linear layers, however their weights are held, out × in by the layer's name."""
-    if isinstance(getattr(module, "in_features", None), int):
-        yield name, (int(module.out_features), int(module.in_features))  # type: ignore[arg-type]
-        return
+    """The shapes of all parameters; of linear layers and embeddings, however they are held, one by the layer's name."""
+    for sizes in (("out_features", "in_features"), ("num_embeddings", "embedding_dim")):
+        if all(isinstance(getattr(module, size, None), int) for size in sizes):
+            yield name, tuple(getattr(module, size) for size in sizes)
+            return
     prefix = f"{name}." if name else ""
     for own, parameter in module.named_parameters(recurse=False):
         yield prefix + own, tuple(parameter.shape)
@@ -296,10 +298,10 @@ def _with_settings_of(like: PreTrainedModel, model: PreTrainedModel, rival: Riva
     """
     config = copy.deepcopy(like.config)
     config.tie_word_embeddings = model.config.tie_word_embeddings
-    own = empty_model(config, model.dtype)
+    own = empty_model(config, model.dtype)  # in eval mode
     missing = own.load_state_dict(model.state_dict(), strict=False, assign=True).missing_keys
     if missing:
         raise SlabError(f"rival {rival.name}: transformers reads no {missing[0]} from its file: {_SAME_MODEL}")
     own.tie_weights()
     own.to(like.device)  # type: ignore[arg-type]
-    return own.eval()
+    return own
