@@ -11,7 +11,7 @@ demo: $(READY)
 	TQDM_DISABLE=1 $(BIN)/python examples/demo.py
 
 # Almost every test keeps to one thread, so several processes share the machine.
-SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist worksteal
+SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist load --maxschedchunk 8
 
 test: $(READY)
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE)

@@ -1,6 +1,7 @@
 """The real thing: SmolLM2-135M at 50 %, checked against fixed bounds. Minutes, not seconds.
 
-Everything here uses 8 windows of the C4 sample for calibration and the first 6 windows of WikiText-2.
+Everything here uses 8 windows of the C4 sample for calibration, and of the first 6 windows of WikiText-2 as many as it
+takes to tell: each takes seconds.
 """
 
 import contextlib
@@ -56,7 +57,7 @@ def windows(dense_folder, shared_data):
 
 @pytest.fixture(scope="module")
 def config(shared_data):
-    return CompressionConfig("slab", calibration=str(shared_data / "c4-sample.txt"), num_samples=8, seq_len=2048)
+    return CompressionConfig("slab", calibration=str(shared_data / "c4-sample.txt"), num_samples=8, seq_len=1024)
 
 
 def compressed(folder, config):
@@ -70,16 +71,16 @@ def compressed(folder, config):
 def test_slab_at_50_percent(dense_folder, windows, config, tmp_path):
     dense, _ = loading.load(str(dense_folder))
     assert getattr(dense.config, "quantization_config", None) is None
-    dense_value = perplexity(dense, windows).value
-    assert dense_value == pytest.approx(22.06, abs=0.05)
+    of_dense = perplexity(dense, windows)
+    assert of_dense.value == pytest.approx(22.06, abs=0.05)
 
     wanda, _, _ = compressed(dense_folder, dataclasses.replace(config, method="wanda"))
-    of_wanda = perplexity(wanda, windows[:3]).window_losses
+    of_wanda = perplexity(wanda, windows[:2]).window_losses
 
     slab, tokenizer, reports = compressed(dense_folder, config)
-    of_slab = perplexity(slab, windows)
-    assert of_slab.value <= 1.33 * dense_value
-    assert fmean(of_slab.window_losses[:3]) <= fmean(of_wanda) + math.log(0.60)
+    of_slab = perplexity(slab, windows[:2])
+    assert fmean(of_slab.window_losses) <= fmean(of_dense.window_losses[:2]) + math.log(1.33)
+    assert fmean(of_slab.window_losses) <= fmean(of_wanda) + math.log(0.60)
     assert all(0 < report.output_error < 0.5 for report in reports)
 
     save.save(slab, tokenizer, tmp_path / "out")
@@ -96,7 +97,7 @@ def test_slab_at_50_percent(dense_folder, windows, config, tmp_path):
 
 def test_the_default_is_better_than_the_papers_algorithm(dense_folder, windows, config):
     """At equal size; two of the blocks and few windows, to be done in a minute."""
-    some = dataclasses.replace(config, num_samples=4, seq_len=1024, targets=(r"re:.*layers\.1[01]\..*",))
+    some = dataclasses.replace(config, targets=(r"re:.*layers\.1[01]\..*",))
     results = {}
     for method in (CompressionConfig().method, "slab"):
         model, _, reports = compressed(dense_folder, dataclasses.replace(some, method=method))

@@ -109,7 +109,8 @@ def test_eval(made, tiny_folder, text_file):
     for model in (tiny_folder, made[1]):
         done = slablm("eval", model, "--text", text_file, "--seq-len", 64, "--max-windows", 3, "--json")
         result = json.loads(done.stdout)
-        assert set(result) == {"perplexity", "stderr", "windows", "tokens"}
+        assert set(result) == {"perplexity", "stderr", "windows", "tokens", "bos"}
+        assert result["bos"]  # of the tiny model's tokenizer
         assert (result["windows"], result["tokens"]) == (3, 3 * 63)
         assert 100 < result["perplexity"] < 1000  # a random model over 258 tokens
     done = slablm("eval", made[1], "--text", text_file, "--seq-len", 64, "--max-windows", 1)

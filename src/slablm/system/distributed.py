@@ -203,6 +203,9 @@ def _meet(device: str, restarted: bool) -> tuple[Store, World]:
         restarted |= rank == 0 and store.add("slablm/starts", 1) > 1
         store = dist.PrefixStore(f"slablm/{_start_name(store, rank, size)}", store)  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        # One that goes on and fails at once would be gone while others still connect to it.
+        store.set(f"met/{rank}", "")
+        store.wait([f"met/{other}" for other in range(size)], _MEETING)
     except (RuntimeError, ValueError) as error:
         raise SlabError(f"the other ranks cannot be reached ({_reason(error)}): see docs/distributed.md") from error
     return store, World(rank, size, device, restarted)
