@@ -1,0 +1,138 @@
+"""SLaB with one symbol per weight (`alphabet`), found with error feedback and judged on held-out tokens.
+
+With G = XᵀX the output error of a weight is tr (W − Ŵ) G (W − Ŵ)ᵀ.
+
+1. *Alphabet.* Background, scales and levels by Lloyd's rounds on |W|, weighted by d_j² = G_jj (`symbols_fit`), in FP16:
+   from here on all numbers are those that are stored.
+2. *Error feedback.* One column sweep (`sweep`) over the columns in order of falling d: each entry becomes the nearest
+   of its 2 (L + 1) values, and the columns to come make up for the error.
+3. *Refit.* v, then u and scales of each row together, by least squares (`symbols_refit`).
+4. *Descent.* `DESCENTS` times: every entry is looked at again with all others known (`descent`), then step 3 again.
+5. *Held-out choice.* G is an estimate from some tokens; feedback fits their noise too. Steps 2 to 4 are done with each
+   of `DAMPINGS` added to G, and with each rotation of the inputs (`rotation`) that is given, or none; the result is
+   what has the smallest error on tokens that were held back. Step 1 alone is among the candidates, so on those tokens
+   feedback never does harm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from slablm.errors import SlabError
+from slablm.methods.alphabet import FEWEST_BITS, MOST_BITS, Alphabet, SymbolWeight, nearest_code, written
+from slablm.methods.decomposition import LayerStats
+from slablm.methods.descent import descent_sweep
+from slablm.methods.rotation import Rotation
+from slablm.methods.slab_plus import damped, positive
+from slablm.methods.sweep import BLOCK_SIZE, Block, Plan, check_finite, column_sweep, required_gram
+from slablm.methods.symbols_fit import fit_alphabet
+from slablm.methods.symbols_refit import Draft, Problem, drafted, refit
+
+# Shares of the mean diagonal that are added to G: little trust in G, and more.
+DAMPINGS = (0.1, 0.01)
+DESCENTS = 4
+
+
+def symbols(
+    weight: Tensor,
+    stats: LayerStats,
+    bits: int,
+    group_size: int = 128,
+    rotations: Sequence[Rotation | None] = (None,),
+) -> SymbolWeight:
+    """Decompose one weight.
+
+    Args:
+        weight: W, [m, n]; computed in float32 whatever its dtype.
+        stats: `gram`, and `held_out`, the Gram matrix of tokens that are not in `gram`. Without the latter nothing is
+            chosen: the result is that of the first rotation and the first damping.
+        bits: p, bits of a symbol, 2 to 5.
+        group_size: columns that share a scale.
+        rotations: of the inputs, that are tried; None for none.
+
+    Raises:
+        SlabError: no Gram matrix, or none that can be factored; weights that are not finite, or do not fit into FP16.
+    """
+    if not FEWEST_BITS <= bits <= MOST_BITS:
+        raise SlabError(f"symbols have {FEWEST_BITS} to {MOST_BITS} bits, not {bits}")
+    weight, gram = weight.float(), required_gram(stats, "symbols").to(weight.device, torch.float32)
+    check_finite(gram)
+    if not torch.isfinite(weight).all():
+        raise SlabError("a weight holds infinity or NaN: load the model in float32, or ignore this layer")
+    if not gram.any():
+        # Without any input all errors are 0: let all entries count alike.
+        gram = torch.eye(len(gram), device=gram.device)
+    if stats.held_out is None:
+        return next(_candidates(weight, gram, bits, group_size, rotations[0]))
+    judge = Problem(weight, stats.held_out.to(gram))
+    candidates = (
+        candidate for rotation in rotations for candidate in _candidates(weight, gram, bits, group_size, rotation)
+    )
+    return min(candidates, key=lambda candidate: judge.error(candidate.dense()))
+
+
+def _candidates(
+    weight: Tensor, gram: Tensor, bits: int, group_size: int, rotation: Rotation | None
+) -> Iterator[SymbolWeight]:
+    """Steps 1 to 4 with each damping, then step 1 alone; arguments as of `symbols`."""
+    if rotation is not None:
+        weight, gram = rotation.rotate(weight), rotation.rotate_gram(gram)
+    alphabet = fit_alphabet(weight, positive(gram.diagonal().sqrt()).square(), bits, group_size).stored()
+    for damping in DAMPINGS:
+        draft = fed(weight, gram, alphabet, damping)
+        yield written(draft.codes, draft.signs < 0, draft.alphabet, rotation)
+    yield written(alphabet.nearest(weight.abs()), weight < 0, alphabet, rotation)
+
+
+def fed(weight: Tensor, gram: Tensor, alphabet: Alphabet, damping: float) -> Draft:
+    """Steps 2 to 4.
+
+    Args:
+        weight: W, [m, n] float32.
+        gram: G, [n, n].
+        alphabet: of step 1.
+        damping: share of the mean diagonal that is added to G.
+    """
+    problem = Problem(weight, damped(gram, damping))
+    draft = refit(problem, feedback(weight, gram, alphabet, damping))
+    for _ in range(DESCENTS):
+        draft = refit(problem, descent(problem, draft))
+    return draft
+
+
+def feedback(weight: Tensor, gram: Tensor, alphabet: Alphabet, damping: float) -> Draft:
+    """Step 2; arguments as of `fed`."""
+    order = gram.diagonal().argsort(descending=True, stable=True)
+    swept = column_sweep(weight[:, order], gram[order][:, order], _plan(alphabet, order), BLOCK_SIZE, damping)
+    return drafted(swept[:, order.argsort()], alphabet)
+
+
+def descent(problem: Problem, draft: Draft) -> Draft:
+    """One sweep of coordinate descent."""
+    alphabet = draft.alphabet
+    order = torch.arange(alphabet.shape[1], device=problem.gram.device)
+    return drafted(descent_sweep(problem.weight, draft.dense(), problem.gram, _plan(alphabet, order)), alphabet)
+
+
+def _plan(alphabet: Alphabet, order: Tensor) -> Plan:
+    """What a column becomes in either sweep: entry by entry the nearest value.
+
+    Args:
+        alphabet: u, v, s and a.
+        order: the column of the weight behind each column of the sweep, [n].
+    """
+    scales, levels = alphabet.scales.T.contiguous(), alphabet.levels
+    groups, right = alphabet.groups()[order].tolist(), alphabet.right[order].tolist()
+
+    def plan(block: Block) -> Callable[[int], Tensor]:
+        def replace_column(j: int) -> Tensor:
+            column, at = block.weight[:, j], block.start + j
+            background = alphabet.left * right[at]
+            return torch.copysign(nearest_code(column.abs(), background, scales[groups[at]], levels)[1], column)
+
+        return replace_column
+
+    return plan
