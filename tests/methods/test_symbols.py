@@ -9,7 +9,7 @@ from slablm.errors import SlabError
 from slablm.methods import LayerStats
 from slablm.methods.rotation import Rotation
 from slablm.methods.slab_plus import damped
-from slablm.methods.symbols import DAMPINGS, descent, fed, feedback, symbols
+from slablm.methods.symbols import DAMPINGS, DESCENTS, descent, feedback, rounded, symbols
 from slablm.methods.symbols_fit import fit_alphabet
 from slablm.methods.symbols_refit import Problem, refit
 
@@ -33,11 +33,16 @@ def slow_error(weight, approximation, gram):
 
 
 def start_of(weight, gram, bits, group_size=16):
-    return fit_alphabet(weight, gram.diagonal(), bits, group_size).stored()
+    return fit_alphabet(weight, gram.diagonal().sqrt(), bits, group_size).stored()
 
 
-def rounded(weight, alphabet):
-    return torch.copysign(alphabet.magnitudes(alphabet.nearest(weight.abs())), weight)
+def fed(weight, gram, alphabet, damping, descents=DESCENTS):
+    """Steps 2, 3 and 5, one after the other."""
+    problem = Problem(weight, damped(gram, damping))
+    draft = refit(problem, feedback(weight, gram, alphabet, damping))
+    for _ in range(descents):
+        draft = refit(problem, descent(problem, draft))
+    return draft
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
@@ -88,21 +93,29 @@ def test_every_step_helps(bits):
 
 @pytest.mark.parametrize("rotation", [None, Rotation(40, 8, 3)])
 @pytest.mark.parametrize("bits", [2, 4])
-def test_the_result_is_the_best_candidate_on_held_out_tokens(rotation, bits):
+def test_held_out_tokens_choose_the_damping_and_whether_there_is_feedback(rotation, bits):
     for seed in range(4):
         weight, gram, held_out = correlated(seed=seed, tokens=45)  # few tokens: feedback overfits
         result = symbols(weight, stats_of(gram, held_out), bits, 16, (rotation,))
-        rows, theirs = weight, gram
+        rows, theirs, judges = weight, gram, held_out
         if rotation is not None:
-            rows, theirs = rotation.rotate(weight), rotation.rotate_gram(gram)
+            rows, theirs, judges = rotation.rotate(weight), rotation.rotate_gram(gram), rotation.rotate_gram(held_out)
         alphabet = start_of(rows, theirs, bits)
-        trials = [rounded(rows, alphabet), *(fed(rows, theirs, alphabet, damping).dense() for damping in DAMPINGS)]
-        if rotation is not None:
-            trials = [rotation.restore(trial) for trial in trials]
-        errors = [slow_error(weight, trial, held_out) for trial in trials]
-        assert slow_error(weight, result.dense(), held_out) == pytest.approx(min(errors), rel=1e-4)
+        errors = {d: slow_error(rows, fed(rows, theirs, alphabet, d, 0).dense(), judges) for d in DAMPINGS}
+        best = fed(rows, theirs, alphabet, min(errors, key=errors.get)).dense()
+        finals = [slow_error(rows, final, judges) for final in (best, rounded(rows, alphabet))]
+        assert slow_error(weight, result.dense(), held_out) == pytest.approx(min(finals), rel=1e-4)
         assert result.symbol_bits == bits
         assert result.rotation == rotation
+
+
+def test_feedback_never_does_harm_on_held_out_tokens():
+    """Inputs that have nothing to do with those held back: what was fitted to the former is worth nothing."""
+    weight, gram, _ = correlated(tokens=60)
+    _, other, _ = correlated(tokens=60, seed=7)
+    held_out = torch.eye(40) + 1e-3 * other / other.diagonal().mean()
+    result = symbols(weight, stats_of(gram, held_out), 3, 16)
+    assert torch.equal(result.dense(), rounded(weight, start_of(weight, gram, 3)))
 
 
 def test_rotation_is_chosen_where_it_helps_and_not_where_it_does_not():

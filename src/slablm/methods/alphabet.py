@@ -80,7 +80,8 @@ class Alphabet:
         Args:
             sizes: non-negative, [m, n] float32.
         """
-        return nearest_code(sizes, self.background(), self.wide_scales(), self.levels.float())[0]
+        keep, index, _ = nearest_level(sizes, self.background(), self.wide_scales(), self.levels.float())
+        return torch.where(keep, index + 1, 0).to(torch.uint8)
 
     def stored(self) -> Alphabet:
         """Every number rounded to FP16, still float32: what a reader will find.
@@ -99,8 +100,8 @@ class Alphabet:
         return Alphabet(left, right, scales, levels, self.group_size)
 
 
-def nearest_code(sizes: Tensor, background: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest of background and scaled levels: its index (uint8), and its magnitude (float32).
+def nearest_level(sizes: Tensor, background: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether a scaled level is nearer than the background, which one (counted from 0), and its magnitude.
 
     Args:
         sizes: non-negative float32, any shape.
@@ -110,9 +111,8 @@ def nearest_code(sizes: Tensor, background: Tensor, scales: Tensor, levels: Tens
     """
     between = (levels[1:] + levels[:-1]) / 2
     index = torch.bucketize(sizes / scales.clamp_min(torch.finfo(torch.float32).tiny), between)
-    kept = levels[index] * scales
-    keep = (kept - sizes).abs_() < (background - sizes).abs_()
-    return torch.where(keep, index + 1, 0).to(torch.uint8), torch.where(keep, kept, background)
+    kept = levels[index].mul_(scales)
+    return (kept - sizes).abs_() < (background - sizes).abs_(), index, kept
 
 
 def _balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,27 +2,29 @@
 
 With G = XᵀX the output error of a weight is tr (W − Ŵ) G (W − Ŵ)ᵀ.
 
-1. *Alphabet.* Background, scales and levels by Lloyd's rounds on |W|, weighted by d_j² = G_jj (`symbols_fit`), in FP16:
-   from here on all numbers are those that are stored.
+1. *Alphabet.* Background, scales and levels by Lloyd's rounds on |W| (`symbols_fit`), in FP16: from here on all numbers
+   are those that are stored. Columns count by d_j, not d_j²: what a column with large inputs loses, others will make up
+   for in part.
 2. *Error feedback.* One column sweep (`sweep`) over the columns in order of falling d: each entry becomes the nearest
    of its 2 (L + 1) values, and the columns to come make up for the error.
 3. *Refit.* v, then u and scales of each row together, by least squares (`symbols_refit`).
-4. *Descent.* `DESCENTS` times: every entry is looked at again with all others known (`descent`), then step 3 again.
-5. *Held-out choice.* G is an estimate from some tokens; feedback fits their noise too. Steps 2 to 4 are done with each
-   of `DAMPINGS` added to G, and with each rotation of the inputs (`rotation`) that is given, or none; the result is
-   what has the smallest error on tokens that were held back. Step 1 alone is among the candidates, so on those tokens
-   feedback never does harm.
+4. *Held-out choice.* G is an estimate from some tokens; feedback fits their noise too. Steps 1 to 3 are tried with each
+   rotation of the inputs (`rotation`) that is given, or none, and with each of `DAMPINGS` added to G; what has the
+   smallest error on tokens that were held back goes on.
+5. *Descent.* `DESCENTS` times: every entry is looked at again with all others known (`descent`), then step 3 again. The
+   result is that, unless on the tokens held back step 1 alone is better: there feedback never does harm.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from slablm.errors import SlabError
-from slablm.methods.alphabet import FEWEST_BITS, MOST_BITS, Alphabet, SymbolWeight, nearest_code, written
+from slablm.methods.alphabet import FEWEST_BITS, MOST_BITS, Alphabet, SymbolWeight, nearest_level, written
 from slablm.methods.decomposition import LayerStats
 from slablm.methods.descent import descent_sweep
 from slablm.methods.rotation import Rotation
@@ -65,30 +67,64 @@ def symbols(
     if not gram.any():
         # Without any input all errors are 0: let all entries count alike.
         gram = torch.eye(len(gram), device=gram.device)
+    trials = (trial for rotation in rotations for trial in _trials(weight, gram, bits, group_size, rotation))
     if stats.held_out is None:
-        return next(_candidates(weight, gram, bits, group_size, rotations[0]))
+        return next(trials).descended()
     judge = Problem(weight, stats.held_out.to(gram))
-    candidates = (
-        candidate for rotation in rotations for candidate in _candidates(weight, gram, bits, group_size, rotation)
-    )
-    return min(candidates, key=lambda candidate: judge.error(candidate.dense()))
+    # One after the other, and only the best is kept: each holds matrices of its own.
+    best = min(trials, key=lambda trial: judge.error(trial.result(trial.draft).dense()))
+    return min(best.descended(), best.plain(), key=lambda result: judge.error(result.dense()))
 
 
-def _candidates(
-    weight: Tensor, gram: Tensor, bits: int, group_size: int, rotation: Rotation | None
-) -> Iterator[SymbolWeight]:
-    """Steps 1 to 4 with each damping, then step 1 alone; arguments as of `symbols`."""
+@dataclass(frozen=True)
+class Trial:
+    """What came of steps 1 to 3.
+
+    Attributes:
+        problem: W and the damped G, both rotated.
+        alphabet: of step 1.
+        draft: of step 3.
+        rotation: of the inputs.
+    """
+
+    problem: Problem
+    alphabet: Alphabet
+    draft: Draft
+    rotation: Rotation | None
+
+    def result(self, draft: Draft) -> SymbolWeight:
+        """A draft as it is stored."""
+        return written(draft.codes, draft.signs < 0, draft.alphabet, self.rotation)
+
+    def plain(self) -> SymbolWeight:
+        """Step 1 alone: every weight at its nearest value."""
+        return self.result(drafted(rounded(self.problem.weight, self.alphabet), self.alphabet))
+
+    def descended(self) -> SymbolWeight:
+        """Step 5."""
+        draft = self.draft
+        for _ in range(DESCENTS):
+            draft = refit(self.problem, descent(self.problem, draft))
+        return self.result(draft)
+
+
+def _trials(weight: Tensor, gram: Tensor, bits: int, group_size: int, rotation: Rotation | None) -> Iterator[Trial]:
+    """Steps 1 to 3 with each damping; arguments as of `symbols`."""
     if rotation is not None:
         weight, gram = rotation.rotate(weight), rotation.rotate_gram(gram)
-    alphabet = fit_alphabet(weight, positive(gram.diagonal().sqrt()).square(), bits, group_size).stored()
+    alphabet = fit_alphabet(weight, positive(gram.diagonal().sqrt()), bits, group_size).stored()
     for damping in DAMPINGS:
-        draft = fed(weight, gram, alphabet, damping)
-        yield written(draft.codes, draft.signs < 0, draft.alphabet, rotation)
-    yield written(alphabet.nearest(weight.abs()), weight < 0, alphabet, rotation)
+        problem = Problem(weight, damped(gram, damping))
+        yield Trial(problem, alphabet, refit(problem, feedback(weight, gram, alphabet, damping)), rotation)
 
 
-def fed(weight: Tensor, gram: Tensor, alphabet: Alphabet, damping: float) -> Draft:
-    """Steps 2 to 4.
+def rounded(weight: Tensor, alphabet: Alphabet) -> Tensor:
+    """Every entry of a weight at its nearest value, [m, n] float32."""
+    return torch.copysign(alphabet.magnitudes(alphabet.nearest(weight.abs())), weight)
+
+
+def feedback(weight: Tensor, gram: Tensor, alphabet: Alphabet, damping: float) -> Draft:
+    """Step 2.
 
     Args:
         weight: W, [m, n] float32.
@@ -96,15 +132,6 @@ def fed(weight: Tensor, gram: Tensor, alphabet: Alphabet, damping: float) -> Dra
         alphabet: of step 1.
         damping: share of the mean diagonal that is added to G.
     """
-    problem = Problem(weight, damped(gram, damping))
-    draft = refit(problem, feedback(weight, gram, alphabet, damping))
-    for _ in range(DESCENTS):
-        draft = refit(problem, descent(problem, draft))
-    return draft
-
-
-def feedback(weight: Tensor, gram: Tensor, alphabet: Alphabet, damping: float) -> Draft:
-    """Step 2; arguments as of `fed`."""
     order = gram.diagonal().argsort(descending=True, stable=True)
     swept = column_sweep(weight[:, order], gram[order][:, order], _plan(alphabet, order), BLOCK_SIZE, damping)
     return drafted(swept[:, order.argsort()], alphabet)
@@ -131,7 +158,8 @@ def _plan(alphabet: Alphabet, order: Tensor) -> Plan:
         def replace_column(j: int) -> Tensor:
             column, at = block.weight[:, j], block.start + j
             background = alphabet.left * right[at]
-            return torch.copysign(nearest_code(column.abs(), background, scales[groups[at]], levels)[1], column)
+            keep, _, kept = nearest_level(column.abs(), background, scales[groups[at]], levels)
+            return torch.where(keep, kept, background).copysign_(column)
 
         return replace_column
 

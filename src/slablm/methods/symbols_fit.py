@@ -1,11 +1,11 @@
 """The first alphabet of a weight: Lloyd's rounds on its magnitudes.
 
-What is minimised is Σ d_j² (|W_ij| − m_ij)², m_ij = u_i v_j or s_ig a_c: signs are free, so those of W are the best. A
+What is minimised is Σ h_j (|W_ij| − m_ij)², m_ij = u_i v_j or s_ig a_c: signs are free, so those of W are the best. A
 round takes each part in turn with the others known (Lloyd 1982, with a scale per group and one level that is low-rank):
 
-- levels:      a_c = Σ d² s |W| / Σ d² s²  over the entries with index c, in the whole weight;
-- scales:      s_ig = Σ d² a |W| / Σ d² a²  over the entries of a row and a group whose index is not 0;
-- background:  u_i = Σ d² v |W| / Σ d² v²  and  v_j = Σ u |W| / Σ u²  over the entries with index 0: a step of a power
+- levels:      a_c = Σ h s |W| / Σ h s²  over the entries with index c, in the whole weight;
+- scales:      s_ig = Σ h a |W| / Σ h a²  over the entries of a row and a group whose index is not 0;
+- background:  u_i = Σ h v |W| / Σ h v²  and  v_j = Σ u |W| / Σ u²  over the entries with index 0: a step of a power
                iteration in which the other entries are missing;
 - indices:     each entry takes its nearest magnitude.
 
@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from slablm.methods.alphabet import Alphabet, level_count
 
-ROUNDS = 20
+ROUNDS = 10
 
 
 def fit_alphabet(weight: Tensor, importance: Tensor, bits: int, group_size: int) -> Alphabet:
@@ -35,13 +35,13 @@ def fit_alphabet(weight: Tensor, importance: Tensor, bits: int, group_size: int)
 
     Args:
         weight: W, [m, n] float32.
-        importance: d², how much an error in a column counts, [n], positive.
+        importance: h, how much an error in a column counts, [n], positive.
         bits: p, bits of a symbol.
         group_size: columns that share a scale.
     """
     sizes = weight.abs()
     alphabet, codes = _start(sizes, bits, group_size)
-    # Relative: squared norms of a long text would overflow when squares of weights are multiplied and summed.
+    # Relative, so that its scale cannot overflow, nor change the result.
     importance = importance / importance.max()
     for _ in range(ROUNDS):
         alphabet = fitted_levels(sizes, importance, codes, alphabet)
@@ -70,7 +70,7 @@ def fitted_levels(sizes: Tensor, importance: Tensor, codes: Tensor, alphabet: Al
 
     Args:
         sizes: |W|, [m, n] float32.
-        importance: d², [n].
+        importance: h, [n].
         codes: c, [m, n] uint8.
         alphabet: what the rest is.
     """
