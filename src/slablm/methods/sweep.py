@@ -113,10 +113,8 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     Raises:
         SlabError: the Gram matrix is not finite, or not positive definite even with the damping raised.
     """
+    check_finite(gram)
     diagonal = gram.diagonal()
-    # A float32 sum of squares that overflowed shows up here first.
-    if not torch.isfinite(gram).all():
-        raise SlabError("the Gram matrix of the calibration inputs holds infinity or NaN: load the model in float32")
     dead = diagonal == 0
     mean = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
     for step in DAMPING_STEPS:
@@ -131,6 +129,16 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         f"the Gram matrix of the calibration inputs is not positive definite, even with {step * damping:g} of its "
         "mean diagonal added: use more calibration windows, or a method that needs no Gram matrix"
     )
+
+
+def check_finite(gram: Tensor) -> None:
+    """A float32 sum of squares that overflowed shows up here first.
+
+    Raises:
+        SlabError: the Gram matrix holds infinity or NaN.
+    """
+    if not torch.isfinite(gram).all():
+        raise SlabError("the Gram matrix of the calibration inputs holds infinity or NaN: load the model in float32")
 
 
 def required_gram(stats: LayerStats, method: str) -> Tensor:
