@@ -152,8 +152,8 @@ def test_every_quantizer_is_measured(conditions, tmp_path):
     cells = Grid(quantizers, value_bits=(4,), group_sizes=(64,)).cells(BASE)
     records, measured = measure(cells, conditions, ResultsFile(tmp_path / "results.jsonl"))
     sizes = {record.cell.method: record.bits_per_weight for record in records[1:]}
-    assert measured == [True] * 6
-    assert sizes.keys() == {"rtn", "rtn-plain", "gptq", "gptq-plain", "awq"}
+    assert measured == [True] * 8
+    assert sizes.keys() == {"rtn", "rtn-plain", "gptq", "gptq-plain", "awq", "symbols", "symbols-rotated"}
     assert sizes["awq"] > sizes["rtn"] == sizes["rtn-plain"] == sizes["gptq"] == sizes["gptq-plain"]
     assert all(not METHODS[name].packable for name in quantizers)
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -5,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods import LayerStats
+from slablm.methods import LayerStats, get_method
 from slablm.methods.rotation import Rotation
 from slablm.methods.slab_plus import damped
 from slablm.methods.symbols import DAMPINGS, DESCENTS, descent, feedback, rounded, symbols
@@ -230,3 +232,16 @@ def test_a_weight_too_large_for_fp16_is_refused():
 def test_gram_is_needed():
     with pytest.raises(SlabError, match="'symbols' needs the Gram matrix"):
         symbols(torch.ones(2, 4), LayerStats(torch.ones(4), 1, torch.zeros(0, 4)), 4)
+
+
+def test_as_methods_they_take_bits_groups_and_seed_from_the_settings():
+    weight, *grams = correlated(12, 64)
+    stats = stats_of(*grams)
+    config = CompressionConfig(method="symbols", value_bits=3, group_size=32, seed=5)
+    plain, rotated = (get_method(name).function(weight, stats, config) for name in ("symbols", "symbols-rotated"))
+    assert plain.symbol_bits == rotated.symbol_bits == 3
+    assert plain.rotation is None
+    assert rotated.rotation == Rotation(64, 64, 5)
+    assert get_method("symbols-rotated").function(weight, stats, replace(config, seed=-1)).rotation.seed == 2**64 - 1
+    with pytest.raises(SlabError, match="symbols have 2 to 5 bits, not 8"):
+        get_method("symbols").function(weight, stats, replace(config, value_bits=8))

@@ -41,11 +41,13 @@ COLOURS = (
     ("#00838f", "#4dd0e1"),
     ("#6d4c5b", "#c7a3b3"),
     ("#4a4f55", "#b9c0c8"),
+    ("#1b7f3b", "#7ddc9a"),
+    ("#9c3587", "#e59fd6"),
 )
 INK, GRID = ("#1c1d1f", "#e6e6e3"), ("#d9dadc", "#3a3d42")
 # Bars of the dense model, on both backgrounds: error bars in ink show on it.
 GREY = "#8f949b"
-MARKERS = "os^DvPX<>*phd"
+MARKERS = "os^DvPX<>*phd8H"
 FILLS = ("full", "none", "left", "top")
 UNSTRUCTURED = "unstructured"
 # 5 inches become 360 CSS pixels on a phone, where 10 points are still 8.

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods.alphabet import FEWEST_BITS, MOST_BITS, Alphabet, SymbolWeight, nearest_level, written
 from slablm.methods.decomposition import LayerStats
 from slablm.methods.descent import descent_sweep
-from slablm.methods.rotation import Rotation
+from slablm.methods.rotation import Rotation, largest_block
 from slablm.methods.slab_plus import damped, positive
 from slablm.methods.sweep import BLOCK_SIZE, Block, Plan, check_finite, column_sweep, required_gram
 from slablm.methods.symbols_fit import fit_alphabet
@@ -74,6 +75,19 @@ def symbols(
     # One after the other, and only the best is kept: each holds matrices of its own.
     best = min(trials, key=lambda trial: judge.error(trial.result(trial.draft).dense()))
     return min(best.descended(), best.plain(), key=lambda result: judge.error(result.dense()))
+
+
+def plain_symbols(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> SymbolWeight:
+    """`symbols` as a method: bits and group size from `value_bits` and `group_size`, no rotation."""
+    return symbols(weight, stats, config.value_bits, config.group_size)
+
+
+def rotated_symbols(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> SymbolWeight:
+    """The same with the inputs rotated in the largest blocks there are; the signs come from `seed`."""
+    required_gram(stats, "symbols-rotated")
+    n = weight.shape[1]
+    rotation = Rotation(n, largest_block(n), config.seed % 2**64)
+    return symbols(weight, stats, config.value_bits, config.group_size, (rotation,))
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods.ablation import LOWRANK_RANK, sparse, sparse_lowrank, sparse_scalar_binary
+from slablm.methods.alphabet import SymbolWeight
 from slablm.methods.awq import awq
 from slablm.methods.budget import RowBudget, kept_per_row
 from slablm.methods.decomposition import Decomposition, LayerStats
@@ -19,8 +20,9 @@ from slablm.methods.results import PrunedWeight, QuantizedWeight
 from slablm.methods.slab import slab
 from slablm.methods.slab_plus import possible_forms, slab_plus
 from slablm.methods.sparsegpt import sparsegpt
+from slablm.methods.symbols import plain_symbols, rotated_symbols
 
-Result = Decomposition | PrunedWeight | QuantizedWeight
+Result = Decomposition | PrunedWeight | QuantizedWeight | SymbolWeight
 Budget = Callable[[tuple[int, int], CompressionConfig], RowBudget]
 
 
@@ -114,6 +116,8 @@ METHODS: dict[str, Method] = {
     "awq": Method(awq, needs_gram=True, quantizes=True),
     "rtn-plain": Method(rtn_plain, quantizes=True),
     "gptq-plain": Method(gptq_plain, needs_gram=True, quantizes=True),
+    "symbols": Method(plain_symbols, needs_gram=True, needs_held_out=True, quantizes=True),
+    "symbols-rotated": Method(rotated_symbols, needs_gram=True, needs_held_out=True, quantizes=True),
 }
 
 
