@@ -1,7 +1,7 @@
 import pytest
 
 from slablm.config import CompressionConfig
-from slablm.methods.budget import kept_per_row, overhead, paper_ratio
+from slablm.methods.budget import kept_per_row, overhead
 
 
 @pytest.mark.parametrize(
@@ -21,8 +21,6 @@ def test_rounding_of_the_ratio_loses_no_entry():
     assert kept_per_row((10, 10), CompressionConfig(ratio=0.9), rank=0, signs=False) == 1
 
 
-def test_paper_ratio_inverts_the_budget():
-    shape = (576, 576)
-    assert paper_ratio(shape, 250, 1, True) == pytest.approx(0.5, abs=1e-3)
-    assert paper_ratio(shape, 288, 0, False) == 0.5
-    assert overhead(shape, 0, False) == 0
+def test_factors_and_signs_cost_what_the_paper_says():
+    assert overhead((576, 576), 1, True) == pytest.approx(1 / 16 + 1152 / 331776)
+    assert overhead((576, 576), 0, False) == 0

@@ -9,7 +9,6 @@ between what was measured with a step and without it, and leave room for the rou
 
 from dataclasses import replace
 from functools import cache
-from importlib import import_module
 
 import pytest
 import torch
@@ -21,6 +20,8 @@ from slablm.methods.grid import fit_grid
 from slablm.methods.slab_plus import (
     DAMPINGS,
     Form,
+    _best_trial,
+    _plan,
     closed_form,
     damped,
     descent,
@@ -37,8 +38,6 @@ from slablm.methods.sweep import BLOCK_SIZE, column_sweep
 M, N, GROUP = 48, 160, 32
 IN_16_BITS, IN_3_BITS = Form(64, None), Form(64, 3)
 CONFIG = CompressionConfig(method="slab+", group_size=GROUP)
-# By its name: in the package the function hides the module.
-MODULE = import_module("slablm.methods.slab_plus")
 
 
 @cache
@@ -143,7 +142,7 @@ def test_the_sweep_goes_from_large_inputs_to_small_ones():
 
     def swept(order):
         background, mask = low_rank(start.left, start.right)[:, order], start.mask[:, order]
-        plan = MODULE._plan(background, mask, start.grid, order, choose=True)
+        plan = _plan(background, mask, start.grid, order, choose=True)
         return column_sweep(weight[:, order], gram[order][:, order], plan, BLOCK_SIZE, 0.01)[:, order.argsort()]
 
     found = error(weight, feedback(weight, gram, start, 0.01, choose=True).dense(), gram)
@@ -239,7 +238,7 @@ def test_dampings_are_judged_on_held_out_tokens():
     opposite = damped(gram, 1e-3).inverse()
     # Measured, errors with damping 0.1 and 0.01 against the closed form: 0.74, 0.51 on G, 0.40, 0.98 on the opposite.
     for held_out, expected in ((gram, min(DAMPINGS)), (opposite, max(DAMPINGS))):
-        assert MODULE._best_trial(weight, gram, held_out, CONFIG, [IN_3_BITS]) == (IN_3_BITS, expected)
+        assert _best_trial(weight, gram, held_out, CONFIG, [IN_3_BITS]) == (IN_3_BITS, expected)
 
 
 def test_forms_are_judged_on_held_out_tokens():

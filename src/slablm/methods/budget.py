@@ -95,11 +95,6 @@ def kept_per_row(shape: tuple[int, int], config: CompressionConfig, rank: int, s
     return k
 
 
-def paper_ratio(shape: tuple[int, int], kept: int, rank: int, signs: bool) -> float:
-    """The compression ratio in the paper's accounting of a row budget `kept` (dimensionless, 0 is dense)."""
-    return 1 - kept / shape[1] - overhead(shape, rank, signs)
-
-
 def signs_in_codes(n: int, k: int, bits: int) -> bool:
     """Whether a row of n with k codes of b bits takes no more bytes with the signs in the codes."""
     in_codes, in_a_plane = _row_bytes(n, k, bits)
