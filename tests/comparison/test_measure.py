@@ -174,6 +174,13 @@ def test_finished_cells_are_not_measured_again(finished, conditions, grid):
     assert path.read_bytes() == before
 
 
+def test_a_text_of_another_name_is_the_same_text(finished, conditions, grid):
+    renamed = replace(conditions, texts=dict(zip(("a", "b"), conditions.texts.values(), strict=True)))
+    records, measured = measure(grid.cells(BASE), renamed, ResultsFile(finished[1]))
+    assert not any(measured)
+    assert all(list(record.texts) == ["a", "b"] for record in records)
+
+
 def test_only_what_is_missing_is_measured(finished, conditions, grid, tmp_path):
     path = tmp_path / "results.jsonl"
     path.write_bytes(b"".join(finished[1].read_bytes().splitlines(keepends=True)[:2]))
@@ -284,7 +291,8 @@ def test_everything_that_changes_the_numbers_changes_the_key(conditions, monkeyp
 
 
 def test_names_do_not_change_the_key(conditions):
-    renamed = replace(conditions, description={"model": "elsewhere"})
+    texts = {f"another {name}": windows for name, windows in conditions.texts.items()}
+    renamed = replace(conditions, description={"model": "elsewhere"}, texts=texts)
     moved = replace(BASE, calibration="/another/place.txt")
     assert cell_key(Cell(moved), renamed) == cell_key(Cell(BASE), conditions)
     other_text = replace(conditions, calibration=lambda config: conditions.calibration(config) + 1)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,6 +93,11 @@ class Excerpt:
                 "other windows or a shorter --seq-len"
             )
         return [self.first + i * count // wanted for i in range(wanted)]
+
+    @property
+    def name(self) -> str:
+        """What tables call it: without folders."""
+        return str(replace(self, source=Path(self.source).name))
 
     def __str__(self) -> str:
         if self == Excerpt(self.source):

@@ -163,7 +163,8 @@ def _shown_settings(config: CompressionConfig) -> dict[str, Any]:
     settings = config.to_dict()
     for key in ("method", "ratio", "value_bits", "group_size"):  # shown above, or of the quantizers
         del settings[key]
-    settings["calibration"] = config.calibration.rpartition("/")[2]
+    text, at, windows = config.calibration.partition("@")
+    settings["calibration"] = text.rpartition("/")[2] + at + windows
     return {
         key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items() if value != []
     }

@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -133,7 +133,7 @@ def cell_key(cell: Cell, conditions: Conditions) -> str:
             "rival": rivals.digest(cell.rival) if cell.rival else None,
             "model": conditions.model_digest,
             "calibration": integrity.digest(conditions.calibration(cell.config)) if cell.config else None,
-            "evaluation": {name: integrity.digest(windows) for name, windows in conditions.texts.items()},
+            "evaluation": [integrity.digest(windows) for windows in conditions.texts.values()],
             "tasks": tasks and [tasks, conditions.bos],
         }
     )
@@ -170,6 +170,8 @@ def measure_cells(
             except SlabError as error:
                 raise SlabError(f"{cell.label}: {error} (finished cells are kept in {results.path})") from error
             results.append(record)
+        # The texts' names may have been others when it was measured.
+        record = replace(record, texts=dict(zip(conditions.texts, record.texts.values(), strict=True)))
         records.append(record)
         on_cell(record, measured)
     return records

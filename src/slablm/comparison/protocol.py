@@ -16,6 +16,7 @@ from torch import Tensor
 
 from slablm.calibration.windows import (
     EvaluationText,
+    Excerpt,
     adds_bos,
     calibration_pool,
     calibration_windows,
@@ -53,13 +54,18 @@ class Court:
         """Read what there is to read before a model is loaded.
 
         Raises:
-            SlabError: a text or a task file cannot be read, or a text is given twice.
+            SlabError: a text or a task file cannot be read, or two texts have one name.
         """
-        if len(set(self.texts)) < len(self.texts):
-            raise SlabError(f"--text {self.texts[0]} is given twice: give each text once")
+        names = [Excerpt.parse(text).name for text in self.texts]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise SlabError(f"two evaluation texts are called {name}: give each once, in a file of its own name")
         self.tasks.identity()
-        texts = {text: EvaluationText.read(text, self.seq_len, self.max_windows) for text in self.texts}
-        development = {text: EvaluationText.read(text, self.seq_len) for text in self.development}
+        texts = {
+            name: EvaluationText.read(text, self.seq_len, self.max_windows)
+            for name, text in zip(names, self.texts, strict=True)
+        }
+        development = {Excerpt.parse(text).name: EvaluationText.read(text, self.seq_len) for text in self.development}
         return Hearing(self, texts, development)
 
 
@@ -69,7 +75,7 @@ class Hearing:
 
     Attributes:
         court: the court.
-        texts: what to evaluate on, by how it was given.
+        texts: what to evaluate on, by its name without folders: a file that has moved is the same text.
         development: likewise.
     """
 
@@ -143,7 +149,7 @@ class Hearing:
         """The protocol in words."""
         seq_len, tasks = self.court.seq_len, self.court.tasks
         words = {
-            "calibration": config.calibration,
+            "calibration": Excerpt.parse(config.calibration).name,
             "calibration windows": f"{config.num_samples} of {config.seq_len} tokens, drawn by seed"
             + (f", {draws} draws" if draws > 1 else ""),
             "evaluation": ", ".join(self.texts),
