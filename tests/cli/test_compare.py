@@ -172,7 +172,7 @@ def test_a_killed_run_is_continued(finished, arguments, tmp_path):
         (["--targets", "nothing"], r"'nothing' matches no linear layer"),
         (["--text", "builtin"], r"two evaluation texts are called builtin"),
         (["--text", "builtin@9-3"], r"'builtin@9-3' names no window"),
-        (["--development", "builtin@9"], r"evaluation on builtin and development on builtin@9 share windows"),
+        (["--development", "builtin@9"], r"evaluation on builtin and development on builtin@9-9 share windows"),
         (["--eval-seq-len", "4096"], r"seq_len 4096 is longer than the model's 128 positions"),
     ],
 )
