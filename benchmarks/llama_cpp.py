@@ -178,7 +178,8 @@ def quantize_command(tools: Path, model: Path, matrix: Path, embeddings: str) ->
 
 def write_beginning(source: Path, tokenizer: Any, count: int, path: Path) -> None:
     """Write the beginning of a text file that gives `count` tokens."""
-    path.write_text(beginning(load_text(str(source), split="calibration"), tokenizer, count), encoding="utf-8")
+    content = beginning(load_text(str(source), split="calibration"), tokenizer, count)
+    path.write_text(content, encoding="utf-8", newline="\n")
 
 
 def beginning(text: str, tokenizer: Any, count: int) -> str:

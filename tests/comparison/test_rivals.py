@@ -98,6 +98,7 @@ def test_what_a_user_types(tiny_gguf, tiny_folder):
         ("name=", "write NAME=PATH"),
         ("slab+=model.gguf", "name of a method of the table: choose another one than slab+"),
         ("dense=model.gguf", "choose another one than dense"),
+        ("name=a=b.gguf", "rival name: a=b.gguf does not exist"),
         ("name=nowhere.gguf", "rival name: nowhere.gguf does not exist; hub models have to be downloaded"),
         (f"name={__file__}", "is neither a folder nor a .gguf file"),
     ],
