@@ -26,7 +26,7 @@ from slablm.api import compress_model
 from slablm.calibration.windows import EvaluationText, calibration_windows
 from slablm.checkpoint.card import model_card
 from slablm.checkpoint.inspection import inspect_folder
-from slablm.checkpoint.save import save as checkpoint
+from slablm.checkpoint.save import save
 from slablm.cli.console import progress
 from slablm.dense import loading
 from slablm.dense.generation import continue_text
@@ -85,7 +85,7 @@ def compress_to(model: Any, tokenizer: Any, windows: torch.Tensor, config: Compr
             model, targets, windows, config, lambda done, total, report: bar.update(task, completed=done, total=total)
         )
     card = model_card("smollm2", model.config.quantization_config.compression, reports, targets.left_dense, __version__)
-    checkpoint.save(model, tokenizer, folder, card=card, overwrite=True)
+    save(model, tokenizer, folder, card=card, overwrite=True)
 
 
 def evaluate(model: Any, windows: torch.Tensor, label: str) -> Perplexity:
