@@ -43,8 +43,9 @@ def drawing(tokens, windows=6):
 def measure(cells, conditions, results):
     """Records, and which of them were measured just now."""
     measured = []
+    keys = {cell: cell_key(cell, conditions) for cell in cells}
     records = measure_cells(
-        cells, conditions, results, lambda record, new: measured.append(new), lambda what, done, total: None
+        keys, conditions, results, lambda record, new: measured.append(new), lambda what, done, total: None
     )
     return records, measured
 

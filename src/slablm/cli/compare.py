@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -32,7 +32,6 @@ from slablm.errors import SlabError
 
 if TYPE_CHECKING:
     from slablm.comparison.cells import Cell, Grid
-    from slablm.comparison.measure import Conditions
     from slablm.comparison.protocol import Court
     from slablm.comparison.records import Record, ResultsFile
     from slablm.comparison.rivals import Rival
@@ -140,7 +139,7 @@ def run(
         SlabError: any bad input. Cheap checks come before the model is loaded.
     """
     from slablm.comparison.cells import Cell
-    from slablm.comparison.measure import measure_cells
+    from slablm.comparison.measure import cell_key, measure_cells
     from slablm.comparison.plots import require_matplotlib
     from slablm.comparison.records import ResultsFile
     from slablm.comparison.report import write_report
@@ -156,8 +155,9 @@ def run(
     say(f"Loading {source}")
     say_if_quantized(source)
     conditions = hearing.conditions(source, config, grid.draws, load_options)
-    with _reporting(cells, conditions, results) as (on_cell, on_step):
-        records = measure_cells(cells, conditions, results, on_cell, on_step)
+    keys = {cell: cell_key(cell, conditions) for cell in cells}  # once: a rival's file is read for it
+    with _reporting(keys, results) as (on_cell, on_step):
+        records = measure_cells(keys, conditions, results, on_cell, on_step)
     say("Writing the report")
     command = shlex.join(["slablm", *sys.argv[1:]])
     write_report(records, out, conditions.description | {"seed": config.seed}, command)
@@ -166,13 +166,13 @@ def run(
 
 @contextmanager
 def _reporting(
-    cells: Sequence[Cell], conditions: Conditions, results: ResultsFile
+    keys: Mapping[Cell, str], results: ResultsFile
 ) -> Iterator[tuple[Callable[[Record, bool], None], Callable[[str, int, int], None]]]:
     """The callbacks of `measure_cells`: a bar within each cell; a line with the time left after each."""
-    from slablm.comparison.measure import cell_key
     from slablm.comparison.table import show_perplexity
 
-    missing = [cell for cell in cells if results.get(cell_key(cell, conditions)) is None]
+    cells = list(keys)
+    missing = [cell for cell, key in keys.items() if results.get(key) is None]
     say(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
     start = time.perf_counter()
     done = measured = 0

@@ -12,7 +12,7 @@ import gc
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -140,12 +140,12 @@ def cell_key(cell: Cell, conditions: Conditions) -> str:
 
 
 def measure_cells(
-    cells: Sequence[Cell], conditions: Conditions, results: ResultsFile, on_cell: OnCell, on_step: Step
+    cells: Mapping[Cell, str], conditions: Conditions, results: ResultsFile, on_cell: OnCell, on_step: Step
 ) -> list[Record]:
     """Measure what is not in the file yet.
 
     Args:
-        cells: from `Grid.cells`, the dense model first.
+        cells: from `Grid.cells`, the dense model first; with the `cell_key` of each.
         conditions: what they share.
         results: where records come from and go to.
         on_cell: called after each cell with its record and whether it was measured just now.
@@ -159,8 +159,7 @@ def measure_cells(
     """
     records: list[Record] = []
     dense: _Dense | None = None
-    for cell in cells:
-        key = cell_key(cell, conditions)
+    for cell, key in cells.items():
         record = results.get(key)
         measured = record is None
         if record is None:
