@@ -39,8 +39,7 @@ from slablm.evaluation.perplexity import perplexity
 from slablm.methods import get_method, quantizers, slab_plus
 from slablm.methods import sweep as sweep_module
 from slablm.methods.uniform import spanning_grids
-from slablm.runtime.linear import SlabLinear
-from slablm.runtime.replace_module import replace_module
+from slablm.runtime.linear import unpack_layers
 
 SEQ_LEN = 2048
 BITS = 3.5
@@ -154,9 +153,7 @@ def measure(source: str, arm: Arm, base: CompressionConfig, texts: list[str]) ->
             stack.enter_context(patch.object(module, attribute, value))
         reports = compress_blocks(model, targets, calibrating, config)
     seconds = time.perf_counter() - start
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SlabLinear):
-            replace_module(model, name, layer.unpacked(torch.float32))
+    unpack_layers(model, torch.float32)
     windows = {text: EvaluationText.read(text, SEQ_LEN).cut(tokenizer, SEQ_LEN).ids for text in texts}
     errors = error_summary(reports)
     return {

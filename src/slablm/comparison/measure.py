@@ -253,8 +253,7 @@ def _compress(model: PreTrainedModel, cell: Cell, conditions: Conditions, on_ste
     from slablm.compression.blocks import compress_blocks
     from slablm.compression.preparation import prepare_model
     from slablm.dense.targets import select_targets
-    from slablm.runtime.linear import SlabLinear
-    from slablm.runtime.replace_module import replace_module
+    from slablm.runtime.linear import unpack_layers
 
     if cell.config is None:
         return []
@@ -267,10 +266,7 @@ def _compress(model: PreTrainedModel, cell: Cell, conditions: Conditions, on_ste
         config,
         lambda done, total, report: on_step("compressing", done, total),
     )
-    # The same numbers; but to unpack every layer anew for each of thousands of short questions would take hours.
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SlabLinear):
-            replace_module(model, name, layer.unpacked(model.dtype))
+    unpack_layers(model, model.dtype)
     return reports
 
 

@@ -38,8 +38,7 @@ from slablm.dense.opening import empty_model
 from slablm.dense.targets import find_blocks
 from slablm.errors import SlabError
 from slablm.methods import METHODS
-from slablm.runtime.linear import SlabLinear
-from slablm.runtime.replace_module import replace_module
+from slablm.runtime.linear import unpack_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -151,10 +150,7 @@ def load(rival: Rival, like: PreTrainedModel) -> PreTrainedModel:
     """
     dtype = str(like.dtype).removeprefix("torch.")
     model, _ = loading.load(str(rival.path), dtype=dtype, device=str(like.device))
-    # The same numbers; but to unpack every layer anew for each of thousands of short texts would take hours.
-    for name, layer in list(model.named_modules()):
-        if isinstance(layer, SlabLinear):
-            replace_module(model, name, layer.unpacked(model.dtype))
+    unpack_layers(model, model.dtype)
     if difference := _difference(model, like):
         raise SlabError(f"rival {rival.name}: {difference}: {_SAME_MODEL}")
     return _with_settings_of(like, model, rival) if rival.is_gguf else model

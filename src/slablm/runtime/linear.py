@@ -22,6 +22,7 @@ from slablm.errors import SlabError
 from slablm.methods.grid import ValueGrid
 from slablm.packing import GRID_PARTS, PackedSpec, PackedWeight
 from slablm.runtime import kernels
+from slablm.runtime.replace_module import replace_module
 
 _RUNTIME = "native_"  # in front of the names of runtime buffers: a packed weight has a part `values` too
 _Layout = type[kernels.NativeWeight] | type[kernels.GpuWeight]
@@ -282,3 +283,20 @@ class SlabLinear(nn.Module):
 
 def _changes_device(fn: Callable[[Tensor], Tensor], device: torch.device) -> bool:
     return fn(torch.empty(0, device=device)).device != device
+
+
+def unpack_layers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Make every `SlabLinear` of a model a dense layer of the same numbers, in place.
+
+    For measuring: to unpack each layer anew for each of thousands of short texts would take hours.
+
+    Args:
+        model: the model.
+        dtype: as for `SlabLinear.unpacked`.
+
+    Raises:
+        SlabError: values were quantized to 8 bits.
+    """
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, SlabLinear):
+            replace_module(model, name, layer.unpacked(dtype))

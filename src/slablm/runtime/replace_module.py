@@ -1,4 +1,4 @@
-"""Swapping a module of a model for another one."""
+"""Swapping modules of a model for others."""
 
 from __future__ import annotations
 
