@@ -10,7 +10,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 from slablm.errors import SlabError
@@ -20,6 +21,7 @@ CALIBRATION_SOURCES = ("c4", "wikitext2", "self", "builtin")
 VALUE_DTYPES = ("float16", "bfloat16")
 FEW_BITS = ("bits_per_weight", "magnitude_bits")
 LARGEST_BUDGET = 9.0
+_RANGE = re.compile(r"(?P<source>.+)@(?P<first>\d+)(?P<open>-(?P<last>\d+)?)?(/(?P<spread>\d+))?")
 
 
 def _is_whole(value: Any) -> bool:
@@ -77,6 +79,73 @@ class Pattern:
 
 
 @dataclass(frozen=True)
+class Excerpt:
+    """Some windows of a text.
+
+    Attributes:
+        source: as for `slablm.calibration.text.load_text`.
+        first: number of the first window.
+        last: number of the last, which is included; None for the text's last.
+        spread: how many, spread evenly from the first to the last; None for all.
+    """
+
+    source: str
+    first: int = 0
+    last: int | None = None
+    spread: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Excerpt:
+        """Read ``TEXT``, ``TEXT@A``, ``TEXT@A-``, ``TEXT@A-B``, the last two perhaps with ``/N``.
+
+        Raises:
+            SlabError: the range is empty, or there is something else behind the last ``@`` than one.
+        """
+        if "@" not in text or Path(text).exists():
+            return cls(text)
+        found = _RANGE.fullmatch(text)
+        if found is None:
+            raise SlabError(f"{text!r}: windows of a text are given as TEXT@10-19, TEXT@10- or TEXT@10-/4")
+        first = int(found["first"])
+        last = first if found["open"] is None else None if found["last"] is None else int(found["last"])
+        spread = None if found["spread"] is None else int(found["spread"])
+        if (last is not None and last < first) or spread == 0:
+            raise SlabError(f"{text!r} names no window: the first comes first, and of 1 on")
+        return cls(found["source"], first, last, spread)
+
+    def chosen(self, available: int) -> list[int]:
+        """Numbers of the windows, ascending.
+
+        Args:
+            available: how many windows the text has.
+
+        Raises:
+            SlabError: it has too few.
+        """
+        stop = available if self.last is None else self.last + 1
+        count = stop - self.first
+        wanted = count if self.spread is None else self.spread
+        if not 0 < wanted <= count or stop > available:
+            raise SlabError(
+                f"{self} needs more windows than there are: the text has {available}, numbered from 0; give more text, "
+                "other windows or a shorter --seq-len"
+            )
+        return [self.first + i * count // wanted for i in range(wanted)]
+
+    @property
+    def name(self) -> str:
+        """What tables call it: without folders."""
+        return str(replace(self, source=Path(self.source).name))
+
+    def __str__(self) -> str:
+        if self == Excerpt(self.source):
+            return self.source
+        last = "" if self.last is None else self.last
+        spread = "" if self.spread is None else f"/{self.spread}"
+        return f"{self.source}@{self.first}-{last}{spread}"
+
+
+@dataclass(frozen=True)
 class CompressionConfig:
     """Settings of one compression run.
 
@@ -95,7 +164,7 @@ class CompressionConfig:
         value_bits: bits of a code, 2 to 8; used by the quantizers (`rtn`, `gptq`, `awq`) only.
         group_size: columns of a row that share a scale; used with the two above only.
         calibration: ``c4``, ``wikitext2``, ``self``, ``builtin`` or the path of a text file, perhaps with a range of
-            windows (`slablm.calibration.windows`).
+            windows (`Excerpt`).
         num_samples: number of calibration windows.
         seq_len: tokens per calibration window.
         bos: whether each window begins with a BOS token, where the tokenizer begins texts with one.

@@ -10,7 +10,6 @@ from slablm import SlabError
 from slablm.calibration.text import load_text
 from slablm.calibration.windows import (
     EvaluationText,
-    Excerpt,
     adds_bos,
     calibration_pool,
     calibration_windows,
@@ -20,6 +19,7 @@ from slablm.calibration.windows import (
     sample_windows,
     windows_wanted,
 )
+from slablm.config import Excerpt
 
 TEXT = "abcdefghij" * 10
 
@@ -72,6 +72,11 @@ def test_a_tokenizer_that_adds_no_bos_is_left_alone(plain_tokenizer):
 def test_ranges_of_windows(text, chosen):
     assert Excerpt.parse(text).chosen(10) == chosen
     assert Excerpt.parse(str(Excerpt.parse(text))) == Excerpt.parse(text)
+
+
+def test_its_name_has_no_folders():
+    assert Excerpt.parse("/home/me@work/c4.txt@0-/4").name == "c4.txt@0-/4"
+    assert Excerpt.parse("deep/c4.txt").name == "c4.txt"
 
 
 @pytest.mark.parametrize("text", ["t@", "t@x", "t@-3", "t@3-x", "t@1-2-3", "@3"])

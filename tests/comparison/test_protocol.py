@@ -62,6 +62,14 @@ def test_windows_with_two_purposes_are_refused(tiny_folder, text_file, config, t
         hearing.conditions(str(tiny_folder), config, 1, {})
 
 
+def test_development_texts_of_one_name_are_all_checked(tiny_folder, text_file, config, tmp_path):
+    (tmp_path / text_file.name).write_text("another text " * 100, encoding="utf-8")
+    development = [f"{text_file}@10-12", f"{tmp_path / text_file.name}@10-12"]
+    hearing = court(f"{text_file}@40-45", development=development).read()
+    with pytest.raises(SlabError, match="calibration on .*@0-19 and development on sample.txt@10-12 share windows"):
+        hearing.conditions(str(tiny_folder), config, 1, {})
+
+
 def test_text_that_the_model_writes_is_another_in_every_draw(tiny_folder, config):
     conditions = court("builtin@0-2").read().conditions(str(tiny_folder), replace(config, calibration="self"), 2, {})
     first, second = (conditions.calibration(replace(config, seed=seed)) for seed in (0, 1))

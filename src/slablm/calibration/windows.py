@@ -19,17 +19,15 @@ one carries the attention sink's massive activations, and they belong into the s
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from slablm.calibration.text import load_text
-from slablm.config import CompressionConfig
+from slablm.config import CompressionConfig, Excerpt
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -37,74 +35,6 @@ if TYPE_CHECKING:
 
 # Windows after those that calibrate: with them errors are measured on text that nothing was fitted to.
 UNSEEN_WINDOWS = 2
-_RANGE = re.compile(r"(?P<source>.+)@(?P<first>\d+)(?P<open>-(?P<last>\d+)?)?(/(?P<spread>\d+))?")
-
-
-@dataclass(frozen=True)
-class Excerpt:
-    """Some windows of a text.
-
-    Attributes:
-        source: as for `slablm.calibration.text.load_text`.
-        first: number of the first window.
-        last: number of the last, which is included; None for the text's last.
-        spread: how many, spread evenly from the first to the last; None for all.
-    """
-
-    source: str
-    first: int = 0
-    last: int | None = None
-    spread: int | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Excerpt:
-        """Read ``TEXT``, ``TEXT@A``, ``TEXT@A-``, ``TEXT@A-B``, the last two perhaps with ``/N``.
-
-        Raises:
-            SlabError: the range is empty, or there is something else behind the last ``@`` than one.
-        """
-        if "@" not in text or Path(text).exists():
-            return cls(text)
-        found = _RANGE.fullmatch(text)
-        if found is None:
-            raise SlabError(f"{text!r}: windows of a text are given as TEXT@10-19, TEXT@10- or TEXT@10-/4")
-        first = int(found["first"])
-        last = first if found["open"] is None else None if found["last"] is None else int(found["last"])
-        spread = None if found["spread"] is None else int(found["spread"])
-        if (last is not None and last < first) or spread == 0:
-            raise SlabError(f"{text!r} names no window: the first comes first, and of 1 on")
-        return cls(found["source"], first, last, spread)
-
-    def chosen(self, available: int) -> list[int]:
-        """Numbers of the windows, ascending.
-
-        Args:
-            available: how many windows the text has.
-
-        Raises:
-            SlabError: it has too few.
-        """
-        stop = available if self.last is None else self.last + 1
-        count = stop - self.first
-        wanted = count if self.spread is None else self.spread
-        if not 0 < wanted <= count or stop > available:
-            raise SlabError(
-                f"{self} needs more windows than there are: the text has {available}, numbered from 0; give more text, "
-                "other windows or a shorter --seq-len"
-            )
-        return [self.first + i * count // wanted for i in range(wanted)]
-
-    @property
-    def name(self) -> str:
-        """What tables call it: without folders."""
-        return str(replace(self, source=Path(self.source).name))
-
-    def __str__(self) -> str:
-        if self == Excerpt(self.source):
-            return self.source
-        last = "" if self.last is None else self.last
-        spread = "" if self.spread is None else f"/{self.spread}"
-        return f"{self.source}@{self.first}-{last}{spread}"
 
 
 @dataclass(frozen=True)

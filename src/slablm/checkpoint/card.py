@@ -15,10 +15,10 @@ import jinja2
 from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
 
 from slablm.checkpoint.layer_report import LayerReport, error_summary, size_summary
+from slablm.config import CompressionConfig, Excerpt
 from slablm.system.memory import human_bytes
 
 if TYPE_CHECKING:
-    from slablm.config import CompressionConfig
     from slablm.methods.drift import Drift
 
 _INHERITED = ("license", "license_name", "license_link", "language")
@@ -163,8 +163,7 @@ def _shown_settings(config: CompressionConfig) -> dict[str, Any]:
     settings = config.to_dict()
     for key in ("method", "ratio", "value_bits", "group_size"):  # shown above, or of the quantizers
         del settings[key]
-    text, at, windows = config.calibration.partition("@")
-    settings["calibration"] = text.rpartition("/")[2] + at + windows
+    settings["calibration"] = Excerpt.parse(config.calibration).name
     return {
         key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items() if value != []
     }

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from slablm.calibration.windows import (
     EvaluationText,
-    Excerpt,
     adds_bos,
     calibration_pool,
     calibration_windows,
@@ -25,7 +24,7 @@ from slablm.calibration.windows import (
     draw,
 )
 from slablm.comparison.measure import Conditions, Tasks, model_digest
-from slablm.config import CompressionConfig
+from slablm.config import CompressionConfig, Excerpt
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -65,8 +64,7 @@ class Court:
             name: EvaluationText.read(text, self.seq_len, self.max_windows)
             for name, text in zip(names, self.texts, strict=True)
         }
-        development = {Excerpt.parse(text).name: EvaluationText.read(text, self.seq_len) for text in self.development}
-        return Hearing(self, texts, development)
+        return Hearing(self, texts, [EvaluationText.read(text, self.seq_len) for text in self.development])
 
 
 @dataclass(frozen=True)
@@ -76,12 +74,12 @@ class Hearing:
     Attributes:
         court: the court.
         texts: what to evaluate on, by its name without folders: a file that has moved is the same text.
-        development: likewise.
+        development: the texts on which choices were made; several may have one name.
     """
 
     court: Court
     texts: dict[str, EvaluationText]
-    development: dict[str, EvaluationText]
+    development: list[EvaluationText]
 
     def conditions(
         self, source: str, config: CompressionConfig, draws: int, load_options: dict[str, Any]
@@ -129,19 +127,19 @@ class Hearing:
         """Evaluation windows by text, and what gives the windows of a draw."""
         seq_len, bos = self.court.seq_len, config.bos
         texts = {name: text.cut(tokenizer, seq_len, bos=bos) for name, text in self.texts.items()}
-        development = {name: text.cut(tokenizer, seq_len, bos=bos) for name, text in self.development.items()}
         named = [(f"evaluation on {name}", windows) for name, windows in texts.items()]
-        named += [(f"development on {name}", windows) for name, windows in development.items()]
+        development = [(text.excerpt.name, text.cut(tokenizer, seq_len, bos=bos)) for text in self.development]
+        named += [(f"development on {name}", windows) for name, windows in development]
+        every = [replace(config, seed=config.seed + i) for i in range(draws)]
         if config.calibration == "self":
             check_disjoint(named)
-            seeds = range(config.seed, config.seed + draws)  # now, while the model is at hand
-            written = {seed: calibration_windows(model, tokenizer, replace(config, seed=seed)) for seed in seeds}
-            return {name: windows.ids for name, windows in texts.items()}, lambda asked: written[asked.seed]
-        pool = calibration_pool(tokenizer, config)
-        check_length(model, config.seq_len)
-        check_disjoint([(f"calibration on {config.calibration}", pool), *named])
-        draw(pool.ids, config)  # are there enough?
-        return {name: windows.ids for name, windows in texts.items()}, lambda asked: draw(pool.ids, asked)
+            drawn = {each.seed: calibration_windows(model, tokenizer, each) for each in every}
+        else:
+            pool = calibration_pool(tokenizer, config)
+            check_length(model, config.seq_len)
+            check_disjoint([(f"calibration on {config.calibration}", pool), *named])
+            drawn = {each.seed: draw(pool.ids, each) for each in every}
+        return {name: windows.ids for name, windows in texts.items()}, lambda asked: drawn[asked.seed]
 
     def _words(
         self, tokenizer: PreTrainedTokenizerBase, config: CompressionConfig, draws: int, texts: dict[str, Tensor]
@@ -154,11 +152,12 @@ class Hearing:
             + (f", {draws} draws" if draws > 1 else ""),
             "evaluation": ", ".join(self.texts),
             "evaluation windows": ", ".join(f"{len(windows)} of {seq_len} tokens" for windows in texts.values()),
-            "development windows": ", ".join(self.development) or "not named",
-            "BOS": "begins each window" if config.bos and adds_bos(tokenizer) else "none but the text's own",
+            "development windows": ", ".join(text.excerpt.name for text in self.development) or "not named",
         }
         if not adds_bos(tokenizer):
             words["BOS"] = "none: the tokenizer adds none"
+        else:
+            words["BOS"] = "begins each window" if config.bos else "none but the text's own"
         if tasks:
             words["tasks"] = ", ".join((*tasks.names, *(file.name for file in tasks.files)))
             words["questions per task"] = "all" if tasks.limit is None else f"the first {tasks.limit}"

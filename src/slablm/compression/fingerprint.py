@@ -14,14 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from slablm.calibration.windows import Excerpt
 from slablm.checkpoint import integrity
 from slablm.checkpoint.files import CONFIG
 from slablm.checkpoint.guard import FORMAT_VERSION
 from slablm.checkpoint.save import RUN
 from slablm.checkpoint.shards import Piece, byte_view
 from slablm.compression.options import RunOptions
-from slablm.config import CompressionConfig
+from slablm.config import CompressionConfig, Excerpt
 from slablm.dense.opening import DenseModel
 from slablm.errors import SlabError
 from slablm.system.versions import versions

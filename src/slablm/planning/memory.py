@@ -23,8 +23,8 @@ from slablm.calibration.pairwise import most_sums
 from slablm.calibration.statistics import Use
 from slablm.calibration.stream import window_uses, windows_held
 from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text
-from slablm.calibration.windows import UNSEEN_WINDOWS, Excerpt, windows_wanted
-from slablm.config import CompressionConfig
+from slablm.calibration.windows import UNSEEN_WINDOWS, windows_wanted
+from slablm.config import CompressionConfig, Excerpt
 from slablm.methods import get_method
 from slablm.planning.rehearsal import Rehearsal, Work
 from slablm.planning.size import Size
