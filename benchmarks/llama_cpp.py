@@ -12,8 +12,8 @@
    from the folder and go the way of llama.cpp's converter: the rows of q and k of a Llama are reordered, for there the
    two numbers that rotate together are neighbours, and Gemma's norms get the 1 that it adds to them. (The converter
    itself makes a vocabulary from the model's first tokenizer files, which a model out of a GGUF file has lost);
-2. the text that calibrates: as much of `--calibration` as gives the first windows · length tokens, so that llama.cpp
-   sees what slablm sees with `--num-samples` and `--seq-len` of the same numbers;
+2. the text that calibrates: as much of `--calibration` as gives the first windows · length tokens, which is as many as
+   slablm sees with `--num-samples` and `--seq-len` of the same numbers (slablm draws its windows from all of the text);
 3. the importance matrix, mean squares of every layer's inputs, from chunks of that length;
 4. a file of each type, quantised with the matrix. Embeddings and the head keep F16 (`--embeddings`), since slablm
    leaves them alone; what is compared is what the blocks take, and the table says both.

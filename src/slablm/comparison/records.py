@@ -53,13 +53,7 @@ class OnText:
             "tokens": self.perplexity.tokens,
             "tokens_per_window": self.perplexity.tokens_per_window,
             "window_losses": list(self.perplexity.window_losses),
-            "kl_divergence": kl
-            and {
-                "mean": kl.mean,
-                "median": kl.median,
-                "percentile99": kl.percentile99,
-                "window_means": list(kl.window_means),
-            },
+            "kl_divergence": kl and kl.to_dict() | {"window_means": list(kl.window_means)},
         }
 
     @classmethod

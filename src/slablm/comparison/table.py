@@ -22,6 +22,7 @@ from typing import Any
 from slablm.comparison.records import OnText, Record
 from slablm.evaluation.divergence import Divergence
 from slablm.evaluation.paired import PairedDifference, average_difference, paired_difference
+from slablm.evaluation.zeroshot import TaskResult
 from slablm.methods.drift import mean_drift
 
 SLAB = "slab"
@@ -279,12 +280,9 @@ def _mean_accuracies(draws: Sequence[Record]) -> dict[str, dict[str, Any]] | Non
     results = [record.accuracies for record in draws if record.accuracies]
     if not results:
         return None
-    mean: dict[str, dict[str, Any]] = {}
-    for task in results[0]:
-        correct = _by_item([result[task]["correct"] for result in results])
-        error = paired_difference([0.0] * len(correct), correct).stderr
-        mean[task] = {"acc": fmean(correct), "stderr": error, "n": len(correct), "correct": list(correct)}
-    return mean
+    return {
+        task: TaskResult(_by_item([result[task]["correct"] for result in results])).to_dict() for task in results[0]
+    }
 
 
 def _by_item(draws: Sequence[Sequence[float]]) -> tuple[float, ...]:
@@ -327,7 +325,7 @@ def _on_text(on_text: OnText) -> dict[str, Any]:
         "ratio_to_dense": on_text.ratio_to_dense,
         "tokens": on_text.perplexity.tokens,
         "draws": list(on_text.draws) or None,
-        "kl_divergence": kl and {"mean": kl.mean, "median": kl.median, "percentile99": kl.percentile99},
+        "kl_divergence": kl and kl.to_dict(),
     }
 
 

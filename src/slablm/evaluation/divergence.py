@@ -53,6 +53,10 @@ class Divergence:
         """Mean over all tokens."""
         return sum(self.window_means) / len(self.window_means)
 
+    def to_dict(self) -> dict[str, float]:
+        """The three numbers, JSON-ready."""
+        return {"mean": self.mean, "median": self.median, "percentile99": self.percentile99}
+
 
 @dataclass(frozen=True)
 class DenseText:

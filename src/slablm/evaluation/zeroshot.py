@@ -50,12 +50,12 @@ class TaskResult:
     """Answers to the questions of one task.
 
     Attributes:
-        correct: per question 1 (right) or 0, in the task's order.
+        correct: per question 1 (right) or 0, in the task's order; of several models, the mean.
         correct_norm: the same when log-likelihoods are divided by the answers' lengths; None where the task does not
             define it.
     """
 
-    correct: tuple[int, ...]
+    correct: tuple[float, ...]
     correct_norm: tuple[int, ...] | None = None
 
     @property
@@ -267,11 +267,11 @@ def _only_errors() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _mean(scores: Sequence[int]) -> float:
+def _mean(scores: Sequence[float]) -> float:
     return sum(scores) / len(scores)
 
 
-def _stderr(scores: Sequence[int]) -> float:
+def _stderr(scores: Sequence[float]) -> float:
     count, mean = len(scores), _mean(scores)
     if count < 2:
         return math.nan
