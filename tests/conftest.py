@@ -100,16 +100,12 @@ def tiny_gguf(tmp_path_factory, tiny_folder, tokenizer):
     import gguf
     from safetensors.torch import load_file
 
+    from tests.gguf_files import finish, writer_of
+
     path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    config, kinds, writer = tiny_config(), gguf.GGMLQuantizationType, gguf.GGUFWriter(path, "llama")
+    config, kinds = tiny_config(), gguf.GGMLQuantizationType
+    writer = writer_of(path, "llama", config)
     writer.add_name("tiny")
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     # Some merge is required, in place of a byte that no English text has.
@@ -123,10 +119,7 @@ def tiny_gguf(tmp_path_factory, tiny_folder, tokenizer):
         kind = kinds.Q4_1 if tensor.dim() == 2 and ".layers." in name else kinds.F32
         own = names.get_name(name, try_suffixes=[".weight"])
         writer.add_tensor(own, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
     return path
 
 

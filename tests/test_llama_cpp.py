@@ -14,6 +14,7 @@ from slablm import SlabError
 from slablm.comparison import rivals
 from slablm.comparison.rivals import Rival
 from slablm.dense import loading
+from tests.gguf_files import finish, writer_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import llama_cpp
@@ -57,26 +58,16 @@ def test_gemmas_norms(tmp_path, tiny_gguf):
 
     model = random_model(gemma)
     model.save_pretrained(tmp_path / "gemma")
-    config, template = model.config, gguf.GGUFWriter(tmp_path / "template.gguf", "gemma3")
+    config, template = model.config, writer_of(tmp_path / "template.gguf", "gemma3", model.config)
     for name, field in gguf.GGUFReader(tiny_gguf).fields.items():
         if name.startswith("tokenizer."):
             of = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
             template.add_key_value(name, field.contents(), field.types[0], of)
-    template.add_block_count(config.num_hidden_layers)
-    template.add_context_length(config.max_position_embeddings)
-    template.add_embedding_length(config.hidden_size)
-    template.add_feed_forward_length(config.intermediate_size)
-    template.add_head_count(config.num_attention_heads)
-    template.add_head_count_kv(config.num_key_value_heads)
     template.add_key_length(config.head_dim)
-    template.add_layer_norm_rms_eps(config.rms_norm_eps)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3, config.num_hidden_layers)
     for name, tensor in load_file(tmp_path / "gemma" / "model.safetensors").items():
         template.add_tensor(names.get_name(name, try_suffixes=[".weight"]), torch.zeros_like(tensor).numpy())
-    template.write_header_to_file()
-    template.write_kv_data_to_file()
-    template.write_tensors_to_file()
-    template.close()
+    finish(template)
     llama_cpp.write_gguf(tmp_path / "gemma", tmp_path / "template.gguf", tmp_path / "dense.gguf")
     same = rivals.load(Rival("same", tmp_path / "dense.gguf"), model)
     torch.testing.assert_close(logits(same), logits(model), rtol=0, atol=1e-5)

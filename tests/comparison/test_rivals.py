@@ -15,6 +15,7 @@ from slablm.dense import loading
 from slablm.dense.targets import select_targets
 from slablm.runtime.linear import SlabLinear
 from tests.conftest import tiny_config
+from tests.gguf_files import finish
 
 KINDS = gguf.GGMLQuantizationType
 # Of the tiny model: q and o, k and v, gate, up and down of two blocks; embedding and head.
@@ -59,10 +60,7 @@ def write_gguf(path, like, tensors, kind):
         writer.add_tensor(
             names.get_name(name, try_suffixes=[".weight"]), gguf.quants.quantize(rows, stored), raw_dtype=stored
         )
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    finish(writer)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import pytest
 from slablm import SlabError
 from slablm.dense.gguf_header import Header, StoredTensor, block_formats, read_header
 from slablm.dense.loading import quantized_as
+from tests.gguf_files import finish
 
 ZEROS = np.zeros((2, 32), dtype=np.float32)
 
@@ -49,10 +50,7 @@ def test_several_formats_and_none(tmp_path):
         for tensor, kind in (tensors | {"token_embd.weight": "Q5_0"}).items():
             raw = gguf.GGMLQuantizationType[kind]
             writer.add_tensor(tensor, gguf.quants.quantize(ZEROS, raw), raw_dtype=raw)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        finish(writer)
     assert quantized_as(str(tmp_path / "some.gguf")) == "Q4_0/Q8_0"
     assert quantized_as(str(tmp_path / "none.gguf")) == ""
 

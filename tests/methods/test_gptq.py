@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slablm.config import CompressionConfig
-from slablm.methods import LayerStats
 from slablm.methods.quantizers import (
     DAMPINGS,
     best_damping,
@@ -20,6 +19,7 @@ from slablm.methods.quantizers import (
     swept,
     weighted_grids,
 )
+from tests.methods.problems import stats_of
 
 M, N, GROUP = 48, 160, 32
 CONFIG = CompressionConfig(value_bits=3, group_size=GROUP)
@@ -39,10 +39,6 @@ def problem(m, n, seed, tokens=None):
 @cache
 def standard():
     return problem(M, N, seed=0)
-
-
-def stats_of(gram, held_out=None):
-    return LayerStats(gram.diagonal().sqrt(), 600, torch.zeros(0, len(gram)), gram, held_out)
 
 
 def error(weight, approximation, gram):

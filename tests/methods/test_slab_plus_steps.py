@@ -34,6 +34,7 @@ from slablm.methods.slab_plus import (
     weighted_slab,
 )
 from slablm.methods.sweep import BLOCK_SIZE, column_sweep
+from tests.methods.problems import stats_of
 
 M, N, GROUP = 48, 160, 32
 IN_16_BITS, IN_3_BITS = Form(64, None), Form(64, 3)
@@ -55,10 +56,6 @@ def problem():
 def start_of(form):
     weight, gram, _ = problem()
     return closed_form(weight, gram, CONFIG, form)
-
-
-def stats_of(gram, held_out=None):
-    return LayerStats(gram.diagonal().sqrt(), 600, torch.zeros(0, len(gram)), gram, held_out)
 
 
 def error(weight, approximation, gram):
