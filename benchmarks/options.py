@@ -39,7 +39,7 @@ from slablm.evaluation.perplexity import perplexity
 from slablm.methods import get_method, quantizers, slab_plus
 from slablm.methods import sweep as sweep_module
 from slablm.methods.uniform import spanning_grids
-from slablm.runtime.linear import unpack_layers
+from slablm.runtime.replace_module import unpack_layers
 
 SEQ_LEN = 2048
 BITS = 3.5

@@ -141,6 +141,14 @@ def quick(text_file):
     return CompressionConfig("slab", calibration=str(text_file), num_samples=4, seq_len=32, iterations=4)
 
 
+@pytest.fixture
+def quick_plus(text_file):
+    """The same with `slab+`, whose size is given in another way."""
+    from slablm import CompressionConfig
+
+    return CompressionConfig("slab+", bits_per_weight=5.0, calibration=str(text_file), num_samples=4, seq_len=32)
+
+
 @pytest.fixture(scope="session")
 def compressed_folder(tmp_path_factory, tiny_folder, text_file):
     """The tiny model compressed by the command line's own path; do not write to it."""

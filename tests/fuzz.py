@@ -39,11 +39,12 @@ BATCH, LONGEST_MUTANT = 250, 120
 KINDS = {
     "slab": {},
     "bitmap": {"method": "wanda"},
-    "codes": {"method": "slab+", "magnitude_bits": 3, "ratio": 0.8, "group_size": 10},
-    "plane": {"method": "slab+", "magnitude_bits": 3, "ratio": 0.5, "group_size": 10},
+    "symbols": {"method": "slab+", "bits_per_weight": 6.0},
     "sharded": {"ratio": 0.6},
-    "tied": {"method": "slab+", "magnitude_bits": 4, "ratio": 0.7, "group_size": 10},
+    "tied": {"method": "slab+", "bits_per_weight": 5.0, "group_size": 64},
 }
+# Written by earlier versions.
+OLD_KINDS = {"codes": "v5-signs-in-codes", "plane": "v5-signs-in-a-plane"}
 
 
 def build_originals(place: Path, text: Path):
@@ -67,13 +68,17 @@ def build_originals(place: Path, text: Path):
         options = RunOptions(max_shard_size=20_000) if kind == "sharded" else RunOptions()
         source = str(place / f"dense-{kind == 'tied'}")
         compress_folder(source, place / "kinds" / kind, CompressionConfig(**basic | settings), options)
+    for kind, folder in OLD_KINDS.items():
+        shutil.copytree(Path(__file__).parent / "checkpoint" / "old" / folder, place / "kinds" / kind)
+        for file in (place / "dense-False").glob("tokenizer*"):
+            shutil.copy(file, place / "kinds" / kind)
     return place / "kinds"
 
 
 def read_originals(place: Path, copies: Path):
     """Copies to change, with what they are and give unchanged."""
     originals = []
-    for kind in KINDS:
+    for kind in (*KINDS, *OLD_KINDS):
         shutil.copytree(place / kind, copies / kind)
         original = Original(copies / kind, {path.name: path.read_bytes() for path in (place / kind).iterdir()})
         outcome, numbers = load(original.folder)

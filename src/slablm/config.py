@@ -19,8 +19,12 @@ from slablm.errors import SlabError
 ALL_LINEAR = "all-linear"
 CALIBRATION_SOURCES = ("c4", "wikitext2", "self", "builtin")
 VALUE_DTYPES = ("float16", "bfloat16")
-FEW_BITS = ("bits_per_weight", "magnitude_bits")
-LARGEST_BUDGET = 9.0
+# What `slab+` was before format 6 (kept positions and codes), in the settings of checkpoints that it has made.
+FORMER_SLAB_PLUS = "slab+1"
+_FORMER_SETTINGS = ("magnitude_bits", "refine")
+_SIZES = ("ratio", "bits_per_weight")
+DEFAULT_RATIO, DEFAULT_BITS = 0.5, 4.0
+LEAST_BUDGET = 2.0
 _RANGE = re.compile(r"(?P<source>.+)@(?P<first>\d+)(?P<open>-(?P<last>\d+)?)?(/(?P<spread>\d+))?")
 
 
@@ -150,19 +154,18 @@ class CompressionConfig:
     """Settings of one compression run.
 
     Args:
-        method: name of the algorithm, a key of `slablm.methods.METHODS`. ``slab`` is the paper's; ``slab+``, with the
-            same form and size, was better in all that was measured (docs/results.md), and takes more time and memory.
+        method: name of the algorithm, a key of `slablm.methods.METHODS`. ``slab`` is the paper's, with a sparse matrix
+            of 16-bit values; ``slab+`` gives each weight one symbol of 2 to 5 bits, which is far smaller.
         ratio: the paper's compression ratio CR in (0, 1): the share of the FP16 bits that is removed. The paper counts
-            values, sign bits and factors; positions are free (the true size is reported beside it, always).
+            values, sign bits and factors; positions are free (the true size is reported beside it, always). None for
+            0.5, and with `slab+`, which has `bits_per_weight` in its place; without meaning for the quantizers.
         pattern: ``"unstructured"`` or ``"N:M"``, N of every M consecutive inputs survive at most.
         rank: rank r of the low-rank matrix W_L.
         iterations: rounds s of the alternating minimisation.
-        bits_per_weight: true bits per weight of the packed tensors; with `slab+` it takes the place of `ratio`, and
-            kept entries and their bits are chosen for each layer. It is the mean within each block: layers get more or
-            less as the block is sensitive to them.
-        magnitude_bits: bits of a kept entry's magnitude, 1 to 7; used by `slab+` only (None: values in 16 bits).
+        bits_per_weight: true bits per weight of the packed tensors, of `slab+` only (None for 4). It is the most that a
+            block's layers have together: each gets symbols of more or fewer bits as the block is sensitive to it.
         value_bits: bits of a code, 2 to 8; used by the quantizers (`rtn`, `gptq`, `awq`) only.
-        group_size: columns of a row that share a scale; used with the two above only.
+        group_size: columns of a row that share a scale; of `slab+` and the quantizers only.
         calibration: ``c4``, ``wikitext2``, ``self``, ``builtin`` or the path of a text file, perhaps with a range of
             windows (`Excerpt`).
         num_samples: number of calibration windows.
@@ -171,7 +174,6 @@ class CompressionConfig:
         targets: modules to compress: ``"all-linear"``, a module name or name suffix, or ``"re:"`` and a pattern.
         ignore: modules to leave dense, same syntax; wins over `targets`.
         value_dtype: stored type of values and factors, ``float16`` or ``bfloat16`` (None: by the model's dtype).
-        refine: whether the numbers of each block's layers are refined together (`slablm.compression.refinement`).
         seed: seed of everything that is sampled.
 
     Raises:
@@ -179,12 +181,11 @@ class CompressionConfig:
     """
 
     method: str = "slab+"
-    ratio: float = 0.5
+    ratio: float | None = None
     pattern: str = "unstructured"
     rank: int = 1
     iterations: int = 20
     bits_per_weight: float | None = None
-    magnitude_bits: int | None = None
     value_bits: int = 4
     group_size: int = 128
     calibration: str = "c4"
@@ -194,21 +195,18 @@ class CompressionConfig:
     targets: tuple[str, ...] = (ALL_LINEAR,)
     ignore: tuple[str, ...] = ()
     value_dtype: str | None = None
-    refine: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
         # JSON turns tuples into lists; accept both so that a saved config reads back equal.
         object.__setattr__(self, "targets", tuple(self.targets))
         object.__setattr__(self, "ignore", tuple(self.ignore))
-        if not 0 < self.ratio < 1:
-            raise SlabError(f"ratio must lie strictly between 0 and 1, got {self.ratio}")
         for name in ("rank", "iterations", "group_size", "num_samples"):
             if getattr(self, name) < 1:
                 raise SlabError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not 2 <= self.value_bits <= 8:
             raise SlabError(f"value_bits must lie between 2 and 8, got {self.value_bits}")
-        self._check_few_bits()
+        self._check_size()
         if self.seq_len < 2:
             raise SlabError(f"seq_len must be at least 2 tokens, got {self.seq_len}")
         if not -(2**62) < self.seed < 2**62:  # torch's have 64 bits, and some are counted on from this one
@@ -219,25 +217,29 @@ class CompressionConfig:
             raise SlabError(f"value_dtype must be one of {', '.join(VALUE_DTYPES)}, got {self.value_dtype!r}")
         Pattern.parse(self.pattern)
 
-    def _check_few_bits(self) -> None:
-        """Refuse settings of `slab+` that are out of range, or that another method would not heed."""
-        for name in FEW_BITS:
-            if getattr(self, name) is not None and self.method != "slab+":
-                raise SlabError(f"{name} needs method 'slab+', got {self.method!r}")
-        if self.method == "slab+" and self.rank != 1:
-            raise SlabError(f"method 'slab+' has rank 1, got rank {self.rank}: use method 'slab'")
-        if self.magnitude_bits is not None and not 1 <= self.magnitude_bits <= 7:
-            raise SlabError(f"magnitude_bits must lie between 1 and 7, got {self.magnitude_bits}")
-        if self.bits_per_weight is None:
+    def _check_size(self) -> None:
+        """Fill in what says how large the result is, and refuse what the method would not heed."""
+        if self.method != "slab+":
+            if self.bits_per_weight is not None and self.method != FORMER_SLAB_PLUS:
+                raise SlabError(f"bits_per_weight needs method 'slab+', got {self.method!r}: give a ratio")
+            ratio = DEFAULT_RATIO if self.ratio is None else self.ratio
+            if not 0 < ratio < 1:
+                raise SlabError(f"ratio must lie strictly between 0 and 1, got {ratio}")
+            object.__setattr__(self, "ratio", ratio)
             return
-        if not 1 < self.bits_per_weight <= LARGEST_BUDGET:
+        if self.ratio is not None:
             raise SlabError(
-                f"bits_per_weight must lie above 1 and not above {LARGEST_BUDGET:g}, got {self.bits_per_weight}"
+                f"ratio {self.ratio} needs another method, such as 'slab': method 'slab+' has a size in true bits per "
+                "weight (--bits-per-weight)"
             )
+        if self.rank != 1:
+            raise SlabError(f"method 'slab+' has rank 1, got rank {self.rank}: use method 'slab'")
         if self.pattern != "unstructured":
-            raise SlabError(
-                f"bits_per_weight chooses how many entries are kept: with pattern {self.pattern} use a ratio"
-            )
+            raise SlabError(f"method 'slab+' has no pattern, got {self.pattern}: use method 'slab'")
+        budget = DEFAULT_BITS if self.bits_per_weight is None else self.bits_per_weight
+        if not LEAST_BUDGET < budget < math.inf:
+            raise SlabError(f"bits_per_weight must lie above {LEAST_BUDGET:g}, got {budget}")
+        object.__setattr__(self, "bits_per_weight", budget)
 
     @property
     def n_of_m(self) -> Pattern | None:
@@ -245,10 +247,9 @@ class CompressionConfig:
         return Pattern.parse(self.pattern)
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as JSON-ready types; those of `slab+` and refinement only where they are set."""
+        """The settings as JSON-ready types; of ratio and bits per weight the one that means something."""
         settings = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        unset = {key for key in FEW_BITS if settings[key] is None} | ({"refine"} if not self.refine else set())
-        return {key: value for key, value in settings.items() if key not in unset}
+        return {key: value for key, value in settings.items() if key not in _SIZES or value is not None}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> CompressionConfig:
@@ -259,6 +260,10 @@ class CompressionConfig:
         """
         if not isinstance(data, dict):
             raise SlabError(f"compression settings are damaged: {data!r} is no JSON object")
+        if "ratio" in data and data.get("method") == "slab+":
+            data = {**data, "method": FORMER_SLAB_PLUS}
+        if data.get("method") == FORMER_SLAB_PLUS:
+            data = {key: value for key, value in data.items() if key not in _FORMER_SETTINGS}
         types = {field.name: str(field.type) for field in fields(cls)}
         unknown = sorted(map(str, set(data) - set(types)))
         if unknown:

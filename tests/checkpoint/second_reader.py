@@ -15,7 +15,7 @@ NAMES = {
     "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16", "U8": "torch.uint8",
     "F64": "torch.float64", "I64": "torch.int64",
 }  # fmt: skip
-DECODING = ("kept", "rank", "signs", "value_bits", "group_size", "grid_dtype")
+ERRORS = ("output_error", "unseen_error")
 
 
 def blake(data):
@@ -46,14 +46,6 @@ def floats(dtype, raw):
     return np.frombuffer(raw, NUMPY[dtype]).astype(np.float32)
 
 
-def rounded(numbers, value_dtype):
-    """To the nearest 16-bit number, ties to even, and back."""
-    if value_dtype == "float16":
-        return numbers.astype(np.float16).astype(np.float32)
-    bits = numbers.view(np.uint32)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).astype(np.uint32).view(np.float32)
-
-
 def bits_of(plane, n):
     """[m, ⌈n/8⌉] bytes → [m, n] bool, the lowest bit first."""
     return np.unpackbits(plane, axis=1, bitorder="little")[:, :n].astype(bool)
@@ -64,7 +56,7 @@ class Reader:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.entries = config["quantization_config"]
         assert self.entries["quant_method"] == "slab"
-        assert self.entries["format_version"] == 5
+        assert self.entries["format_version"] == 6
         self.modules, self.value_dtype = self.entries["modules"], self.entries["value_dtype"]
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
@@ -93,7 +85,7 @@ class Reader:
             assert len(stored & set(group)) == 1
             stored |= set(group)
         assert stored == record["digests"].keys()
-        modules = {name: {key: entry[key] for key in DECODING if key in entry} for name, entry in self.modules.items()}
+        modules = {name: {k: v for k, v in entry.items() if k not in ERRORS} for name, entry in self.modules.items()}
         assert blake(canonical({"modules": modules, "value_dtype": self.value_dtype})) == record["modules"]
         for key in ("_name_or_path", "transformers_version", "transformers_weights"):
             config.pop(key, None)
@@ -109,6 +101,9 @@ class Reader:
         return np.frombuffer(raw, np.uint8).reshape(shape)
 
     def dense(self, layer):
+        return self.from_symbols(layer) if "symbol_bits" in self.modules[layer] else self.from_kept(layer)
+
+    def from_kept(self, layer):
         entry = self.modules[layer]
         left, right = self.numbers(f"{layer}.left"), self.numbers(f"{layer}.right")
         (m, r), (_, n) = left.shape, right.shape
@@ -120,36 +115,63 @@ class Reader:
         kept, negative = self.planes(layer, n)
         assert (kept.sum(axis=1) == entry["kept"]).all()
         weight = np.where(negative, -low_rank, low_rank)
-        weight[kept] = self.values(layer, kept, negative).reshape(-1)
+        weight[kept] = self.numbers(f"{layer}.values").reshape(-1)
         return weight
 
     def planes(self, layer, n):
-        """Where entries are kept, and where Ŵ is negative (only elsewhere, if the codes have the signs)."""
+        """Where entries are kept, and where the low-rank term is subtracted."""
         if f"{layer}.states" in self.tensors:
             plane = self.bytes_of(f"{layer}.states")
             assert plane.max() < 243
             states = np.stack([plane // 3**i % 3 for i in range(5)], axis=2).reshape(len(plane), -1)[:, :n]
             return states == 0, states == 2
         kept = bits_of(self.bytes_of(f"{layer}.positions"), n)
-        if f"{layer}.signs" in self.tensors:
-            return kept, bits_of(self.bytes_of(f"{layer}.signs"), n)
         return kept, np.zeros_like(kept)
 
-    def values(self, layer, kept, negative):
-        """Kept entries, [m, k]."""
-        entry, (m, n) = self.modules[layer], kept.shape
-        k = entry["kept"]
-        if "value_bits" not in entry:
-            return self.numbers(f"{layer}.values")
-        b = entry["value_bits"]
-        in_codes = -(-n // 5) + -(-k * (b + 1) // 8) <= 2 * -(-n // 8) + -(-k * b // 8)
-        assert in_codes == (f"{layer}.states" in self.tensors)
-        width = b + in_codes
-        single = bits_of(self.bytes_of(f"{layer}.codes"), k * width).reshape(m, k, width)
-        codes = (single * 2 ** np.arange(width)).sum(axis=2)
-        minus = codes >= 2**b if in_codes else negative[kept].reshape(m, k)
-        columns = np.nonzero(kept)[1].reshape(m, k)
-        scales = np.take_along_axis(self.numbers(f"{layer}.scales"), columns // entry["group_size"], axis=1)
-        offsets = self.numbers(f"{layer}.offsets")[:, None]
-        magnitudes = rounded(scales * (offsets + (codes % 2**b).astype(np.float32)), entry.get("grid_dtype", "float16"))
-        return np.where(minus, -magnitudes, magnitudes)
+    def from_symbols(self, layer):
+        entry = self.modules[layer]
+        left, right = self.numbers(f"{layer}.left"), self.numbers(f"{layer}.right")
+        m, n, p = len(left), right.shape[1], entry["symbol_bits"]
+        rows = self.bytes_of(f"{layer}.symbols").tolist()
+        symbols = np.array([[symbol(rows, p, n, i, j) for j in range(n)] for i in range(m)])
+        indices, minus = symbols % 2 ** (p - 1), symbols >= 2 ** (p - 1)
+        scales = np.repeat(self.numbers(f"{layer}.scales"), entry["group_size"], axis=1)[:, :n]
+        levels = self.numbers(f"{layer}.levels")
+        weight = np.where(indices == 0, left * right, scales * levels[indices - 1])
+        weight = np.where(minus, -weight, weight)
+        if "rotation" not in entry:
+            return weight
+        return transformed(weight, entry["rotation"]) * rotation_signs(entry["seed"], n)
+
+
+def symbol(symbols, p, n, i, j):
+    w = 64 if j // 128 == n // 128 and -(-n // 64) % 2 else 128
+    at, result, low = j // 128 * 64 * p, 0, 0  # 64 p bytes in each tile before this one
+    for q in {2: [2], 3: [2, 1], 4: [4], 5: [4, 1]}[p]:
+        width = w * q // 8
+        f, k = divmod(j % 128, width)
+        result |= (symbols[i // 4][at + i % 4 * width + k] >> q * f) % 2**q << low
+        at, low = at + 4 * width, low + q
+    return result
+
+
+def transformed(weight, block):
+    """Walsh-Hadamard transform of every `block` columns, one pair at a time."""
+    weight, s = weight.copy(), 1
+    while s < block:
+        for p in range(weight.shape[1]):
+            if not p & s:
+                a, b = weight[:, p].copy(), weight[:, p + s].copy()
+                weight[:, p], weight[:, p + s] = a + b, a - b
+        s *= 2
+    return weight * np.float32(1 / np.sqrt(block))
+
+
+def rotation_signs(seed, n):
+    result = []
+    for j in range(n):
+        z = (seed + (j + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ z >> 27) * 0x94D049BB133111EB % 2**64
+        result.append(-1.0 if (z ^ z >> 31) >> 63 else 1.0)
+    return np.array(result, np.float32)

@@ -1,13 +1,15 @@
 """What `config.json` says is not believed before types, ranges, headers and digests agree with it."""
 
+import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from slablm import CompressionConfig, SlabError
+from slablm import CompressionConfig, SlabError, SlabLinear
 from slablm.checkpoint.guard import check_version
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.dense.loading import load
@@ -16,27 +18,28 @@ from tests.checkpoint.folders import age, edit_header, edit_json, edit_record
 LAYER = "model.layers.1.mlp.up_proj"
 
 
+OLD = Path(__file__).parent / "old"  # folders that earlier versions have written
+
+
 @pytest.fixture(scope="module")
-def coded_folder(tmp_path_factory, tiny_folder, text_file):
-    """The tiny model with values on a grid; do not write to it."""
+def symbol_folder(tmp_path_factory, tiny_folder, text_file):
+    """The tiny model with symbols; do not write to it."""
     from slablm.cli.compress import run
     from slablm.compression.options import RunOptions
 
-    out = tmp_path_factory.mktemp("coded") / "out"
-    config = CompressionConfig(
-        "slab+", magnitude_bits=3, group_size=32, calibration=str(text_file), num_samples=4, seq_len=32, iterations=2
-    )
+    out = tmp_path_factory.mktemp("symbols") / "out"
+    config = CompressionConfig(bits_per_weight=5.0, calibration=str(text_file), num_samples=4, seq_len=32)
     run(str(tiny_folder), out, config, RunOptions())
     return out
 
 
-@pytest.fixture(params=[3, 4, 5])
+@pytest.fixture(params=[3, 4, 6])
 def copy_of(request, tmp_path):
     """A copy of a folder in the present format, in format 4, or in format 3, which has no digest of config.json."""
 
     def copy(folder):
         shutil.copytree(folder, tmp_path / "copy")
-        return tmp_path / "copy" if request.param == 5 else age(tmp_path / "copy", request.param)
+        return tmp_path / "copy" if request.param == 6 else age(tmp_path / "copy", request.param)
 
     return copy
 
@@ -57,14 +60,13 @@ ENTRIES = {
     "kept negative": (of_layer(kept=-1), "'kept' of .* is -1"),
     "kept a fraction": (of_layer(kept=1.5), "'kept' of .* is 1.5"),
     "kept of another layer": (of_layer(kept=7), r"up_proj\.\w+' is .*, config.json says .*|not what the files"),
-    "rank huge": (of_layer(rank=10**9), "'rank' of .* is 1000000000"),
+    "rank huge": (of_layer(rank=10**9), r"config\.json says .*1000000000|not what the files"),
     "rank true": (of_layer(rank=True), "'rank' of .* is True"),
     "signs a number": (of_layer(signs=1), "'signs' of .* is 1"),
-    "group size 0": (of_layer(group_size=0), "'group_size' of .* is 0"),
-    "group size missing": (of_layer(group_size=None), "'group_size' of .* is None"),
+    "a group without bits": (of_layer(group_size=32), "'group_size' of .* is 32"),
     "8 bits": (of_layer(value_bits=8), "'value_bits' of .* is 8"),
-    "bits of text": (of_layer(value_bits="3"), "'value_bits' of .* is '3'"),
-    "bits missing": (of_layer(value_bits=None), "'group_size' of .* is 32"),
+    "bits without a group": (of_layer(value_bits=3), "'group_size' of .* is None"),
+    "a type that is none": (of_layer(value_dtype="float8"), "'value_dtype' of .* is 'float8'"),
     "error of text": (of_layer(output_error="small"), "'output_error' of .* is 'small'"),
     "error infinite": (of_layer(unseen_error=float("inf")), "'unseen_error' of .* is inf"),
     "error none": (of_layer(output_error=None), "'output_error' of .* is None"),
@@ -73,11 +75,40 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("case", ENTRIES)
-def test_entries_of_a_layer(case, copy_of, coded_folder):
+def test_entries_of_a_layer(case, copy_of, compressed_folder):
     edit, match = ENTRIES[case]
-    folder = copy_of(coded_folder)
+    folder = copy_of(compressed_folder)
     edit_json(folder / "config.json", edit)
     refused(folder, match)
+
+
+SYMBOL_ENTRIES = {
+    "6 bits": (of_layer(symbol_bits=6), "'symbol_bits' of .* is 6"),
+    "bits of text": (of_layer(symbol_bits="3"), "'symbol_bits' of .* is '3'"),
+    "group size 0": (of_layer(group_size=0), "'group_size' of .* is 0"),
+    "group size missing": (of_layer(group_size=None), "'group_size' of .* is None"),
+    "a rotation without a seed": (of_layer(rotation=4, seed=None), "'seed' of .* is None"),
+    "a rotation that does not fit": (of_layer(rotation=48, seed=1), "wrong about .*a block of 48|not what the files"),
+    "a seed of 65 bits": (of_layer(rotation=4, seed=2**64), "wrong about .*does not fit|not what the files"),
+    "a fraction": (of_layer(rotation=0.5, seed=1), "'rotation' of .* is 0.5"),
+    "a seed without a rotation": (of_layer(rotation=None, seed=1), "'seed' of .* is 1"),
+    "another rotation": (of_layer(rotation=8, seed=1), "not what the files"),
+    "kept": (of_layer(kept=3), "has an unknown entry 'kept'"),
+}
+
+
+@pytest.mark.parametrize("case", SYMBOL_ENTRIES)
+def test_entries_of_a_layer_with_symbols(case, symbol_folder, tmp_path):
+    edit, match = SYMBOL_ENTRIES[case]
+    shutil.copytree(symbol_folder, tmp_path / "copy")
+    edit_json(tmp_path / "copy" / "config.json", edit)
+    refused(tmp_path / "copy", match)
+
+
+@pytest.mark.parametrize("version", [1, 3, 5])
+def test_symbols_are_no_part_of_earlier_versions(version, symbol_folder, tmp_path):
+    shutil.copytree(symbol_folder, tmp_path / "copy")
+    refused(age(tmp_path / "copy", version), f"has symbols, which format {version} has not")
 
 
 MODULES = {
@@ -98,7 +129,10 @@ MODULES = {
     "version text": (lambda q: q.update(format_version="4"), "format version '4' is not supported"),
     "version 3.0": (lambda q: q.update(format_version=3.0), "format version 3.0 is not supported"),
     "settings are a list": (lambda q: q.update(compression=[]), "compression settings are damaged|was changed"),
-    "ratio text": (lambda q: q["compression"].update(ratio="x"), "'ratio' must be a number, got 'x'|was changed"),
+    "ratio text": (
+        lambda q: q["compression"].update(ratio="x"),
+        "'ratio' must be a number or null, got 'x'|was changed",
+    ),
     "drift no list": (lambda q: q.update(drift=0.5), "drift is damaged: it is no list|was changed"),
     "drift a number": (lambda q: q.update(drift=[0.5]), "drift is damaged: block 0 has 0.5|was changed"),
     "drift text": (lambda q: q["drift"][1].update(rest="x"), "drift is damaged: block 1 has .*'x'|was changed"),
@@ -112,14 +146,14 @@ MODULES = {
 
 
 @pytest.mark.parametrize("case", MODULES)
-def test_entries_of_the_checkpoint(case, copy_of, coded_folder):
+def test_entries_of_the_checkpoint(case, copy_of, compressed_folder):
     edit, match = MODULES[case]
-    folder = copy_of(coded_folder)
+    folder = copy_of(compressed_folder)
     edit_json(folder / "config.json", lambda config: edit(config["quantization_config"]))
     refused(folder, match)
 
 
-@pytest.mark.parametrize("version", [True, "4", 3.0, None, [5], 0, 6])
+@pytest.mark.parametrize("version", [True, "4", 3.0, None, [5], 0, 7])
 def test_versions_that_are_none(version):
     with pytest.raises(SlabError, match="is not supported"):
         check_version(version)
@@ -127,17 +161,17 @@ def test_versions_that_are_none(version):
 
 @pytest.mark.parametrize(
     "settings",
-    [{"ratio": "x"}, {"targets": 3}, {"targets": "all"}, {"seed": 1.5}, {"refine": 1}, {"rank": None}, [], "slab"],
+    [{"ratio": "x"}, {"targets": 3}, {"targets": "all"}, {"seed": 1.5}, {"bos": 1}, {"rank": None}, [], "slab"],
 )
 def test_damaged_settings_are_one_line(settings):
     with pytest.raises(SlabError, match="must be|are damaged"):
         CompressionConfig.from_dict(settings)
 
 
-def test_shapes_do_not_tell_a_group_size_but_the_digest_does(coded_folder, tmp_path):
-    """⌈64/32⌉ = ⌈64/63⌉: another weight from tensors of the same shapes."""
-    shutil.copytree(coded_folder, tmp_path / "copy")
-    edit_json(tmp_path / "copy" / "config.json", of_layer(group_size=63))
+def test_shapes_do_not_tell_a_group_size_but_the_digest_does(symbol_folder, tmp_path):
+    """⌈64/128⌉ = ⌈64/64⌉: tensors of the same shapes."""
+    shutil.copytree(symbol_folder, tmp_path / "copy")
+    edit_json(tmp_path / "copy" / "config.json", of_layer(group_size=64))
     refused(tmp_path / "copy", "modules or value_dtype of config.json is not what the files were written with")
 
 
@@ -166,38 +200,56 @@ def test_a_changed_setting_can_be_kept(compressed_folder, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.rms_norm_eps == 0.25
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4])
-def test_earlier_versions_are_read_and_saved_in_the_present_one(version, coded_folder, tmp_path):
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
+def test_earlier_versions_are_read_and_saved_in_the_present_one(version, compressed_folder, tmp_path):
     folder = tmp_path / "copy"
-    shutil.copytree(coded_folder, folder)
+    shutil.copytree(compressed_folder, folder)
     age(folder, version)
-    assert inspect_folder(folder).layers == inspect_folder(coded_folder).layers
+    assert inspect_folder(folder).layers == inspect_folder(compressed_folder).layers
     old, _ = load(str(folder))
-    new, _ = load(str(coded_folder))
+    new, _ = load(str(compressed_folder))
     tokens = torch.arange(9)[None]
     with torch.no_grad():
         assert torch.equal(old(tokens).logits, new(tokens).logits)
     old.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format_version"] == 5
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format_version"] == 6
     for name in ("config.json", "model.safetensors"):
-        assert (tmp_path / "again" / name).read_bytes() == (coded_folder / name).read_bytes()
+        assert (tmp_path / "again" / name).read_bytes() == (compressed_folder / name).read_bytes()
 
 
-def test_taking_the_digest_out_is_no_way_around_it(coded_folder, tmp_path):
+@pytest.mark.parametrize("kind", json.loads((OLD / "expected.json").read_text()))
+def test_values_on_a_grid_of_earlier_versions_are_the_same_numbers(kind, tmp_path):
+    """Read, and saved again in the present form: bit for bit what the version that wrote them made of them."""
+    expected = json.loads((OLD / "expected.json").read_text())[kind]
+    for folder in (OLD / kind, tmp_path / "again"):
+        assert {layer.name for layer in inspect_folder(folder).layers} == set(expected)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, SlabLinear)}
+        found = {name: layer.packed.dense().numpy().tobytes() for name, layer in layers.items()}
+        assert {n: hashlib.blake2b(data, digest_size=8).hexdigest() for n, data in found.items()} == expected
+        if folder.parent == OLD:
+            model.save_pretrained(tmp_path / "again")
+    entries = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
+    assert not any("value_bits" in module for module in entries["modules"].values())
+
+
+def test_taking_the_digest_out_is_no_way_around_it(compressed_folder, tmp_path):
     folder = tmp_path / "copy"
-    shutil.copytree(coded_folder, folder)
+    shutil.copytree(compressed_folder, folder)
     edit_json(folder / "config.json", lambda config: config["quantization_config"].update(format_version=3))
-    refused(folder, "config.json says format version 3, the files have version 5")
+    refused(folder, "config.json says format version 3, the files have version 6")
     edit_record(folder / "model.safetensors", lambda record: record.pop("modules"))
     refused(folder, "carries no slablm digests")
 
 
-@pytest.mark.parametrize("part", ["codes", "scales", "offsets", "left", "right", "positions"])
-def test_every_part_is_compared_with_the_header(part, coded_folder, tmp_path):
+@pytest.mark.parametrize("part", ["values", "left", "right", "states", "symbols", "scales", "levels"])
+def test_every_part_is_compared_with_the_header(part, compressed_folder, symbol_folder, tmp_path):
     """A header may be wrong and its digests as well: what does not fit the config is refused before it is read."""
     folder = tmp_path / "copy"
-    shutil.copytree(coded_folder, folder)
-    age(folder, 3)
+    symbols = part in {"symbols", "scales", "levels"}
+    shutil.copytree(symbol_folder if symbols else compressed_folder, folder)
+    if not symbols:
+        age(folder, 3)
 
     def flatten(header):
         names = [name for name in header if name.endswith(f".{part}")]
@@ -206,8 +258,6 @@ def test_every_part_is_compared_with_the_header(part, coded_folder, tmp_path):
             shape = header[name]["shape"]
             header[name]["shape"] = [1, *shape] if len(shape) == 1 else [shape[0] * shape[1]]
 
-    if part == "positions" and b".positions" not in (folder / "model.safetensors").read_bytes():
-        part = "states"
     edit_header(folder / "model.safetensors", flatten)
     refused(folder, r"config\.json says|is no matrix|cannot be read")
 

@@ -19,14 +19,8 @@ KINDS = {
     "16-bit values": ("llama", {}, {}, "states"),
     "two factors, bfloat16": ("llama-tied", {"rank": 2, "value_dtype": "bfloat16"}, {}, "states"),
     "positions alone": ("llama", {"method": "wanda"}, {}, "positions"),
-    "signs in the codes": ("llama-tied", {"method": "slab+", "magnitude_bits": 3, "ratio": 0.8}, {}, "states"),
-    "signs in a plane": ("llama", {"method": "slab+", "magnitude_bits": 3, "ratio": 0.5}, {}, "signs"),
-    "bfloat16 on a grid": (
-        "llama",
-        {"method": "slab+", "magnitude_bits": 4, "ratio": 0.7, "group_size": 13, "value_dtype": "bfloat16"},
-        {},
-        "codes",
-    ),
+    "symbols": ("llama-tied", {"method": "slab+", "ratio": None}, {}, "symbols"),
+    "symbols of many bits": ("llama", {"method": "slab+", "ratio": None, "bits_per_weight": 6.0}, {}, "levels"),
     "several files": ("llama-tied", {}, {"max_shard_size": 60_000}, "states"),
 }
 

@@ -21,7 +21,7 @@ SHARED = {
 }
 SETTINGS = SHARED | {"method": "wanda", "ratio": 0.3, "pattern": "2:4", "rank": 2, "iterations": 7, "group_size": 32}
 SETTINGS |= {"value_dtype": "bfloat16"}
-FEW_BITS = {"method": "slab+", "bits_per_weight": 4.5, "magnitude_bits": 3}
+SYMBOLS = {"method": "slab+", "bits_per_weight": 4.5, "group_size": 64}
 SEED = {"seed": 4}
 VERBS = {
     "compress": ("slablm.cli.compress.run", "model", "out"),
@@ -71,7 +71,7 @@ def test_help_loads_no_torch():
     ("verb", "settings"),
     [(verb, {}) for verb in VERBS]
     + [("compress", SETTINGS | SEED), ("plan", SETTINGS), ("compare", SHARED | SEED)]
-    + [("compress", FEW_BITS), ("plan", FEW_BITS), ("compress", {"refine": True})],
+    + [("compress", SYMBOLS), ("plan", SYMBOLS)],
 )
 def test_settings(verb, settings):
     function, *arguments = VERBS[verb]

@@ -17,6 +17,7 @@ def options(text_file):
 
 
 def test_json_predicts_what_compress_reports(tiny_folder, options, tmp_path):
+    options += ["--method", "slab"]
     done = slablm("plan", tiny_folder, tmp_path / "out", *options, "--json")
     assert done.returncode == 0, done.stderr
     predicted = json.loads(done.stdout)
@@ -32,14 +33,16 @@ def test_json_predicts_what_compress_reports(tiny_folder, options, tmp_path):
 def test_a_model_without_weights_on_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(checks, "free_bytes", lambda out: 10**9)
-    done = slablm("plan", LLAMA, "--num-samples", 8, "--max-memory", "100MB", "--max-shard-size", "5GB")
+    options = ["--num-samples", 8, "--max-memory", "100MB", "--max-shard-size", "5GB"]
+    done = slablm("plan", LLAMA, "--bits-per-weight", 4.2, *options)
     assert done.returncode == 1
     assert max(map(len, done.stdout.splitlines())) <= 80
     text = " ".join(done.stdout.split())
     for phrase in (
         "mlp.down_proj 80 8192×28672",
-        "true bits per weight (headers included) 8.600",
-        "compression ratio (paper, positions not counted) 0.5001",
+        "4 bits",
+        "true bits per weight (headers included) 4.1",
+        "compression ratio (paper, positions not counted) 0.74",
         "hidden states of all windows 100 MB",
         "buffers of the largest matrix",
         "no weights here",
@@ -50,7 +53,7 @@ def test_a_model_without_weights_on_80_columns(monkeypatch):
 
 
 def test_impossible_settings_are_listed(tiny_folder, options):
-    done = slablm("plan", tiny_folder, *options, "--ratio", 0.99)
+    done = slablm("plan", tiny_folder, *options, "--method", "slab", "--ratio", 0.99)
     assert done.returncode == 1
     assert done.stdout.count("impossible: ") == 4  # four shapes
     assert "nothing stands in the way" not in done.stdout

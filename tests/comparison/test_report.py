@@ -38,10 +38,11 @@ def everything():
     quantized = [(9, {"value_bits": 8}), (4.5, {"value_bits": 4}), (4.7, {"value_bits": 4, "group_size": 64})]
     for bits, settings in (*pruned, *quantized):
         for index, method in enumerate(METHODS):
-            if METHODS[method].quantizes == ("value_bits" in settings):
+            traits = METHODS[method]
+            if not traits.takes_true_bits and traits.quantizes == ("value_bits" in settings):
                 loss = 3.2 + 0.15 * index + 4 / bits
                 records.append(record(method, loss, bits, accuracy=0.5, **settings))
-    return records
+    return [*records, record("slab+", 3.2, 4, accuracy=0.5), record("slab+", 3.4, 3, accuracy=0.4, bits_per_weight=3.0)]
 
 
 @pytest.fixture(scope="module")

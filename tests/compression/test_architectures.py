@@ -51,7 +51,7 @@ def test_compress_save_reload(family, tmp_path):
     model = tiny(family)
     windows = torch.randint(3, 200, (3, 24), generator=torch.Generator().manual_seed(0))
     dense_logits = model(windows).logits
-    config = CompressionConfig(ratio=0.4, num_samples=3, seq_len=24, iterations=4)
+    config = CompressionConfig("slab", ratio=0.4, num_samples=3, seq_len=24, iterations=4)
     targets = select_targets(model, config)
     reports = compress_model(model, targets, windows, config)
     assert len(reports) == 2 * LINEARS_PER_BLOCK.get(family, 7)

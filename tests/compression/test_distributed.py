@@ -236,8 +236,8 @@ def errors(logs):
         ("llama-tied", 3, {"max_memory": "1B"}),
         ("gpt_neox", 2, {}),
         ("llama", 3, {"rank": 2}),
-        ("llama", 2, {"method": "slab+", "bits_per_weight": 5.0}),
-        ("llama", 3, {"method": "slab+"}),
+        ("llama", 2, {"method": "slab+", "ratio": None, "bits_per_weight": 5.0}),
+        ("llama", 3, {"method": "slab+", "ratio": None}),
     ],
 )
 def test_any_number_of_ranks_gives_the_files_of_one_process(launch, settings, quick, tmp_path, family, size, more):

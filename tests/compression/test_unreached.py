@@ -68,7 +68,7 @@ def test_a_layer_without_inputs_has_no_statistics():
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"refine": True}, {"method": "slab+"}, {"method": "slab+", "bits_per_weight": 5.0}],
+    [{}, {"method": "slab+", "ratio": None, "bits_per_weight": 5.0}],
 )
 def test_it_stays_dense_and_the_rest_is_compressed(spare, settings, quick, tmp_path):
     source = str(build(tmp_path / "dense", "llama"))

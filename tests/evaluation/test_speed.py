@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from slablm import SlabError
+from slablm import SlabError, SlabLinear
 from slablm.dense.loading import load
 from slablm.evaluation import speed
 from slablm.evaluation.speed import Samples, Workload, measure_speed, prompt, weight_bytes, write
@@ -127,7 +127,7 @@ def test_weight_bytes_of_a_dense_model(tiny_model):
 
 def test_weight_bytes_of_a_compressed_model(compressed_folder, tiny_folder):
     model, _ = load(str(compressed_folder))
-    layers = [layer for layer in model.modules() if type(layer).__name__ == "SlabLinear"]
+    layers = [layer for layer in model.modules() if isinstance(layer, SlabLinear)]
     assert len(layers) == 14
     if kernels.backend().library is None:
         packed = sum(buffer.nbytes for layer in layers for buffer in layer.buffers())

@@ -1,8 +1,18 @@
-"""Small decomposition problems."""
+"""Small decomposition problems, and `slab+` step by step."""
+
+from functools import cache
 
 import torch
 
+from slablm.config import CompressionConfig
 from slablm.methods import LayerStats
+from slablm.methods.allocation import Demand
+from slablm.methods.alphabet_fit import fit_alphabet
+from slablm.methods.alphabet_refit import Problem, drafted, refit
+from slablm.methods.slab_plus import descent, feedback, rounded, slab_plus
+from slablm.methods.sweep import damped
+
+GROUP = 16
 
 
 def correlated(m=24, n=40, tokens=400, seed=0):
@@ -17,3 +27,53 @@ def correlated(m=24, n=40, tokens=400, seed=0):
 def stats_of(gram, held_out=None):
     """What calibration would have kept of inputs with these Gram matrices."""
     return LayerStats(gram.diagonal().sqrt(), 400, torch.zeros(0, len(gram)), gram, held_out)
+
+
+@cache
+def wide():
+    """A weight [48, 160], and Gram matrices of two samples of the same inputs."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(160, 160, generator=generator) / 160**0.5 + torch.eye(160)
+    sizes = 10 ** torch.linspace(-1, 1, 160)[torch.randperm(160, generator=generator)]
+    inputs = torch.randn(2, 600, 160, generator=generator) @ mixing * sizes
+    weight = torch.randn(48, 160, generator=generator) * (0.5 + torch.rand(48, 1, generator=generator))
+    return weight, *(x.T @ x for x in inputs)
+
+
+def settings_for(shape, bits, group_size=GROUP, seed=0):
+    """Settings with just room for symbols of so many bits."""
+    budget = Demand.of(shape, group_size).sizes[bits - 2]
+    return CompressionConfig(bits_per_weight=budget, group_size=group_size, seed=seed)
+
+
+def decomposed(weight, stats, bits, group_size=GROUP, seed=0):
+    return slab_plus(weight, stats, settings_for(weight.shape, bits, group_size, seed))
+
+
+def slow_error(weight, approximation, gram):
+    """Tr ΔGΔᵀ in float64."""
+    difference = (weight - approximation).double()
+    return ((difference @ gram.double()) * difference).sum().item()
+
+
+def start_of(weight, gram, bits, group_size=GROUP):
+    return fit_alphabet(weight, gram.diagonal().sqrt(), bits, group_size).stored()
+
+
+def by_hand(weight, gram, bits, rotation=None, damping=0.1, *, sweep=True, fit=True, descents=4):
+    """All steps, one after the other: Ŵ. One of them can be left out."""
+    if rotation is not None:
+        weight, gram = rotation.rotate(weight), rotation.rotate_gram(gram)
+    problem, alphabet = Problem(weight, damped(gram, damping)), start_of(weight, gram, bits)
+
+    def fitted(draft):
+        return refit(problem, draft) if fit else draft
+
+    start = feedback(weight, gram, alphabet, damping) if sweep else drafted(rounded(weight, alphabet), alphabet)
+    draft = fitted(start)
+    for _ in range(descents):
+        draft = fitted(descent(problem, draft))
+    return draft.dense() if rotation is None else rotation.restore(draft.dense())
+
+
+# The steps

@@ -53,7 +53,7 @@ def row_by_row(residual):
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 def test_sparse_is_wanda_with_the_whole_budget(pattern):
     weight, stats = problem(8, 32, 0)
-    config = CompressionConfig(ratio=0.6, pattern=pattern)
+    config = CompressionConfig("sparse", ratio=0.6, pattern=pattern)
     ours, theirs = sparse(weight, stats, config), wanda(weight, stats, config)
     assert torch.equal(ours.mask, theirs.mask)
     assert torch.equal(ours.dense(), theirs.dense())
@@ -64,7 +64,7 @@ def test_sparse_is_wanda_with_the_whole_budget(pattern):
 @given(st.integers(2, 12), st.integers(8, 60), st.integers(0, 999))
 def test_scalar_binary_first_round_agrees_with_least_squares(m, n, seed):
     weight, stats = problem(m, n, seed)
-    config = CompressionConfig(ratio=0.25, iterations=1)
+    config = CompressionConfig("sparse+scalar-binary", ratio=0.25, iterations=1)
     k = math.floor((1 - 0.25 - 1 / 16 - (m + n) / (m * n)) * n + 1e-9)
     assume(k >= 1)
     result = sparse_scalar_binary(weight, stats, config)
@@ -76,7 +76,7 @@ def test_scalar_binary_first_round_agrees_with_least_squares(m, n, seed):
 def test_scalar_binary_agrees_with_its_definition_after_all_rounds():
     weight, stats = problem(48, 64, 3)
     k = math.floor((0.5 - 1 / 16 - (48 + 64) / (48 * 64)) * 64)
-    result = sparse_scalar_binary(weight, stats, CompressionConfig())
+    result = sparse_scalar_binary(weight, stats, CompressionConfig("sparse+scalar-binary"))
     expected = sum(alternate_slowly(weight, stats.input_norms, k, 20, row_by_row))
     error, best = (weight - result.dense()).norm(), (weight - expected).norm()
     assert error.item() == pytest.approx(best.item(), rel=1e-3)
@@ -88,7 +88,7 @@ def test_scalar_binary_agrees_with_its_definition_after_all_rounds():
 @given(st.integers(80, 120), st.integers(80, 120), st.integers(0, 999))
 def test_lowrank_first_round_is_close_to_the_svd(m, n, seed):
     weight, stats = problem(m, n, seed)
-    config = CompressionConfig(ratio=0.3, iterations=1)
+    config = CompressionConfig("sparse+lowrank", ratio=0.3, iterations=1)
     k = math.floor((0.7 - 16 * (m + n) / (m * n)) * n + 1e-9)
     result = sparse_lowrank(weight, stats, config)
     kept, background = alternate_slowly(weight, stats.input_norms, k, 1, best_low_rank)
@@ -103,7 +103,7 @@ def test_lowrank_first_round_is_close_to_the_svd(m, n, seed):
 @pytest.mark.parametrize("shape", [(96, 128), (128, 96)])
 def test_lowrank_agrees_with_its_definition_after_all_rounds(shape):
     weight, stats = problem(*shape, 5)
-    config = CompressionConfig(ratio=0.4)
+    config = CompressionConfig("sparse+lowrank", ratio=0.4)
     k = math.floor((0.6 - 16 * sum(shape) / math.prod(shape)) * shape[1])
     expected = sum(alternate_slowly(weight, stats.input_norms, k, 20, best_low_rank))
     error, best = (weight - sparse_lowrank(weight, stats, config).dense()).norm(), (weight - expected).norm()
@@ -124,7 +124,7 @@ def test_lowrank_has_rank_16_no_signs_and_ignores_the_rank_of_slab():
 def test_every_arm_uses_its_budget_and_no_more(arm, pattern):
     m, n = 144, 160
     weight, stats = problem(m, n, 1)
-    result = METHODS[arm].function(weight, stats, CompressionConfig(ratio=0.5, pattern=pattern))
+    result = METHODS[arm].function(weight, stats, CompressionConfig(arm, ratio=0.5, pattern=pattern))
     budget = 0.5 * 16 * m * n
     assert budget - 16 * m < result.bits() <= budget
     assert (result.mask.sum(dim=1) == result.kept).all()
@@ -135,4 +135,4 @@ def test_every_arm_uses_its_budget_and_no_more(arm, pattern):
 def test_layer_too_small_for_rank_16_is_refused():
     weight, stats = problem(24, 24, 0)
     with pytest.raises(SlabError, match="at rank 16"):
-        sparse_lowrank(weight, stats, CompressionConfig(ratio=0.5))
+        sparse_lowrank(weight, stats, CompressionConfig("sparse+lowrank", ratio=0.5))

@@ -1,52 +1,157 @@
 import math
+from itertools import pairwise, product
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from slablm.errors import SlabError
 from slablm.methods.allocation import RATE, Demand, allot, log_error
+from slablm.methods.budget import SYMBOL_BITS, symbol_budget, symbol_bytes
 
-
-def loss(bits, demands):
-    return sum(d.weights * 2 ** (d.importance - RATE * b) for b, d in zip(bits, demands, strict=True))
-
-
-demand_lists = st.lists(
-    st.builds(Demand, st.integers(10, 10_000), st.floats(-12, 12), st.floats(1.5, 2.4), st.floats(6, 9)),
+shapes = st.tuples(st.integers(16, 300), st.integers(64, 600))
+demand_lists = st.lists(st.builds(Demand.of, shapes, st.integers(16, 256), st.floats(-12, 12)), min_size=1, max_size=7)
+similar = st.lists(
+    st.builds(Demand.of, st.tuples(st.integers(100, 200), st.integers(256, 400)), st.just(64), st.floats(-5, 5)),
     min_size=1,
-    max_size=8,
+    max_size=5,
 )
 
 
-@given(demand_lists, st.floats(2.5, 5.5), st.randoms(use_true_random=False))
-def test_the_budget_is_met_and_no_exchange_does_better(demands, budget, random):
-    bits = allot(budget, demands)
-    total = sum(d.weights for d in demands)
-    assert sum(b * d.weights for b, d in zip(bits, demands, strict=True)) == pytest.approx(budget * total, rel=1e-6)
-    assert all(d.least <= b <= d.most for b, d in zip(bits, demands, strict=True))
-    giver, taker = random.randrange(len(bits)), random.randrange(len(bits))
-    moved = list(bits)
-    moved[giver] -= 0.1 / demands[giver].weights
-    moved[taker] += 0.1 / demands[taker].weights
-    if moved[giver] >= demands[giver].least and moved[taker] <= demands[taker].most:
-        assert loss(moved, demands) >= loss(bits, demands) * (1 - 1e-6)
+def size(chosen, demands):
+    """Bits of all layers together."""
+    return sum(d.weights * d.sizes[c] for c, d in zip(chosen, demands, strict=True))
 
 
-def test_equal_demands_get_equal_budgets():
-    bits = allot(3.5, [Demand(n, 1.7, 2.0, 9.0) for n in (10, 1000, 7)])
-    assert bits == pytest.approx([3.5] * 3)
+def loss(chosen, demands):
+    """Σ s D, up to a factor."""
+    return sum(d.weights * 2 ** (d.importance - RATE * c) for c, d in zip(chosen, demands, strict=True))
 
 
-def test_bounds_that_cannot_meet_the_budget():
-    assert allot(5.0, [Demand(10, 0.0, 2.0, 4.0), Demand(10, 3.0, 2.0, 4.5)]) == pytest.approx([4.0, 4.5])
-    assert allot(1.0, [Demand(10, 0.0, 2.0, 4.0), Demand(10, 3.0, 2.5, 4.5)]) == pytest.approx([2.0, 2.5])
+def budget_of(demands, share):
+    """Bits per weight, a share of the way from the least to the most that the layers can have."""
+    low, high = (size([c] * len(demands), demands) for c in (0, 3))
+    return (low + share * (high - low)) / sum(d.weights for d in demands)
+
+
+@given(demand_lists, st.floats(0, 1.1))
+def test_the_budget_is_kept_and_nothing_more_fits(demands, share):
+    budget = budget_of(demands, share)
+    chosen = allot(budget, demands)
+    room = budget * sum(d.weights for d in demands) * (1 + 2e-9)
+    assert all(0 <= c <= 3 for c in chosen)
+    assert size(chosen, demands) <= room
+    for i, c in enumerate(chosen):
+        if c < 3:
+            assert size([*chosen[:i], c + 1, *chosen[i + 1 :]], demands) > room * (1 - 4e-9)
+
+
+def best_loss(budget, demands):
+    """Of all 4ⁿ choices that fit."""
+    room = budget * sum(d.weights for d in demands) * (1 + 1e-9)
+    choices = product(range(4), repeat=len(demands))
+    return min(loss(chosen, demands) for chosen in choices if size(chosen, demands) <= room)
+
+
+@settings(max_examples=40)
+@given(demand_lists.map(lambda demands: demands[:4]), st.floats(0, 1))
+def test_no_choice_is_four_times_as_good(demands, share):
+    """Until the first bit that does not fit, the choice is what would be best if bits could be divided.
+
+    What that bit would gain, 3/4 of the loss of its layer, is all that the best choice can have more: so at most 3/4 of
+    the whole loss. Measured: 2.9 at most.
+    """
+    budget = budget_of(demands, share)
+    assert loss(allot(budget, demands), demands) <= 4 * best_loss(budget, demands) * (1 + 1e-9)
+
+
+@settings(max_examples=40)
+@given(similar, st.floats(0, 1))
+def test_no_choice_is_much_better_for_layers_of_similar_size(demands, share):
+    """Measured: 1.3 at most, 1.006 on average."""
+    budget = budget_of(demands, share)
+    assert loss(allot(budget, demands), demands) <= 1.5 * best_loss(budget, demands)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.floats(-12, 12), min_size=1, max_size=4), st.floats(0, 1))
+def test_no_choice_is_better_for_layers_of_one_size(importances, share):
+    demands = [Demand.of((48, 256), 64, importance) for importance in importances]
+    budget = budget_of(demands, share)
+    assert loss(allot(budget, demands), demands) == pytest.approx(best_loss(budget, demands))
+
+
+@given(demand_lists, st.floats(0, 1), st.data())
+def test_of_equal_layers_the_important_one_gets_no_less(demands, share, data):
+    twin = data.draw(st.sampled_from(demands))
+    less = Demand(twin.weights, twin.importance - data.draw(st.floats(0.01, 10)), twin.sizes)
+    demands = data.draw(st.permutations([*demands, less]))
+    chosen = allot(budget_of(demands, share), demands)
+    assert chosen[demands.index(twin)] >= chosen[demands.index(less)]
+
+
+@given(demand_lists, st.floats(0, 1), st.floats(-40, 40))
+def test_only_differences_of_importance_matter(demands, share, shift):
+    moved = [Demand(d.weights, d.importance + shift, d.sizes) for d in demands]
+    gaps = sorted(d.importance % 1 for d in demands)  # rounding could decide between all but equal ones
+    assume(all(b - a > 1e-6 for a, b in pairwise(gaps)))
+    budget = budget_of(demands, share)
+    assert allot(budget, moved) == allot(budget, demands)
+
+
+@given(st.integers(1, 6), st.floats(0, 1))
+def test_of_equal_demands_the_first_get_more(count, share):
+    demands = [Demand.of((48, 256), 64)] * count
+    chosen = allot(budget_of(demands, share), demands)
+    assert chosen == sorted(chosen, reverse=True)
+    assert chosen[0] - chosen[-1] <= 1
+
+
+@given(shapes, st.integers(16, 256), st.floats(2.2, 12))
+def test_a_layer_alone_gets_what_it_would_get_by_itself(shape, group_size, budget):
+    demand = Demand.of(shape, group_size)
+    assume(demand.sizes[0] <= budget)
+    (index,) = allot(budget, [demand])
+    assert SYMBOL_BITS[index] == symbol_budget(shape, budget, group_size).bits
+
+
+def test_a_bit_goes_where_it_helps_most():
+    """By hand: D falls to a quarter with each bit, so after one bit a layer is as good as one of importance 2 less."""
+    sizes = (2.0, 3.0, 4.0, 5.0)
+    demands = [Demand(100, importance, sizes) for importance in (0.0, 1.0, 4.5)]
+    chosen = [allot(2 + bits / 3, demands) for bits in range(10)]
+    assert chosen == [
+        [0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 1, 2], [0, 1, 3], [1, 1, 3], [1, 2, 3], [2, 2, 3], [2, 3, 3], [3, 3, 3],
+    ]  # fmt: skip
+
+
+def test_a_bit_goes_where_it_takes_least():
+    """Of two layers alike but for the padding of one, whose bits take half as much again."""
+    demands = [Demand(100, 0.5, (3.0, 4.5, 6.0, 7.5)), Demand(100, 0.0, (2.0, 3.0, 4.0, 5.0))]
+    assert allot(3.25, demands) == [0, 1]  # room for the one or for the other
+
+
+def test_too_small_a_budget_is_refused():
+    demands = [Demand(100, 0.0, (2.0, 3.0, 4.0, 5.0)), Demand(300, 0.0, (2.5, 3.5, 4.5, 5.5))]
+    with pytest.raises(SlabError, match=r"2\.3 bits per weight are too few: use at least 2\.38"):
+        allot(2.3, demands)
+    assert allot(2.38, demands) == [0, 0]
+
+
+@given(shapes, st.integers(1, 900))
+def test_a_demand_has_the_sizes_of_files(shape, group_size):
+    demand = Demand.of(shape, group_size, 3.5)
+    assert demand.weights == math.prod(shape)
+    assert demand.importance == 3.5
+    assert [size * demand.weights for size in demand.sizes] == pytest.approx(
+        [8 * symbol_bytes(shape, bits, group_size) for bits in (2, 3, 4, 5)]
+    )
 
 
 def test_a_layer_of_zeros_gets_the_least():
-    assert allot(
-        3.0, [Demand(10, log_error(torch.zeros(6, 4), torch.eye(4)), 2.0, 4.0), Demand(10, 0.0, 2.0, 9.0)]
-    ) == pytest.approx([2.0, 4.0])
+    demands = [Demand.of((64, 64), 64, log_error(torch.zeros(64, 64), torch.eye(64))), Demand.of((64, 64), 64)]
+    assert allot((demands[0].sizes[0] + demands[1].sizes[3]) / 2, demands) == [0, 3]
 
 
 def test_error_follows_the_determinant():

@@ -1,7 +1,17 @@
+import math
+
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slablm.config import CompressionConfig
-from slablm.methods.budget import kept_per_row, overhead
+from slablm.errors import SlabError
+from slablm.methods import METHODS, LayerStats, RowBudget, SymbolBudget, storage
+from slablm.methods.budget import SYMBOL_BITS, kept_per_row, overhead, symbol_budget, symbol_bytes
+from slablm.packing import SymbolSpec
+
+SHAPES = st.tuples(st.integers(1, 300), st.integers(1, 700))
 
 
 @pytest.mark.parametrize(
@@ -14,13 +24,69 @@ from slablm.methods.budget import kept_per_row, overhead
     ],
 )
 def test_the_papers_budget_by_hand(shape, ratio, rank, expected):
-    assert kept_per_row(shape, CompressionConfig(ratio=ratio), rank=rank, signs=True) == expected
+    assert kept_per_row(shape, CompressionConfig("slab", ratio=ratio), rank=rank, signs=True) == expected
 
 
 def test_rounding_of_the_ratio_loses_no_entry():
-    assert kept_per_row((10, 10), CompressionConfig(ratio=0.9), rank=0, signs=False) == 1
+    assert kept_per_row((10, 10), CompressionConfig("slab", ratio=0.9), rank=0, signs=False) == 1
 
 
 def test_factors_and_signs_cost_what_the_paper_says():
     assert overhead((576, 576), 1, True) == pytest.approx(1 / 16 + 1152 / 331776)
     assert overhead((576, 576), 0, False) == 0
+
+
+@given(SHAPES, st.sampled_from(SYMBOL_BITS), st.integers(1, 900))
+def test_symbols_take_the_bytes_of_a_file(shape, bits, group_size):
+    assert symbol_bytes(shape, bits, group_size) == SymbolSpec(*shape, bits, group_size).nbytes
+
+
+def test_true_size_of_symbols_by_hand():
+    # SmolLM2's down_proj, 576 x 1536: 12 scales and 4 bits of 1536 symbols per row, 7 levels, the factors.
+    assert symbol_bytes((576, 1536), 4, 128) == 576 * (768 + 2 * 12) + 2 * (7 + 576 + 1536)
+    # A row of 65 takes as much as one of 128, and 5 rows as much as 8.
+    assert symbol_bytes((5, 65), 3, 64) == 8 * 128 * 3 // 8 + 2 * (5 * 2 + 3 + 5 + 65)
+
+
+@given(SHAPES, st.floats(2.001, 12), st.integers(1, 300))
+def test_a_budget_gets_the_most_bits_that_fit(shape, bits_per_weight, group_size):
+    sizes = {p: 8 * symbol_bytes(shape, p, group_size) / math.prod(shape) for p in SYMBOL_BITS}
+    fitting = [p for p, size in sizes.items() if size <= bits_per_weight]
+    if fitting:
+        assert symbol_budget(shape, bits_per_weight, group_size) == SymbolBudget(max(fitting), group_size)
+        return
+    with pytest.raises(SlabError, match="are too few for a weight with shape") as caught:
+        symbol_budget(shape, bits_per_weight, group_size)
+    least = float(str(caught.value).split("use at least ")[1].split(",")[0])
+    assert sizes[2] <= least < sizes[2] + 0.0101
+    assert symbol_budget(shape, least, group_size).bits >= 2
+
+
+@given(SHAPES, st.sampled_from(SYMBOL_BITS), st.integers(1, 300))
+def test_a_budget_that_is_a_size_has_room_for_it(shape, bits, group_size):
+    """Though the quotient was rounded."""
+    m, n = shape
+    assert symbol_budget(shape, 8 * symbol_bytes(shape, bits, group_size) / (m * n), group_size).bits == bits
+
+
+def test_the_refusal_names_the_shape_and_the_least():
+    message = r"3 bits per weight are too few for a weight with shape 4x64: use at least 6\.57, or ignore this layer"
+    with pytest.raises(SlabError, match=message):
+        symbol_budget((4, 64), 3, 128)  # 128 bytes of symbols and 2 (4 + 1 + 4 + 64): 210.25 bits for 32 weights
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_stored_is_known_beforehand(name):
+    config = CompressionConfig(name, ratio=None if METHODS[name].takes_true_bits else 0.3, group_size=32)
+    if not METHODS[name].packable:
+        with pytest.raises(SlabError, match="has no packed format"):
+            storage((64, 96), config)
+        return
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    stats = LayerStats(torch.ones(96), 10, torch.empty(0, 96), torch.eye(96))
+    result = METHODS[name].function(weight, stats, config)
+    if name == "slab+":
+        found = SymbolBudget(result.symbol_bits, result.alphabet.group_size)
+    else:
+        found = RowBudget(result.kept, result.rank, result.signs is not None)
+    assert storage((64, 96), config) == found

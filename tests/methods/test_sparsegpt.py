@@ -59,7 +59,7 @@ def is_best_choice(chosen, costs):
 def test_unstructured_agrees_with_obs(m, n, ratio, dead, seed):
     assume((1 - ratio) * n + 1e-9 >= 1)
     weight, stats = problem(m, n, seed, dead and n > 8)
-    result = sparsegpt(weight, stats, CompressionConfig(ratio=ratio))
+    result = sparsegpt(weight, stats, CompressionConfig("sparsegpt", ratio=ratio))
 
     def check(j, costs):
         if j % 128 == 0:  # the mask of a block is settled over all its rows when the sweep reaches it
@@ -83,7 +83,7 @@ def test_pattern_agrees_with_obs(m, groups, pattern, seed):
     n = groups * size
     weight, stats = problem(m, n, seed)
     # The ratio allows more than the pattern: the pattern decides alone, as in the paper.
-    result = sparsegpt(weight, stats, CompressionConfig(ratio=0.3, pattern=pattern))
+    result = sparsegpt(weight, stats, CompressionConfig("sparsegpt", ratio=0.3, pattern=pattern))
 
     def check(j, costs):
         if j % size == 0:  # the survivors of a group are settled row by row when the sweep reaches it
@@ -100,7 +100,7 @@ def test_pattern_agrees_with_obs(m, groups, pattern, seed):
 def test_pattern_with_a_tighter_ratio_obeys_both(pattern, n):
     weight, stats = problem(3, n, seed=1)
     survivors, size = Pattern.parse(pattern).survivors, Pattern.parse(pattern).group
-    result = sparsegpt(weight, stats, CompressionConfig(ratio=0.75, pattern=pattern))
+    result = sparsegpt(weight, stats, CompressionConfig("sparsegpt", ratio=0.75, pattern=pattern))
     assert int(result.mask.sum()) == 3 * int(0.25 * n)
     assert (result.mask.view(3, -1, size).sum(dim=2) <= survivors).all()
     block_size = size * max(1, 128 // size)
@@ -122,14 +122,14 @@ def test_pattern_with_a_tighter_ratio_obeys_both(pattern, n):
 def test_rows_may_keep_different_numbers_of_entries():
     weight, stats = problem(4, 40, seed=0)
     weight[0] *= 100
-    result = sparsegpt(weight, stats, CompressionConfig(ratio=0.5))
+    result = sparsegpt(weight, stats, CompressionConfig("sparsegpt", ratio=0.5))
     assert int(result.mask[0].sum()) > 30
     assert int(result.mask.sum()) == 4 * 20
 
 
 def test_half_precision_weight_is_computed_in_float32():
     weight, stats = problem(3, 20, seed=2)
-    config = CompressionConfig(ratio=0.5)
+    config = CompressionConfig("sparsegpt", ratio=0.5)
     half = weight.to(torch.bfloat16)
     assert torch.equal(sparsegpt(half, stats, config).dense(), sparsegpt(half.float(), stats, config).dense())
 
@@ -137,7 +137,7 @@ def test_half_precision_weight_is_computed_in_float32():
 def test_pattern_that_does_not_divide_the_width_is_refused():
     weight, stats = problem(2, 10, seed=0)
     with pytest.raises(SlabError, match="does not divide"):
-        sparsegpt(weight, stats, CompressionConfig(pattern="2:4"))
+        sparsegpt(weight, stats, CompressionConfig("sparsegpt", pattern="2:4"))
 
 
 def test_pruned_weight_counts_values_and_a_bitmap():

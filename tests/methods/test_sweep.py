@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods import METHODS, LayerStats
-from slablm.methods.sweep import Block, column_sweep, inverse_factor
+from slablm.methods import METHODS, LayerStats, sweep
+from slablm.methods.sweep import Block, column_sweep, inverse_factor, positive
 
 
 def correlated_gram(n, seed):
@@ -149,11 +149,28 @@ def test_gram_that_is_not_finite_is_refused(bad):
         inverse_factor(gram)
 
 
+def test_damped_and_the_sweep_mean_the_same_gram_matrix():
+    gram = correlated_gram(12, 3)
+    before = gram.clone()
+    found = sweep.damped(gram, 0.1)
+    torch.testing.assert_close(found.double(), damped(gram, 0.1))
+    torch.testing.assert_close(inverse_factor(gram, 0.1), inverse_factor(found, 0))
+    assert torch.equal(gram, before)
+
+
+def test_norms_of_dead_inputs_become_the_smallest_of_the_others():
+    assert positive(torch.tensor([3.0, 0.0, 0.5, 0.0])).tolist() == [3.0, 0.5, 0.5, 0.5]
+    assert positive(torch.zeros(2)).tolist() == [1.0, 1.0]
+    norms = torch.tensor([0.0, 2.0])
+    positive(norms)
+    assert norms.tolist() == [0.0, 2.0]
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_needs_gram_names_the_methods_that_refuse_to_work_without(name):
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
     stats = LayerStats(torch.ones(64), 10, torch.empty(0, 64))
-    config = CompressionConfig(ratio=0.3)
+    config = CompressionConfig(name, ratio=None if METHODS[name].takes_true_bits else 0.3)
     if METHODS[name].needs_gram:
         with pytest.raises(SlabError, match=f"'{re.escape(name)}' needs the Gram matrix"):
             METHODS[name].function(weight, stats, config)

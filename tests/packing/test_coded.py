@@ -1,4 +1,7 @@
-from dataclasses import replace
+"""Files of older versions: written here bit by bit, as FORMAT.md says that they were, and read by `CodedSpec`."""
+
+import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -6,127 +9,201 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slablm import SlabError
-from slablm.methods.budget import coded_bytes, kept_within, signs_in_codes
-from slablm.methods.decomposition import Decomposition
-from slablm.methods.grid import LARGEST_BITS, OFFSETS, ValueGrid, fit_grid
-from slablm.methods.select import kept_columns
-from slablm.packing import pack
-from slablm.packing.coded import pack_codes, unpack_codes
+from slablm.packing import GRID_DTYPE, CodedSpec
+from slablm.packing.coded import LARGEST_BITS
+
+DTYPES = st.sampled_from([torch.float16, torch.bfloat16])
 
 
-def on_a_grid(weight, kept, bits, group_size, generator=None):
-    """A decomposition that keeps random entries, on the grid that fits them."""
-    m, n = weight.shape
-    mask = torch.rand(m, n, generator=generator).argsort(dim=1) < kept
-    grid = fit_grid(weight, mask, torch.ones(n), bits, group_size)
-    values = weight[mask].view(m, kept)
-    return Decomposition(
-        mask=mask,
-        values=torch.copysign(grid.nearest(values.abs(), kept_columns(mask, kept)), values),
-        left=torch.rand(m, 1, generator=generator),
-        right=torch.rand(1, n, generator=generator),
-        signs=weight < 0,
-        grid=grid,
+@dataclass(frozen=True)
+class Written:
+    """A weight on a grid: what was written, entry by entry."""
+
+    kept: list  # of every row, the columns
+    codes: list  # of every row, the codes of these
+    minus: torch.Tensor  # [m, n]
+    scales: torch.Tensor
+    offsets: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
+    bits: int
+    group_size: int
+
+    @property
+    def spec(self):
+        m, n = self.minus.shape
+        return CodedSpec(m, n, len(self.kept[0]), self.bits, self.group_size, self.left.dtype)
+
+    def parts(self):
+        """The tensors of a file."""
+        numbers = {"scales": self.scales, "offsets": self.offsets, "left": self.left, "right": self.right}
+        n, k = self.minus.shape[1], len(self.kept[0])
+        in_codes = -(-n // 5) + -(-k * (self.bits + 1) // 8)
+        in_a_plane = 2 * -(-n // 8) + -(-k * self.bits // 8)
+        return numbers | (self.signs_in_codes() if in_codes <= in_a_plane else self.signs_in_a_plane())
+
+    def signs_in_codes(self):
+        states, codes = [], []
+        for kept, row_codes, minus in zip(self.kept, self.codes, self.minus.tolist(), strict=True):
+            trits = [0 if j in kept else 2 if sign else 1 for j, sign in enumerate(minus)]
+            trits += [1] * (-len(trits) % 5)
+            states.append([sum(t * 3**i for i, t in enumerate(trits[at : at + 5])) for at in range(0, len(trits), 5)])
+            signed = [c + 2**self.bits * minus[j] for c, j in zip(row_codes, kept, strict=True)]
+            codes.append(in_bytes([code >> i & 1 for code in signed for i in range(self.bits + 1)]))
+        return {"states": as_bytes(states), "codes": as_bytes(codes)}
+
+    def signs_in_a_plane(self):
+        n = self.minus.shape[1]
+        positions = [in_bytes([int(j in kept) for j in range(n)]) for kept in self.kept]
+        signs = [in_bytes([int(sign) for sign in row]) for row in self.minus.tolist()]
+        codes = [in_bytes([code >> i & 1 for code in row for i in range(self.bits)]) for row in self.codes]
+        return {"positions": as_bytes(positions), "signs": as_bytes(signs), "codes": as_bytes(codes)}
+
+    def dense(self, grid_dtype):
+        """The formula, entry by entry: kept ones in float32 and rounded once, the rest a product."""
+        left, right = self.left.float(), self.right.float()
+        result = torch.where(self.minus, -left * right, left * right)
+        for i in range(len(result)):
+            for j, code in zip(self.kept[i], self.codes[i], strict=True):
+                size = self.scales[i, j // self.group_size].float() * (self.offsets[i].float() + code)
+                result[i, j] = (-size if self.minus[i, j] else size).to(grid_dtype).float()
+        return result
+
+
+def in_bytes(bits):
+    """Eight to a byte, the first the lowest."""
+    return [sum(bit << i for i, bit in enumerate(bits[at : at + 8])) for at in range(0, len(bits), 8)]
+
+
+def as_bytes(rows):
+    return torch.tensor(rows, dtype=torch.uint8)
+
+
+def made_up(m, n, k, bits, group_size, seed=0, factor_dtype=torch.float16):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (m, k), generator=generator)
+    offsets = torch.tensor([0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])[torch.randint(0, 7, (m,), generator=generator)]
+    return Written(
+        kept=[sorted(torch.randperm(n, generator=generator)[:k].tolist()) for _ in range(m)],
+        codes=codes.tolist(),
+        minus=torch.rand(m, n, generator=generator) < 0.5,
+        scales=(torch.rand(m, -(-n // group_size), generator=generator) + 2.0**-14).half(),
+        offsets=offsets.half(),
+        left=(torch.rand(m, 1, generator=generator) + 0.1).to(factor_dtype),
+        right=(torch.rand(1, n, generator=generator) + 0.1).to(factor_dtype),
+        bits=bits,
+        group_size=group_size,
     )
 
 
 @st.composite
-def coded(draw):
-    """Random decompositions with values on a grid: any shape, budget, number of bits, group and magnitude."""
-    m, n = draw(st.integers(1, 9)), draw(st.integers(1, 43))
-    k, bits, group_size = draw(st.integers(1, n)), draw(st.integers(1, LARGEST_BITS)), draw(st.integers(1, 50))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 1000)))
-    weight = torch.randn(m, n, generator=generator) * 10.0 ** draw(st.integers(-8, 2))
-    return on_a_grid(weight, k, bits, group_size, generator)
+def written(draw, factor_dtypes=DTYPES):
+    """Of any shape, with any share of entries kept, so signs lie in either place."""
+    m, n = draw(st.integers(1, 7)), draw(st.integers(1, 43))
+    k, bits = draw(st.integers(1, n)), draw(st.integers(1, LARGEST_BITS))
+    return made_up(m, n, k, bits, draw(st.integers(1, 50)), draw(st.integers(0, 1000)), draw(factor_dtypes))
 
 
-@given(st.integers(1, 5), st.integers(1, 30), st.integers(1, 8), st.integers(0, 1000))
-def test_codes_round_trip_bit_by_bit(m, k, bits, seed):
-    codes = torch.randint(0, 2**bits, (m, k), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    packed = pack_codes(codes, bits)
-    assert packed.shape == (m, -(-k * bits // 8))
-    for row, row_codes in zip(packed, codes, strict=True):
-        number = int.from_bytes(bytes(row.tolist()), "little")
-        assert number == sum(int(code) << (bits * i) for i, code in enumerate(row_codes))
-    assert torch.equal(unpack_codes(packed, bits, k), codes)
+@given(written())
+def test_what_was_written_is_read(weight):
+    """Factors of bfloat16 too: FP16 holds their numbers, perhaps after a shift from one factor to the other."""
+    parts, spec = weight.parts(), weight.spec
+    assert {name: (tuple(part.shape), part.dtype) for name, part in parts.items()} == spec.parts()
+    assert spec.nbytes == sum(part.nbytes for part in parts.values())
+    packed = spec.from_parts(parts)
+    packed.validate("w")
+    assert torch.equal(packed.dense(), weight.dense(torch.float16))
+    assert packed.values.dtype == packed.left.dtype == packed.right.dtype == torch.float16
+    assert packed.values.shape == (spec.out_features, spec.kept)
+    assert packed.signs
 
 
-@given(coded(), st.sampled_from([torch.float16, torch.bfloat16]))
-def test_parts_are_bit_exact(decomposition, dtype):
-    packed = pack(decomposition, dtype)
-    parts = packed.parts()
-    assert packed.nbytes == sum(tensor.nbytes for tensor in parts.values())
-    shape, k, grid = decomposition.shape, decomposition.kept, decomposition.grid
-    assert packed.nbytes == coded_bytes(shape, k, grid.bits, grid.group_size)
-    again = packed.spec.from_parts(parts)
-    assert again.spec == packed.spec
-    assert torch.equal(again.values, packed.values)
-    assert torch.equal(again.plane, packed.plane)
-    assert torch.equal(again.dense(), packed.dense())
-    for name, tensor in again.parts().items():
-        assert torch.equal(tensor, parts[name])
-    types = {"values": torch.float16, "left": dtype, "right": dtype}
-    rounded = {part: getattr(decomposition, part).to(types[part]) for part in types}
-    assert torch.equal(packed.dense(), replace(decomposition, grid=None, **rounded).dense())
+@given(written(factor_dtypes=st.just(torch.bfloat16)))
+def test_a_grid_in_bfloat16(weight):
+    """Models of that type before format 4."""
+    old = weight.spec
+    spec = CodedSpec(old.out_features, old.in_features, old.kept, old.bits, old.group_size, *[torch.bfloat16] * 2)
+    packed = spec.from_parts(weight.parts())
+    assert torch.equal(packed.dense(), weight.dense(torch.bfloat16))
+    assert packed.values.dtype == packed.left.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("bits", range(1, LARGEST_BITS + 1))
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_every_code_is_found_again_at_every_scale(dtype, bits, offset):
-    """As bfloat16 numbers, 127 at scale 1 and offset 1.5 came back as 126: another weight than the one measured."""
-    width, m = 2**bits, 1024
-    grid = ValueGrid((1 + torch.arange(m)[:, None] / m).half(), torch.full((m,), offset).half(), bits, width)
-    codes = torch.arange(width, dtype=torch.uint8).expand(m, -1)
-    values = grid.magnitudes(codes, torch.arange(width))
-    mask = torch.ones(m, width, dtype=torch.bool)
-    packed = pack(Decomposition(mask, values, torch.ones(m, 1), torch.ones(1, width), ~mask, grid), dtype)
-    parts = packed.parts()
-    assert torch.equal(unpack_codes(parts["codes"], bits + packed.spec.sign_in_code, width), codes)
-    assert torch.equal(packed.spec.from_parts(parts).values, packed.values)
-    # Nothing is lost but the last bits of FP16 numbers: a sixteenth of a step where bfloat16 lost half of one.
-    steps = (packed.values.float() - values).abs() / grid.scales.float()
-    assert steps.max() <= 0.5 * 2.0**-10 * (offset + width)
+@pytest.mark.parametrize("k", [8, 16, 25, 40])
+def test_both_places_of_signs_at_every_number_of_bits(bits, k):
+    """Of 40 entries: the plane takes less with many kept ones; from 17 to 24 it depends."""
+    weight = made_up(3, 40, k, bits, 16)
+    parts = weight.parts()
+    assert ("states" in parts) == weight.spec.sign_in_code == (k <= 16)
+    assert torch.equal(weight.spec.from_parts(parts).dense(), weight.dense(torch.float16))
 
 
-def test_a_magnitude_that_fits_into_bfloat16_alone():
-    """Another value type would not help."""
-    decomposition = on_a_grid(torch.full((1, 8), 3e6), kept=8, bits=7, group_size=8)
-    with pytest.raises(SlabError, match="layer: a value does not fit into torch.float16: ignore this layer"):
-        pack(decomposition, torch.bfloat16, "layer")
+def test_a_row_by_hand():
+    """Five entries, the second and fourth kept, 3-bit codes 5 and 6 with signs − and +, s = 0.5, a = 1.5."""
+    spec = CodedSpec(1, 5, kept=2, bits=3, group_size=128, factor_dtype=torch.float16)
+    assert spec.sign_in_code
+    half = torch.float16
+    parts = {
+        "states": as_bytes([[1 + 0 * 3 + 2 * 9 + 0 * 27 + 1 * 81]]),  # + kept − kept +
+        "codes": as_bytes([[0b1101 | 0b0110 << 4]]),
+        "scales": torch.tensor([[0.5]], dtype=half),
+        "offsets": torch.tensor([1.5], dtype=half),
+        "left": torch.tensor([[2.0]], dtype=half),
+        "right": torch.tensor([[1.0, 9.0, 3.0, 9.0, 5.0]], dtype=half),
+    }
+    assert spec.from_parts(parts).dense().tolist() == [[2.0, -3.25, -6.0, 3.75, 10.0]]
 
 
-@given(coded())
-def test_paper_bits_are_those_of_the_decomposition(decomposition):
-    assert pack(decomposition, torch.float16).spec.paper_bits == decomposition.bits()
-
-
-@given(st.integers(1, 40), st.integers(1, 200), st.integers(1, LARGEST_BITS), st.integers(1, 300), st.floats(0.5, 9))
-def test_a_budget_in_true_bits_is_used_up(m, n, bits, group_size, per_weight):
-    fitting = [k for k in range(1, n + 1) if 8 * coded_bytes((m, n), k, bits, group_size) <= per_weight * m * n]
-    assert kept_within((m, n), per_weight, bits, group_size) == max(fitting, default=0)
-
-
-@given(st.integers(1, 300), st.integers(1, LARGEST_BITS), st.data())
-def test_signs_lie_where_they_take_less(n, bits, data):
-    k = data.draw(st.integers(1, n))
-    in_codes = -(-n // 5) + -(-k * (bits + 1) // 8)
-    in_a_plane = 2 * -(-n // 8) + -(-k * bits // 8)
-    assert signs_in_codes(n, k, bits) == (in_codes <= in_a_plane)
-
-
-def test_true_size_of_three_bit_values():
-    decomposition = on_a_grid(torch.randn(64, 640), kept=320, bits=3, group_size=128)
+def test_true_and_paper_size_of_three_bit_values():
+    spec = CodedSpec(64, 640, kept=320, bits=3, group_size=128, factor_dtype=torch.bfloat16)
     # Two bitmaps, 320 codes of 3 bits, 5 scales and an offset in every row; the factors.
-    assert pack(decomposition, torch.float16).nbytes == 64 * (2 * 80 + 120 + 2 * 6) + 2 * (64 + 640)
+    assert spec.nbytes == 64 * (2 * 80 + 120 + 2 * 6) + 2 * (64 + 640)
+    # Positions are free.
+    assert spec.paper_bits == 64 * (3 * 320 + 640 + 16 * 6) + 16 * (64 + 640)
 
 
-@pytest.mark.parametrize("kept", [10, 35])
-def test_corrupted_planes_are_refused(kept):
-    packed = pack(on_a_grid(torch.randn(6, 40), kept, bits=2, group_size=16), torch.float16)
-    parts = packed.parts()
-    plane = parts["states" if packed.spec.sign_in_code else "positions"]
-    assert ("states" in parts) == (kept == 10)
+@pytest.mark.parametrize("shift", [-18, 0, 18])
+def test_factors_that_fp16_holds_after_a_shift(shift):
+    """Numbers of bfloat16 beyond both ends of FP16: a power of two goes from one factor to the other."""
+    weight = made_up(4, 12, 5, 3, 4, factor_dtype=torch.bfloat16)
+    left, right = weight.left * 2.0**shift, weight.right * 2.0**-shift
+    packed = weight.spec.from_parts(weight.parts() | {"left": left, "right": right})
+    assert torch.equal(packed.dense(), weight.dense(torch.float16))
+    assert packed.left.dtype == packed.right.dtype == torch.float16
+
+
+@pytest.mark.parametrize("part", ["left", "right"])
+@pytest.mark.parametrize("value", [2.0**-30, 1e30, math.inf, math.nan])
+def test_factors_too_far_apart_are_refused(part, value):
+    weight = made_up(4, 12, 5, 3, 4, factor_dtype=torch.bfloat16)
+    parts = weight.parts()
+    parts[part].view(-1)[0] = value
+    with pytest.raises(SlabError, match=r"layer: factors of an older format that torch\.float16 cannot hold: compress"):
+        weight.spec.from_parts(parts, "layer")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("zero", [["left"], ["right"], ["left", "right"]])
+def test_factors_of_zeros(zero, dtype):
+    """No power of two makes them as large as the other factor: that was refused."""
+    weight = made_up(4, 12, 5, 3, 4, factor_dtype=dtype)
+    parts = weight.parts()
+    for part in zero:
+        parts[part].zero_()
+    dense = weight.spec.from_parts(parts).dense()
+    assert torch.equal(dense != 0, torch.tensor([[j in kept for j in range(12)] for kept in weight.kept]))
+
+
+@pytest.mark.parametrize("k", [10, 35])
+def test_rows_that_keep_a_wrong_number_of_entries_are_refused(k):
+    weight = made_up(6, 40, k, bits=2, group_size=16)
+    parts = weight.parts()
+    plane = parts["states" if weight.spec.sign_in_code else "positions"]
+    assert ("states" in parts) == (k == 10)
     plane[4, 2] = 1 if plane[4, 2] == 0 else 0
     with pytest.raises(SlabError, match="layer: corrupted plane, row 4 keeps"):
-        packed.spec.from_parts(parts, "layer")
+        weight.spec.from_parts(parts, "layer")
+
+
+def test_grids_are_fp16_unless_a_file_says_otherwise():
+    assert GRID_DTYPE == made_up(1, 3, 1, 2, 3).spec.grid_dtype == torch.float16

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from slablm import SlabError
 from slablm.methods.alphabet import Alphabet, level_count, written
 from slablm.methods.rotation import Rotation
+from slablm.packing import pack
 from slablm.packing.symbols import pack_symbols
 from slablm.packing.tiles import pack_tiles, padded_columns, tiled_shape, unpack_tiles
 
@@ -77,6 +78,15 @@ def test_parts_are_bit_exact(weight):
     assert torch.equal(read.unpack().symbols(), weight.symbols())
     rotation = 0 if weight.rotation is None else 72  # it is in config.json
     assert packed.spec.paper_bits == weight.bits() - rotation
+
+
+def test_pack_takes_symbols_as_they_are():
+    """Whatever type other methods' numbers are stored in."""
+    weight = random_symbols(5, 70, 4, block=2)
+    packed, expected = pack(weight, torch.bfloat16), pack_symbols(weight)
+    assert packed.spec == expected.spec
+    for name, tensor in packed.parts().items():
+        assert torch.equal(tensor, expected.parts()[name])
 
 
 @pytest.mark.parametrize("part", ["scales", "levels", "left", "right"])

@@ -1,11 +1,10 @@
 """The calibration windows on their way through the blocks.
 
-Up to three streams of hidden states walk side by side, and every block is run on all of them:
+Up to two streams of hidden states walk side by side, and every block is run on both:
 
     windows   all tokens; from them come the statistics of every layer, and with the last ones errors are measured
     probes    with a budget in true bits: the first tokens of the first windows, to see how sensitive a block is to
               each of its layers (`slablm.calibration.sensitivity`)
-    pieces    with refinement: shorter pieces of the windows, for its steps (`slablm.compression.refinement`)
 
 Each has calls of its own, as masks and positions are as long as what is run.
 
@@ -17,11 +16,9 @@ behind a block is its drift (`slablm.methods.drift`).
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from slablm.calibration.activations import Activations
 from slablm.calibration.capture import capture_block_calls, collect_stats
@@ -39,7 +36,6 @@ if TYPE_CHECKING:
 # One window in so many is kept back for the methods that need it.
 HELD_OUT_SHARE = 8
 PROBES, PROBE_TOKENS = 2, 512
-PIECES, PIECE_TOKENS = 72, 512
 
 
 class BlockSource(Protocol):
@@ -122,17 +118,10 @@ class Calibration:
         self._compressed = range(len(mine))
         self._dense = range(len(mine), len(mine) + len(unseen))
         probes = calibrating[: PROBES if config.bits_per_weight is not None else 0, :PROBE_TOKENS]
-        pieces = _pieces(calibrating) if config.refine else windows[:0]
         windows = windows[[*mine, *unseen]]
         with source.outside():
             self._windows = Stream(model, blocks, windows, source, source.activations(len(windows)))
             self._probes = Stream(model, blocks, probes, source)
-            self._pieces = Stream(model, blocks, pieces, source)
-
-    @property
-    def pieces(self) -> Activations:
-        """Hidden states of the pieces in front of the current block."""
-        return self._pieces.hidden
 
     def sensitivity(self, index: int, layers: dict[str, nn.Linear]) -> dict[str, float]:
         """How sensitive a block is to its target layers, by name; empty where budgets are even."""
@@ -156,23 +145,6 @@ class Calibration:
             world=self._world,
         )
 
-    def dense_outputs(self, index: int) -> Activations:
-        """Hidden states behind a block that is still dense, for every piece."""
-        outputs = Activations(len(self.pieces))
-        for states in self.pieces:
-            outputs.append(self._pieces.run(index, states))
-        return outputs
-
-    def run_with(self, index: int, weights: dict[nn.Linear, Tensor], states: Tensor) -> Tensor:
-        """A block on one piece, with other weights in some of its layers, and differentiable in them."""
-        block = self._blocks[index]
-        given = {f"{name}.weight": weights[m] for name, m in block.named_modules() if m in weights}
-
-        def run(*args: Any, **kwargs: Any) -> Any:
-            return functional_call(block, given, args, kwargs)
-
-        return self._pieces.calls[index](run, states)
-
     def propagate_dense(self, index: int) -> None:
         """Run a block that is still dense on the copies of the unseen windows."""
         self._windows.propagate(index, self._dense)
@@ -180,8 +152,7 @@ class Calibration:
     def propagate(self, index: int) -> None:
         """Run a block, whose weights are Ŵ by now, on everything else."""
         self._windows.propagate(index, self._compressed)
-        for stream in (self._probes, self._pieces):
-            stream.propagate(index)
+        self._probes.propagate(index)
 
     def drift(self) -> Drift | None:
         """The drift behind the block that all have passed, the same on every rank; None without unseen windows."""
@@ -190,21 +161,6 @@ class Calibration:
         hidden, last = self._windows.hidden, self._compressed[len(self._compressed) - len(self._dense) :]
         mine = [Squares.of(hidden[dense], hidden[i]) for i, dense in zip(last, self._dense, strict=True)]
         return Drift.of([squares for theirs, _ in self._world.gather(mine, {}) for squares in theirs])
-
-
-def _pieces(windows: Tensor) -> Tensor:
-    """At most `PIECES` pieces of at most `PIECE_TOKENS` tokens, from all over the windows, in their order.
-
-    Where all windows begin with the same token, a BOS token, each piece does.
-    """
-    begin = windows[:, :1] if len(windows) > 1 and (windows[:, 0] == windows[0, 0]).all() else windows[:, :0]
-    body = windows[:, begin.shape[1] :]
-    length = min(PIECE_TOKENS - begin.shape[1], body.shape[1])
-    each = body.shape[1] // length
-    pieces = body[:, : each * length].reshape(-1, length)
-    pieces = torch.cat([begin.repeat_interleave(each, dim=0), pieces], dim=1)
-    count = min(PIECES, len(pieces))
-    return pieces[torch.arange(count) * len(pieces) // count]
 
 
 def _unseen(share: range, calibrating: int) -> range:

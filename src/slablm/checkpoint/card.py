@@ -161,8 +161,8 @@ def _cell(value: object) -> str:
 def _shown_settings(config: CompressionConfig) -> dict[str, Any]:
     """Settings worth a row; a calibration file by its name only."""
     settings = config.to_dict()
-    for key in ("method", "ratio", "value_bits", "group_size"):  # shown above, or of the quantizers
-        del settings[key]
+    for key in ("method", "ratio", "bits_per_weight", "value_bits"):  # shown above, or of the quantizers
+        settings.pop(key, None)
     settings["calibration"] = Excerpt.parse(config.calibration).name
     return {
         key: ", ".join(value) if isinstance(value, list) else value for key, value in settings.items() if value != []

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +18,38 @@ import torch
 
 from slablm.checkpoint.config_file import json_digest
 from slablm.checkpoint.files import WAY_OUT
-from slablm.checkpoint.guard import FIRST_WITH_FP16_GRID, check_version
+from slablm.checkpoint.guard import FIRST_WITH_FP16_GRID, FIRST_WITH_SYMBOLS, check_version
 from slablm.checkpoint.shards import DTYPES, Piece
 from slablm.config import VALUE_DTYPES
 from slablm.errors import SlabError
+from slablm.methods.alphabet import FEWEST_BITS, MOST_BITS
 from slablm.methods.drift import Drift
-from slablm.methods.grid import LARGEST_BITS
-from slablm.packing import GRID_DTYPE, PackedSpec
+from slablm.methods.rotation import Rotation
+from slablm.packing import GRID_DTYPE, CodedSpec, PackedSpec, Spec, SymbolSpec
+from slablm.packing.coded import LARGEST_BITS
 
-_PLANES = (".states", ".positions")  # one of them is there in every compressed layer, and in no other
-_DECODING = ("kept", "rank", "signs", "value_bits", "group_size", "grid_dtype")
+_PLANES = (".states", ".positions", ".symbols")  # one of them is there in every compressed layer, and in no other
+_ERRORS = ("output_error", "unseen_error")
 # What magnitudes on a grid were rounded to before they became FP16 numbers in every model.
 _OLD_GRID = "bfloat16"
 # Of errors, in config.json.
 _DECIMALS = 6
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModuleSpec:
-    """What `config.json` says about one compressed layer.
+    """What `config.json` says about one compressed layer, whatever its form.
 
     Attributes:
-        kept: entries k kept per row.
-        rank: rank of the factors.
-        signs: ternary states (True) or a bitmap of positions (False).
         output_error: relative output error measured while compressing.
         unseen_error: the same on text that calibrated nothing; None if it was not measured.
-        value_bits: bits of a code if the values lie on a grid, else None.
-        group_size: columns that share a scale of the grid, else None.
-        grid_dtype: type of magnitudes on the grid, where that is not FP16.
     """
 
-    kept: int
-    rank: int
-    signs: bool
     output_error: float
     unseen_error: float | None = None
-    value_bits: int | None = None
-    group_size: int | None = None
-    grid_dtype: str | None = None
 
-    @classmethod
-    def from_json(cls, name: str, entry: Any) -> ModuleSpec:
+    @staticmethod
+    def from_json(name: str, entry: Any) -> ModuleSpec:
         """Read an entry of ``modules``.
 
         Args:
@@ -71,27 +61,135 @@ class ModuleSpec:
         """
         if not isinstance(entry, dict):
             raise _damaged(f"modules is damaged: {name!r} is no object")
-        known = {field.name for field in fields(cls)}
+        form = SymbolModule if "symbol_bits" in entry else RowModule
+        known = {field.name: field.default is MISSING for field in fields(form)}
         if unknown := sorted(map(str, entry.keys() - known)):
             raise _damaged(f"modules is damaged: {name!r} has an unknown entry {unknown[0]!r}")
-        for key in ("kept", "rank", "signs", "output_error"):
-            if key not in entry:
+        for key, needed in known.items():
+            if needed and key not in entry:
                 raise _damaged(f"modules is damaged: {name!r} has no {key!r}")
-        spec = cls(**entry)
-        for key, right in spec._checks().items():
+        spec = form(**entry)
+        errors = {key: value is None or _is_finite(value) for key in _ERRORS if (value := entry.get(key)) is not None}
+        for key, right in (spec._checks() | {"output_error": _is_finite(spec.output_error)} | errors).items():
             if not right:
                 raise _damaged(f"modules is damaged: {key!r} of {name!r} is {getattr(spec, key)!r}")
         return spec
 
     def _checks(self) -> dict[str, bool]:
         """Whether each entry has the right type and range; what needs the layer's shape is left to `check_parts`."""
+        raise NotImplementedError
+
+    def packed(self, out_features: int, in_features: int, value_dtype: torch.dtype) -> Spec:
+        """What is stored of this layer.
+
+        Args:
+            out_features: m.
+            in_features: n.
+            value_dtype: the checkpoint's.
+
+        Raises:
+            ValueError: an entry does not fit the shape.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def of(
+        spec: PackedSpec | SymbolSpec, value_dtype: torch.dtype, output_error: float, unseen_error: float | None
+    ) -> ModuleSpec:
+        """What is said about a packed weight; errors are rounded to six decimals.
+
+        Args:
+            spec: what is stored.
+            value_dtype: the checkpoint's.
+            output_error: as measured.
+            unseen_error: as measured.
+        """
+        output_error = round(output_error, _DECIMALS)
+        unseen_error = None if unseen_error is None else round(unseen_error, _DECIMALS)
+        if isinstance(spec, SymbolSpec):
+            return SymbolModule(
+                output_error=output_error,
+                unseen_error=unseen_error,
+                symbol_bits=spec.bits,
+                group_size=spec.group_size,
+                rotation=None if spec.rotation is None else spec.rotation.block,
+                seed=None if spec.rotation is None else spec.rotation.seed,
+            )
+        return RowModule(
+            output_error=output_error,
+            unseen_error=unseen_error,
+            kept=spec.kept,
+            rank=spec.rank,
+            signs=spec.signs,
+            value_dtype=None if spec.value_dtype == value_dtype else str(spec.value_dtype).removeprefix("torch."),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready form; what a layer does not have is left out."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SymbolModule(ModuleSpec):
+    """A layer with one symbol per weight.
+
+    Attributes:
+        symbol_bits: bits of a symbol.
+        group_size: columns that share a scale.
+        rotation: block of the rotation of the inputs; None if there is none.
+        seed: of its signs.
+    """
+
+    symbol_bits: int
+    group_size: int
+    rotation: int | None = None
+    seed: int | None = None
+
+    def _checks(self) -> dict[str, bool]:
+        return {
+            "symbol_bits": _is_int(self.symbol_bits) and FEWEST_BITS <= self.symbol_bits <= MOST_BITS,
+            "group_size": _is_int(self.group_size) and self.group_size >= 1,
+            "rotation": self.rotation is None or (_is_int(self.rotation) and self.rotation >= 1),
+            "seed": self.seed is None if self.rotation is None else _is_int(self.seed),
+        }
+
+    def packed(self, out_features: int, in_features: int, value_dtype: torch.dtype) -> SymbolSpec:
+        """As `ModuleSpec.packed`."""
+        rotation = None
+        if self.rotation is not None and self.seed is not None:
+            rotation = Rotation(in_features, self.rotation, self.seed)
+        return SymbolSpec(out_features, in_features, self.symbol_bits, self.group_size, rotation)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowModule(ModuleSpec):
+    """A layer that keeps some entries of every row.
+
+    Attributes:
+        kept: entries k kept per row.
+        rank: rank of the factors.
+        signs: ternary states (True) or a bitmap of positions (False).
+        value_dtype: type of values and factors, where it is not the checkpoint's.
+        value_bits: bits of a code if the values lie on a grid (formats 2 to 5), else None.
+        group_size: columns that share a scale of the grid, else None.
+        grid_dtype: type of magnitudes on the grid, where that is not FP16.
+    """
+
+    kept: int
+    rank: int
+    signs: bool
+    value_dtype: str | None = None
+    value_bits: int | None = None
+    group_size: int | None = None
+    grid_dtype: str | None = None
+
+    def _checks(self) -> dict[str, bool]:
         coded = self.value_bits is not None
         return {
             "kept": _is_int(self.kept) and self.kept >= 0,
             "signs": self.signs is True or (self.signs is False and not coded),
             "rank": _is_int(self.rank) and (self.rank == 1 if coded else self.rank >= 0),
-            "output_error": _is_finite(self.output_error),
-            "unseen_error": self.unseen_error is None or _is_finite(self.unseen_error),
+            "value_dtype": self.value_dtype is None or (self.value_dtype in VALUE_DTYPES and not coded),
             "value_bits": not coded or (_is_int(self.value_bits) and 1 <= (self.value_bits or 0) <= LARGEST_BITS),
             "group_size": (_is_int(self.group_size) and (self.group_size or 0) >= 1)
             if coded
@@ -99,39 +197,16 @@ class ModuleSpec:
             "grid_dtype": self.grid_dtype is None or (coded and self.grid_dtype == _OLD_GRID),
         }
 
-    def packed(self, out_features: int, in_features: int, value_dtype: torch.dtype) -> PackedSpec:
-        """What is stored of this layer."""
+    def packed(self, out_features: int, in_features: int, value_dtype: torch.dtype) -> PackedSpec | CodedSpec:
+        """As `ModuleSpec.packed`."""
+        shape = out_features, in_features
+        if self.kept > in_features:
+            raise ValueError(f"keeps {self.kept} of the {in_features} entries of a row")
+        if self.value_bits is None or self.group_size is None:
+            own = value_dtype if self.value_dtype is None else getattr(torch, self.value_dtype)
+            return PackedSpec(*shape, self.kept, self.rank, self.signs, own)
         grid_dtype = GRID_DTYPE if self.grid_dtype is None else getattr(torch, self.grid_dtype)
-        return PackedSpec(
-            out_features,
-            in_features,
-            self.kept,
-            self.rank,
-            self.signs,
-            value_dtype,
-            self.value_bits,
-            self.group_size,
-            grid_dtype,
-        )
-
-    @classmethod
-    def of(cls, spec: PackedSpec, output_error: float, unseen_error: float | None) -> ModuleSpec:
-        """What is said about a packed weight; errors are rounded to six decimals."""
-        old_grid = spec.value_bits is not None and spec.grid_dtype != GRID_DTYPE
-        return cls(
-            spec.kept,
-            spec.rank,
-            spec.signs,
-            round(output_error, _DECIMALS),
-            None if unseen_error is None else round(unseen_error, _DECIMALS),
-            spec.value_bits,
-            spec.group_size,
-            _OLD_GRID if old_grid else None,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; what a layer does not have is left out."""
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        return CodedSpec(*shape, self.kept, self.value_bits, self.group_size, value_dtype, grid_dtype)
 
 
 @dataclass(frozen=True)
@@ -165,9 +240,13 @@ class Description:
             name: entry if isinstance(entry, ModuleSpec) else ModuleSpec.from_json(name, entry)
             for name, entry in modules.items()
         }
+        if format_version < FIRST_WITH_SYMBOLS:
+            for name, spec in specs.items():
+                if isinstance(spec, SymbolModule):
+                    raise _damaged(f"is damaged: {name!r} has symbols, which format {format_version} has not", "")
         if format_version < FIRST_WITH_FP16_GRID and value_dtype == _OLD_GRID:
             # An old file means the numbers that were measured when it was written.
-            specs = {n: s if s.value_bits is None else replace(s, grid_dtype=_OLD_GRID) for n, s in specs.items()}
+            specs = {name: _on_old_grid(spec) for name, spec in specs.items()}
         return cls(specs, value_dtype, format_version)
 
     @property
@@ -181,10 +260,16 @@ class Description:
     def digest(self) -> str:
         """Digest of what decides decoding; see FORMAT.md. Errors and settings are not part of it."""
         modules = {
-            name: {key: value for key, value in spec.to_dict().items() if key in _DECODING}
+            name: {key: value for key, value in spec.to_dict().items() if key not in _ERRORS}
             for name, spec in self.modules.items()
         }
         return json_digest({"modules": modules, "value_dtype": self.value_dtype})
+
+
+def _on_old_grid(spec: ModuleSpec) -> ModuleSpec:
+    if isinstance(spec, RowModule) and spec.value_bits is not None:
+        return replace(spec, grid_dtype=_OLD_GRID)
+    return spec
 
 
 def read_drift(entries: Any) -> tuple[Drift, ...]:
@@ -217,7 +302,7 @@ def _read_block(index: int, entry: Any) -> Drift:
     return Drift(**entry)
 
 
-def check_parts(description: Description, pieces: Mapping[str, Piece], where: Path) -> dict[str, PackedSpec]:
+def check_parts(description: Description, pieces: Mapping[str, Piece], where: Path) -> dict[str, Spec]:
     """Compare every part of every compressed layer with the headers of the files.
 
     Args:
@@ -242,18 +327,14 @@ def check_parts(description: Description, pieces: Mapping[str, Piece], where: Pa
     return specs
 
 
-def _check_layer(
-    name: str, module: ModuleSpec, dtype: torch.dtype, pieces: Mapping[str, Piece], where: Path
-) -> PackedSpec:
+def _check_layer(name: str, module: ModuleSpec, dtype: torch.dtype, pieces: Mapping[str, Piece], where: Path) -> Spec:
     left, right = (_piece(pieces, f"{name}.{part}", where).shape for part in ("left", "right"))
     if len(left) != 2 or len(right) != 2:
         raise SlabError(f"{where}: a factor of {name!r} is no matrix: {WAY_OUT}")
-    spec = module.packed(left[0], right[1], dtype)
-    if spec.kept > spec.in_features:
-        raise SlabError(
-            f"{where}: config.json says that {name!r} keeps {spec.kept} of the {spec.in_features} entries of a row: "
-            f"{WAY_OUT}"
-        )
+    try:
+        spec = module.packed(left[0], right[1], dtype)
+    except ValueError as error:
+        raise SlabError(f"{where}: config.json is wrong about {name!r}: {error}: {WAY_OUT}") from error
     for part, (shape, part_dtype) in spec.parts().items():
         piece = _piece(pieces, f"{name}.{part}", where)
         if piece.shape != shape or DTYPES[piece.dtype] != part_dtype:

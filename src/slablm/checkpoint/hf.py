@@ -30,8 +30,9 @@ from slablm.checkpoint.verification import check_inside, open_checkpoint
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods.drift import Drift
+from slablm.packing import CodedSpec, PackedSpec
 from slablm.runtime import kernels
-from slablm.runtime.linear import SlabLinear
+from slablm.runtime.linear import RowLinear, SlabLinear
 from slablm.runtime.narrow import narrow_matrices
 from slablm.runtime.replace_module import replace_module
 
@@ -133,16 +134,29 @@ class SlabHfQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check the planes and make `save_pretrained` write the complete format again."""
         _widen(model)
+        self._renew(model)
         narrow_matrices(model, getattr(torch, self.quantization_config.value_dtype))
         use_kernels(model)  # checks the planes of the layers it takes
         for name in self.quantization_config.modules:
             layer = model.get_submodule(name)
             assert isinstance(layer, SlabLinear)
-            if layer.native is None:
+            if not layer.runs_native:
                 layer.validate(name)
         _own_memory(model)
         _use_own_save(model)
         return model
+
+    def _renew(self, model: PreTrainedModel) -> None:
+        """Take layers of an older format over into the present one; accelerate's own (offloading) stay as they are."""
+        config = self.quantization_config
+        for name, module in config.modules.items():
+            layer = model.get_submodule(name)
+            if isinstance(layer, RowLinear) and not hasattr(layer, "_hf_hook"):
+                layer.renew(name)
+                if isinstance(layer.spec, PackedSpec):
+                    config.modules[name] = ModuleSpec.of(
+                        layer.spec, config.description.dtype, module.output_error, module.unseen_error
+                    )
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
         """The tensors to save and the header's metadata, digests included."""
@@ -232,7 +246,9 @@ def describe(
     for report in reports:
         layer = model.get_submodule(report.name)
         assert isinstance(layer, SlabLinear)
-        modules[report.name] = ModuleSpec.of(layer.spec, report.output_error, report.unseen_error)
+        assert not isinstance(layer.spec, CodedSpec)
+        dtype = getattr(torch, config.value_dtype or "")
+        modules[report.name] = ModuleSpec.of(layer.spec, dtype, report.output_error, report.unseen_error)
     quantization_config = SlabQuantizationConfig(modules, config.value_dtype or "", config, drift=drift)
     model.config.quantization_config = quantization_config
     return quantization_config
@@ -278,10 +294,10 @@ def use_kernels(model: nn.Module, value_bits: int = 16) -> None:
     for name, layer in model.named_modules():
         if not isinstance(layer, SlabLinear) or hasattr(layer, "_hf_hook"):
             continue
-        if layer.native is None:
+        if not layer.runs_native:
             wanted = kernels.backend(layer.device).name != kernels.REFERENCE
         else:  # a loaded model has its runtime layout already; 8-bit values are made from it
-            wanted = layer.native.scales is None and value_bits != 16
+            wanted = value_bits != layer.value_bits
         if wanted:
             layer.use_native(value_bits, name)
 

@@ -11,9 +11,8 @@ from slablm.checkpoint.description import ModuleSpec
 from slablm.checkpoint.files import weight_files
 from slablm.checkpoint.layer_report import LayerReport, drift_summary, size_summary
 from slablm.checkpoint.verification import open_checkpoint
-from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.methods.drift import Drift
-from slablm.packing import PackedSpec
+from slablm.packing import Spec, SymbolSpec
 
 __all__ = ["Inspection", "SizeOnDisk", "inspect_folder", "read_quantization_config"]
 
@@ -61,9 +60,10 @@ class Inspection(SizeOnDisk):
     drift: tuple[Drift, ...] = ()
 
     @property
-    def kept_fraction(self) -> float:
-        """Share of the target weights that are kept as values."""
-        return sum(layer.kept_fraction * layer.weights for layer in self.layers) / self.weights
+    def kept_fraction(self) -> float | None:
+        """Share of the target weights that are kept as values; None where all have symbols."""
+        kept = [layer.kept_fraction * layer.weights for layer in self.layers if layer.kept_fraction is not None]
+        return sum(kept) / self.weights if kept else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form."""
@@ -80,6 +80,7 @@ class Inspection(SizeOnDisk):
                     "name": layer.name,
                     "shape": list(layer.shape),
                     "kept_fraction": layer.kept_fraction,
+                    "symbol_bits": layer.symbol_bits,
                     "bits_per_weight": layer.bits_per_weight,
                     "compression_ratio": layer.compression_ratio,
                     "output_error": layer.output_error,
@@ -118,18 +119,17 @@ def inspect_folder(folder: Path, variant: str | None = None) -> Inspection:
     )
 
 
-def _report(name: str, module: ModuleSpec, stored: PackedSpec) -> LayerReport:
+def _report(name: str, module: ModuleSpec, stored: Spec) -> LayerReport:
     return LayerReport(
         name,
         (stored.out_features, stored.in_features),
-        kept_fraction=stored.kept / stored.in_features,
+        kept_fraction=None if isinstance(stored, SymbolSpec) else stored.kept / stored.in_features,
         paper_bits=stored.paper_bits,
         true_bits=8 * stored.nbytes,
         output_error=module.output_error,
         seconds=0.0,
         unseen_error=module.unseen_error,
-        value_bits=module.value_bits or PAPER_VALUE_BITS,
-        group_size=module.group_size,
+        symbol_bits=stored.bits if isinstance(stored, SymbolSpec) else None,
     )
 
 

@@ -18,26 +18,31 @@ class LayerReport:
     Attributes:
         name: full name of the module.
         shape: (m, n).
-        kept_fraction: share of the entries that are kept as values of their own.
+        kept_fraction: share of the entries that are kept as values of their own; None where every entry has a symbol.
         paper_bits: size in the paper's accounting (positions not counted).
         true_bits: size with everything a reader needs.
         output_error: ‖(W − Ŵ) Xᵀ‖_F / ‖W Xᵀ‖_F on sampled calibration inputs.
         seconds: time of the decomposition.
         unseen_error: the same on inputs from text that calibrated nothing; None if there was no such text.
-        value_bits: bits of a kept entry: 16, or those of a code of a grid.
-        group_size: columns that share a scale of the grid; None without one.
+        symbol_bits: bits of a symbol; None where entries are kept.
     """
 
     name: str
     shape: tuple[int, int]
-    kept_fraction: float
+    kept_fraction: float | None
     paper_bits: int
     true_bits: int
     output_error: float
     seconds: float
     unseen_error: float | None = None
-    value_bits: int = PAPER_VALUE_BITS
-    group_size: int | None = None
+    symbol_bits: int | None = None
+
+    @property
+    def form(self) -> str:
+        """What there is of an entry, for tables: the bits of its symbol, or which share of the entries is kept."""
+        if self.symbol_bits is not None:
+            return f"{self.symbol_bits} bits"
+        return "" if self.kept_fraction is None else f"kept {self.kept_fraction:.4f}"
 
     @property
     def weights(self) -> int:

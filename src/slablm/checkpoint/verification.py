@@ -27,7 +27,7 @@ from slablm.checkpoint.files import (
 )
 from slablm.checkpoint.shards import Piece, TensorFile
 from slablm.errors import SlabError
-from slablm.packing import PackedSpec
+from slablm.packing import Spec
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Checkpoint:
 
     files: tuple[TensorFile, ...]
     record: integrity.Record
-    specs: dict[str, PackedSpec]
+    specs: dict[str, Spec]
 
     @property
     def pieces(self) -> dict[str, Piece]:

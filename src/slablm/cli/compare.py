@@ -52,7 +52,7 @@ def compare(
     ),
     bits: Annotated[str, typer.Option(help="Bits per code of the quantizers rtn, gptq and awq.")] = "3,4,8",
     group_size: Annotated[str, typer.Option(help="Group sizes of the quantizers.")] = "128",
-    bits_per_weight: Annotated[str, typer.Option(help="True bits per weight of further cells of slab+.")] = "",
+    bits_per_weight: Annotated[str, typer.Option(help="True bits per weight of the cells of slab+.")] = "4",
     rival: Annotated[
         list[str] | None,
         typer.Option(help="A compressed model from a file, as NAME=PATH (GGUF or a folder); repeat for several."),

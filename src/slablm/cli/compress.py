@@ -23,7 +23,6 @@ def compress(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the compressed checkpoint.")],
     *,
     settings: options.Settings,
-    refine: options.Refine = False,
     seed: options.Seed = 0,
     overwrite: Annotated[bool, typer.Option(help="Replace a model, or its files, that OUT already holds.")] = False,
     resume: Annotated[bool, typer.Option(help="Go on with an unfinished run into OUT, if there is one.")] = False,

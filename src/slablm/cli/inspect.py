@@ -34,13 +34,13 @@ def _print_table(inspection: Inspection) -> None:
 
     table = TextTable(title="Compressed layers", box=SIMPLE)
     table.add_column("layer", no_wrap=True)
-    for column in ("shape", "kept", "bits", "ratio", "error", "unseen"):
+    for column in ("shape", "form", "bits", "ratio", "error", "unseen"):
         table.add_column(column, justify="right", no_wrap=True)
     for layer in inspection.layers:
         table.add_row(
             layer.name,
             f"{layer.shape[0]}×{layer.shape[1]}",
-            f"{layer.kept_fraction:.4f}",
+            layer.form,
             f"{layer.bits_per_weight:.3f}",
             f"{layer.compression_ratio:.4f}",
             f"{layer.output_error:.4f}",
@@ -48,7 +48,7 @@ def _print_table(inspection: Inspection) -> None:
         )
     shown = console()
     shown.print(table)
-    shown.print("bits: true bits per weight; ratio: the paper's compression ratio")
+    shown.print("form: bits of a symbol, or share of kept entries; bits: true bits per weight; ratio: the paper's")
     shown.print("error: relative output error on calibration text; unseen: on text that calibrated nothing")
     if inspection.drift:
         last, mean = inspection.drift[-1], mean_drift(inspection.drift)
@@ -58,7 +58,7 @@ def _print_table(inspection: Inspection) -> None:
         )
     shown.print(
         f"total: {len(inspection.layers)} layers, {inspection.weights / 1e6:.1f} M weights, "
-        f"kept {inspection.kept_fraction:.4f}, {inspection.bits_per_weight:.3f} true bits per weight, "
+        f"{inspection.bits_per_weight:.3f} true bits per weight, "
         f"compression ratio {inspection.compression_ratio:.4f} (paper), {human_bytes(inspection.file_bytes)} on disk"
     )
     shown.print("integrity: every tensor matches its digest")

@@ -24,12 +24,13 @@ Model = Annotated[
 ]
 Dense = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file or 'smollm2'.")]
 Method = Annotated[str, typer.Option(help="slab+, slab (the paper's), wanda, magnitude or an arm of the ablation.")]
-Ratio = Annotated[float, typer.Option(help="Compression ratio in the paper's accounting.")]
-BitsPerWeight = Annotated[
-    float | None, typer.Option(help="slab+: true bits per weight, instead of a ratio; chooses bits and kept entries.")
+Ratio = Annotated[
+    float | None, typer.Option(help="Compression ratio in the paper's accounting; not of slab+. [default: 0.5]")
 ]
-MagnitudeBits = Annotated[int | None, typer.Option(help="slab+: bits of a kept magnitude, 1 to 7.")]
-GroupSize = Annotated[int, typer.Option(help="slab+: columns that share a scale of the magnitudes.")]
+BitsPerWeight = Annotated[
+    float | None, typer.Option(help="True bits per weight of slab+, the most that a block has. [default: 4]")
+]
+GroupSize = Annotated[int, typer.Option(help="slab+: columns that share a scale.")]
 PatternText = Annotated[str, typer.Option(help="unstructured, 2:4, 4:8 or any N:M (N of every M survive).")]
 Rank = Annotated[int, typer.Option(help="Rank of the low-rank part.")]
 Iterations = Annotated[int, typer.Option(help="Rounds of alternating minimisation.")]
@@ -48,9 +49,6 @@ Bos = Annotated[
 TargetNames = Annotated[list[str] | None, typer.Option("--targets", help="Modules to compress; repeat for several.")]
 IgnoredNames = Annotated[list[str] | None, typer.Option("--ignore", help="Modules to leave dense; repeat for several.")]
 ValueDtype = Annotated[str | None, typer.Option(help="Stored values: float16 or bfloat16.")]
-Refine = Annotated[
-    bool, typer.Option("--refine", help="Then refine each block as a whole, by a few steps of Adam; takes longer.")
-]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
 MaxMemory = Annotated[
     str | None,
@@ -66,9 +64,8 @@ class Settings:
     """What a compression is like, as it is typed; the fields are called like those of `CompressionConfig`."""
 
     method: Method = "slab+"
-    ratio: Ratio = 0.5
+    ratio: Ratio = None
     bits_per_weight: BitsPerWeight = None
-    magnitude_bits: MagnitudeBits = None
     group_size: GroupSize = 128
     pattern: PatternText = "unstructured"
     rank: Rank = 1

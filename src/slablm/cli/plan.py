@@ -64,15 +64,15 @@ def _show(plan: Plan) -> None:
 
 
 def _tables(plan: Plan) -> list[Table]:
-    layers = _table("Layers", "layer", "number", "shape", "kept", "bits", "ratio")
+    layers = _table("Layers", "layer", "number", "shape", "form", "bits", "ratio")
     if plan.outlook is None:
         return []
-    groups: dict[tuple[str, tuple[int, int]], list[Any]] = {}
+    groups: dict[tuple[str, tuple[int, int], str], list[Any]] = {}
     for report in plan.outlook.size.layers:
-        groups.setdefault((_without_number(report.name), report.shape), []).append(report)
-    for (name, (m, n)), reports in groups.items():
+        groups.setdefault((_without_number(report.name), report.shape, report.form), []).append(report)
+    for (name, (m, n), form), reports in groups.items():
         r = reports[0]
-        sizes = f"{r.kept_fraction:.4f}", f"{r.bits_per_weight:.3f}", f"{r.compression_ratio:.4f}"
+        sizes = form, f"{r.bits_per_weight:.3f}", f"{r.compression_ratio:.4f}"
         layers.add_row(name, str(len(reports)), f"{m}×{n}", *sizes)
     return [layers, *_needs(plan)]
 

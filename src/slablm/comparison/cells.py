@@ -7,7 +7,7 @@ For the paper's Table I by default:
 - every pruning method with every N:M pattern, at ratio 1 − N/M and no other. That is the ratio the pattern stands for:
   a plain pruner with 2:4 removes half of the weights whatever smaller ratio one asks for, and above it the pattern is
   hardly felt. So 2:4 and 4:8 are cells at 50 %, also when 0.5 is not among the ratios;
-- `slab+` also with every budget in true bits;
+- `slab+` with every budget in true bits;
 - every quantizer (`rtn`, `gptq`, `awq` and plain forms) with every number of bits and every group size; ratio and
   pattern mean nothing to it.
 
@@ -22,9 +22,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from slablm.comparison.rivals import DENSE, Rival
-from slablm.config import CompressionConfig
+from slablm.config import DEFAULT_BITS, CompressionConfig, Pattern
 from slablm.errors import SlabError
-from slablm.methods import METHODS, get_method
+from slablm.methods import get_method
 
 FROM_FILE = "from a file"
 
@@ -64,10 +64,9 @@ class Cell:
         if self.quantizes:
             return f"{self.config.value_bits} bit, group {self.config.group_size}"
         if self.config.bits_per_weight is not None:
-            size = f"{self.config.bits_per_weight:g} bits"
-        else:
-            size = f"{100 * self.config.ratio:.4g} % {self.config.pattern}"
-        return f"{size}, refined" if self.config.refine else size
+            return f"{self.config.bits_per_weight:g} bits"
+        assert self.config.ratio is not None
+        return f"{100 * self.config.ratio:.4g} % {self.config.pattern}"
 
     @property
     def label(self) -> str:
@@ -92,7 +91,7 @@ class Grid:
         patterns: ``unstructured`` and N:M patterns.
         value_bits: bits per code, of the quantizers.
         group_sizes: columns that share a scale, of the quantizers.
-        budgets: true bits per weight of further cells of `slab+`.
+        budgets: true bits per weight, of `slab+`.
         draws: how often each cell is measured, with one draw of calibration windows after the other.
     """
 
@@ -101,7 +100,7 @@ class Grid:
     patterns: tuple[str, ...] = ("unstructured", "2:4", "4:8")
     value_bits: tuple[int, ...] = (3, 4, 8)
     group_sizes: tuple[int, ...] = (128,)
-    budgets: tuple[float, ...] = ()
+    budgets: tuple[float, ...] = (DEFAULT_BITS,)
     draws: int = 1
 
     def cells(self, base: CompressionConfig, *, alone: bool = True) -> list[Cell]:
@@ -115,15 +114,18 @@ class Grid:
             SlabError: an unknown method, a ratio or pattern out of range, or nothing to measure.
         """
         known = {method: get_method(method) for method in self.methods}
-        pruners = [method for method, traits in known.items() if not traits.quantizes]
-        quantizers = [method for method, traits in known.items() if traits.quantizes]
-        configs = [replace(base, method=method, **at) for at in self._pruner_settings() for method in pruners]
-        configs += [replace(base, method=method, **at) for at in self._quantizer_settings() for method in quantizers]
         by_bits = [method for method, traits in known.items() if traits.takes_true_bits]
-        if self.budgets and not by_bits:
-            able = ", ".join(name for name, traits in METHODS.items() if traits.takes_true_bits)
-            raise SlabError(f"a budget in true bits is for method {able!r}: name it as well")
-        configs += [replace(base, method=method, bits_per_weight=bits) for bits in self.budgets for method in by_bits]
+        quantizers = [method for method, traits in known.items() if traits.quantizes]
+        pruners = [method for method in known if method not in (*by_bits, *quantizers)]
+        base = replace(base, method=DENSE, ratio=None, bits_per_weight=None)  # each method has a size of its own kind
+        grids = (
+            (self._pruner_settings(), pruners),
+            (self._quantizer_settings(), quantizers),
+            (({"ratio": None, "bits_per_weight": bits} for bits in self.budgets), by_bits),
+        )
+        configs = [
+            replace(base, method=method, **at) for settings, methods in grids for at in settings for method in methods
+        ]
         if not configs and alone:
             raise SlabError("nothing to compare: name at least one method, and a ratio and pattern for it")
         # The same value given twice is one cell.
@@ -132,7 +134,7 @@ class Grid:
 
     def _pruner_settings(self) -> Iterator[dict[str, Any]]:
         for pattern in self.patterns:
-            n_of_m = CompressionConfig(pattern=pattern).n_of_m
+            n_of_m = Pattern.parse(pattern)
             ratios = self.ratios if n_of_m is None else [1 - n_of_m.survivors / n_of_m.group]
             yield from ({"ratio": ratio, "pattern": pattern} for ratio in ratios)
 

@@ -253,7 +253,7 @@ def _compress(model: PreTrainedModel, cell: Cell, conditions: Conditions, on_ste
     from slablm.compression.blocks import compress_blocks
     from slablm.compression.preparation import prepare_model
     from slablm.dense.targets import select_targets
-    from slablm.runtime.linear import unpack_layers
+    from slablm.runtime.replace_module import unpack_layers
 
     if cell.config is None:
         return []

@@ -38,7 +38,7 @@ from slablm.dense.opening import empty_model
 from slablm.dense.targets import find_blocks
 from slablm.errors import SlabError
 from slablm.methods import METHODS
-from slablm.runtime.linear import unpack_layers
+from slablm.runtime.replace_module import unpack_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -5,7 +5,6 @@ front of it produce, so that every layer is fitted to what it will really see:
 
     for each block:  run it dense on all windows, collecting statistics
                      decompose its linear layers
-                     refine them together, if that is asked for
                      run it compressed on all windows; the outputs are the next block's inputs
 
 A few windows that calibrate nothing also walk through the dense blocks, to see how far the two streams drift apart.
@@ -26,26 +25,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from slablm.calibration.activations import Activations
 from slablm.calibration.stream import Calibration
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.stored import rounded, value_dtype
 from slablm.compression.layer import compress_layer
-from slablm.compression.refinement import refine
 from slablm.compression.store import BlockStore, FinishedBlock
 from slablm.config import CompressionConfig
 from slablm.dense.targets import Targets, find_blocks
 from slablm.errors import SlabError
 from slablm.methods import LayerStats
 from slablm.methods.allocation import Demand, allot, log_error
-from slablm.methods.slab_plus import sensible_budgets
-from slablm.packing import PackedWeight
+from slablm.packing import Packed
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.replace_module import replace_module
 from slablm.system.distributed import ALONE, World, assign
@@ -85,8 +81,7 @@ def compress_blocks(
         windows: token ids for all ranks, [windows, seq_len]: the first `config.num_samples` calibrate; with any that
             follow only errors are measured.
         config: method and settings.
-        on_layer: called after each layer with (layers done, layers in all, report); refinement comes later, and only
-            the reports that are returned know of it.
+        on_layer: called after each layer with (layers done, layers in all, report).
         store: where blocks come from and go to.
         world: the ranks that divide the work; of more than one, all get the same blocks.
 
@@ -127,13 +122,9 @@ def compress_blocks(
             stats = calibrated.stats(index, layers)
             calibrated.propagate_dense(index)
             layers = {name: layer for name, layer in layers.items() if name in stats}
-            dense = _DenseBlock.of(index, layers, stats, calibrated) if config.refine else None
             with mapped_apart(above=_HEAP_PIECE):
                 configs = world.tell(_layer_configs(layers, stats, sensitivity, config))
                 finished = _compress_layers(layers, stats, configs, note, world)
-            if dense is not None and finished.packed:  # a yardstick has nothing that could be refined
-                finished = dense.refined(finished, calibrated, config.seed)
-                _use_approximations(layers, finished.packed)
         reports += finished.reports
         if calibrated is not None:
             _round_unreached(model, set(targets.names[index]) - {report.name for report in finished.reports}, config)
@@ -168,20 +159,23 @@ def _round_unreached(model: nn.Module, names: Collection[str], config: Compressi
 def _layer_configs(
     layers: dict[str, nn.Linear], stats: dict[str, LayerStats], sensitivity: dict[str, float], config: CompressionConfig
 ) -> dict[str, CompressionConfig]:
-    """Settings of each layer of a block: a budget in true bits is the mean of what the layers get."""
+    """Settings of each layer of a block: a budget in true bits is the most that they get together."""
     budget = config.bits_per_weight
-    if budget is None or not sensitivity:
+    if budget is None:
         return dict.fromkeys(layers, config)
-    unknown = math.exp(sum(map(math.log, sensitivity.values())) / len(sensitivity))
+    known = [math.log2(value) for value in sensitivity.values()]
+    unknown = sum(known) / len(known) if known else 0.0
     demands = []
     for name, layer in layers.items():
         gram = stats[name].gram
         assert gram is not None
-        least, most = sensible_budgets((layer.out_features, layer.in_features), config.group_size)
-        importance = math.log2(sensitivity.get(name, unknown)) + log_error(layer.weight, gram / stats[name].tokens)
-        demands.append(Demand(layer.weight.numel(), importance, min(least, budget), max(most, budget)))
-    budgets = allot(budget, demands)
-    return {name: replace(config, bits_per_weight=bits) for name, bits in zip(layers, budgets, strict=True)}
+        importance = math.log2(sensitivity[name]) if name in sensitivity else unknown
+        importance += log_error(layer.weight, gram / stats[name].tokens)
+        demands.append(Demand.of((layer.out_features, layer.in_features), config.group_size, importance))
+    return {
+        name: replace(config, bits_per_weight=demand.sizes[chosen])
+        for name, demand, chosen in zip(layers, demands, allot(budget, demands), strict=True)
+    }
 
 
 def _compress_layers(
@@ -220,50 +214,6 @@ def _compress_layers(
     return finished
 
 
-@dataclass(frozen=True)
-class _DenseBlock:
-    """What refinement has to know of a block after its layers were replaced.
-
-    Attributes:
-        index: which block.
-        layers: its target layers by full name; they hold Ŵ by the time of `refined`.
-        weights: their dense weights.
-        stats: statistics of their inputs, without Gram matrices.
-        outputs: hidden states behind the dense block, for every piece.
-    """
-
-    index: int
-    layers: dict[str, nn.Linear]
-    weights: dict[str, Tensor]
-    stats: dict[str, LayerStats]
-    outputs: Activations
-
-    @classmethod
-    def of(
-        cls, index: int, layers: dict[str, nn.Linear], stats: dict[str, LayerStats], calibrated: Calibration
-    ) -> _DenseBlock:
-        """Look at a block while it is dense."""
-        weights = {name: layer.weight.detach() for name, layer in layers.items()}
-        small = {name: replace(known, gram=None, held_out=None) for name, known in stats.items()}
-        return cls(index, layers, weights, small, calibrated.dense_outputs(index))
-
-    def refined(self, finished: FinishedBlock, calibrated: Calibration, seed: int) -> FinishedBlock:
-        """The block's layers after refinement, with the errors that they have now."""
-
-        def run(weights: dict[str, Tensor], states: Tensor) -> Tensor:
-            given = {self.layers[name]: weight.to(self.weights[name].dtype) for name, weight in weights.items()}
-            return calibrated.run_with(self.index, given, states)
-
-        packed = refine(finished.packed, run, calibrated.pieces, self.outputs, seed)
-        reports = []
-        for report in finished.reports:
-            name = report.name
-            stats, weight, refined = self.stats[name], self.weights[name], packed[name].dense()
-            error, unseen = stats.output_error(weight, refined), stats.unseen_error(weight, refined)
-            reports.append(replace(report, output_error=error, unseen_error=unseen))
-        return FinishedBlock(packed, reports)
-
-
 def _exchange(mine: FinishedBlock, names: Collection[str], world: World) -> FinishedBlock:
     """The layers that all ranks have finished, in the order of `names`; with several ranks they must be packed."""
     if world.size == 1:
@@ -280,7 +230,7 @@ def _exchange(mine: FinishedBlock, names: Collection[str], world: World) -> Fini
     return FinishedBlock({name: packed[name] for name in present}, [reports[name] for name in present])
 
 
-def _use_approximations(layers: dict[str, nn.Linear], packed: dict[str, PackedWeight]) -> None:
+def _use_approximations(layers: dict[str, nn.Linear], packed: dict[str, Packed]) -> None:
     """Give layers the weights Ŵ that `_compress_layers` gave them in an earlier run: the same bits."""
     for name, weight in packed.items():
         if name in layers:

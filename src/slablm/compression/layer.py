@@ -11,14 +11,13 @@ from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.stored import value_dtype
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods import Decomposition, LayerStats, PrunedWeight, get_method
-from slablm.methods.budget import PAPER_VALUE_BITS
-from slablm.packing import PackedWeight, pack
+from slablm.methods import Decomposition, LayerStats, PrunedWeight, SymbolWeight, get_method
+from slablm.packing import Packed, pack
 
 
 def compress_layer(
     name: str, weight: Tensor, stats: LayerStats, config: CompressionConfig
-) -> tuple[LayerReport, Tensor, PackedWeight | None]:
+) -> tuple[LayerReport, Tensor, Packed | None]:
     """Run the method on one weight and round the result as it is stored.
 
     Args:
@@ -42,26 +41,25 @@ def compress_layer(
         torch.cuda.synchronize(weight.device)
     seconds = time.perf_counter() - start
     dtype = value_dtype(config, weight.dtype)
-    packed: PackedWeight | None = None
-    kept, grid = 1.0, None
-    if isinstance(result, Decomposition):
+    packed: Packed | None = None
+    kept: float | None = None
+    if isinstance(result, Decomposition | SymbolWeight):
         packed = pack(result, dtype, name)
-        approximation, true_bits, kept = packed.dense(), 8 * packed.nbytes, result.kept / weight.shape[1]
-        grid = result.grid
+        approximation, true_bits, paper_bits = packed.dense(), 8 * packed.nbytes, packed.spec.paper_bits
+        kept = result.kept / weight.shape[1] if isinstance(result, Decomposition) else None
     else:
-        approximation, true_bits = result.dense(), result.true_bits()
+        approximation, true_bits, paper_bits = result.dense(), result.true_bits(), result.bits()
         if isinstance(result, PrunedWeight):
             approximation, kept = approximation.to(dtype).float(), result.values.numel() / weight.numel()
     report = LayerReport(
         name=name,
         shape=result.shape,
         kept_fraction=kept,
-        paper_bits=result.bits(),
+        paper_bits=paper_bits,
         true_bits=true_bits,
         output_error=stats.output_error(weight, approximation),
         seconds=seconds,
         unseen_error=stats.unseen_error(weight, approximation),
-        value_bits=PAPER_VALUE_BITS if grid is None else grid.bits,
-        group_size=None if grid is None else grid.group_size,
+        symbol_bits=result.symbol_bits if isinstance(result, SymbolWeight) else None,
     )
     return report, approximation, packed

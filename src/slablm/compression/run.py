@@ -96,8 +96,6 @@ def compress_folder(
             f"{config.num_samples} calibration windows cannot be divided among {world.size} ranks: "
             f"use --num-samples {world.size} or more, or fewer ranks"
         )
-    if config.refine and world.size > 1:
-        raise SlabError(f"--refine needs a single process, not {world.size} ranks")
     check_dense(source)
     if not world.first:
         return _help(source, out, config, options)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from slablm.calibration.activations import Activations
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.methods.drift import Drift
-from slablm.packing import PackedWeight
+from slablm.packing import Packed
 
 
 @dataclass
@@ -26,7 +26,7 @@ class FinishedBlock:
         drift: behind the block; None if there was no text to measure it on.
     """
 
-    packed: dict[str, PackedWeight] = field(default_factory=dict)
+    packed: dict[str, Packed] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
     drift: Drift | None = None
 

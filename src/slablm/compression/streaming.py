@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from slablm.calibration.activations import Activations
+from slablm.checkpoint.description import ModuleSpec
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.stored import rounded, stored_form
 from slablm.compression.journal import Journal, block_key, outside_key
@@ -32,7 +33,6 @@ from slablm.config import CompressionConfig
 from slablm.dense.opening import DenseModel, is_parameter, put, tensor_names
 from slablm.dense.targets import Targets, find_blocks
 from slablm.methods.drift import Drift
-from slablm.packing import PackedSpec
 from slablm.system.finite import check_finite
 
 
@@ -118,6 +118,7 @@ class StreamedBlocks(BlockStore):
         assert self._journal is not None
         pieces, notes = self._journal.pieces(block_key(index)), self._journal.notes(block_key(index))
         reports = [LayerReport(**{**entry, "shape": tuple(entry["shape"])}) for entry in notes["reports"]]
+        modules = {name: ModuleSpec.from_json(name, entry) for name, entry in notes["modules"].items()}
         drift = None if notes["drift"] is None else Drift(**notes["drift"])
         packed = {}
         for report in reports:
@@ -125,7 +126,8 @@ class StreamedBlocks(BlockStore):
             read = {
                 key.removeprefix(f"{report.name}."): piece.read().to(self._dense.device) for key, piece in part.items()
             }
-            packed[report.name] = _spec(report, read).from_parts(read, report.name)
+            spec = modules[report.name].packed(*report.shape, self._value_dtype)
+            packed[report.name] = spec.from_parts(read, report.name)
         return FinishedBlock(packed, reports, drift)
 
     def finish(self, index: int, block: FinishedBlock) -> None:
@@ -135,10 +137,15 @@ class StreamedBlocks(BlockStore):
             state = self._blocks[index].state_dict(prefix=self._name(index))
             tensors = {name: self._stored(name, tensor) for name, tensor in state.items()}
             drift = None if block.drift is None else vars(block.drift)
-            notes = {"reports": [vars(report) for report in block.reports], "drift": drift}
+            modules = {report.name: self._described(report, block).to_dict() for report in block.reports}
+            notes = {"reports": [vars(report) for report in block.reports], "drift": drift, "modules": modules}
             self._journal.put(block_key(index), tensors, notes)
         self._release(index)
         self._loaded = None
+
+    def _described(self, report: LayerReport, block: FinishedBlock) -> ModuleSpec:
+        spec = block.packed[report.name].spec
+        return ModuleSpec.of(spec, self._value_dtype, report.output_error, report.unseen_error)
 
     def _name(self, index: int) -> str:
         return f"{self._prefix}.{index}."
@@ -164,10 +171,3 @@ class StreamedBlocks(BlockStore):
         """Put a block on the meta device."""
         for name, tensor in self._blocks[index].state_dict(prefix=self._name(index)).items():
             put(self._dense.model, [name], tensor.to("meta"))
-
-
-def _spec(report: LayerReport, parts: dict[str, Tensor]) -> PackedSpec:
-    """What the packed parts of a layer are."""
-    (m, n), left, coded = report.shape, parts["left"], report.group_size is not None
-    kept, bits = round(report.kept_fraction * n), report.value_bits if coded else None
-    return PackedSpec(m, n, kept, left.shape[1], coded or "states" in parts, left.dtype, bits, report.group_size)

@@ -1,4 +1,4 @@
-"""Uneven budgets: how many bits each layer of a block gets.
+"""Uneven budgets: how many bits the symbols of each layer of a block have.
 
 Rate-distortion theory says how the output error of a layer depends on its bits b per weight. With n inputs of
 correlation H = XᵀX / tokens, coding each of m rows of variance σ² with error feedback costs
@@ -7,16 +7,13 @@ correlation H = XᵀX / tokens, coding each of m rows of variance σ² with erro
 
 (the transform-coding gain: error feedback does as well as coding the inputs' principal components, whose mean in
 logarithms is det(H)^{1/n}; Chen et al. 2025, "The geometry of LLM quantization", arXiv 2507.18553, says the same of
-GPTQ as Babai's nearest plane). The ideal ρ is 2. SLaB's form spends bits on positions, and ρ = `RATE` fits what was
-measured. On SmolLM2's layers the formula, with H damped as the sweep has it, predicts the measured error of a block's
-layers among each other within 9 % (root mean square).
+GPTQ as Babai's nearest plane), with ρ = 2 at best, and about that was measured with symbols. On SmolLM2's layers the
+formula, with H damped as the sweep has it, predicts the measured error of a block's layers among each other within 9 %
+(root mean square).
 
-What an error does to the block is its sensitivity s (`slablm.calibration.sensitivity`). Minimising Σ s D at a given
-total Σ m n b asks for equal s D per weight in all layers:
-
-    b_l = level + log₂ (s_l σ_l² det(H_l)^{1/n_l}) / ρ
-
-within the bounds of each layer, where the level is what meets the budget.
+What an error does to the block is its sensitivity s (`slablm.calibration.sensitivity`). Σ s D is to be as small as
+possible within a total Σ m n b. Symbols have whole numbers of bits, and each bit helps less than the one before: so
+layers begin with the fewest, and whichever gains most per bit that it takes gets one more, until nothing fits any more.
 """
 
 from __future__ import annotations
@@ -28,12 +25,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from slablm.errors import SlabError
+from slablm.methods.budget import SYMBOL_BITS, symbol_bytes
 from slablm.methods.sweep import inverse_factor
 
-# log₂ of the factor by which a layer's squared output error falls with each bit per weight; measured on SmolLM2 between
-# 2.5 and 4.5 bits.
-RATE = 1.6
-_HALVINGS = 60
+# log₂ of the factor by which a layer's squared output error falls with each bit of a symbol.
+RATE = 2.0
 
 
 @dataclass(frozen=True)
@@ -43,36 +40,51 @@ class Demand:
     Attributes:
         weights: m · n.
         importance: log₂ of s σ² det(H)^{1/n}; only differences between layers matter.
-        least: fewest bits per weight it can have.
-        most: most bits per weight it can use.
+        sizes: true bits per weight with symbols of 2, 3, 4 and 5 bits, ascending.
     """
 
     weights: int
     importance: float
-    least: float
-    most: float
+    sizes: tuple[float, ...]
+
+    @classmethod
+    def of(cls, shape: tuple[int, int], group_size: int, importance: float = 0.0) -> Demand:
+        """Of a layer of shape (m, n)."""
+        m, n = shape
+        sizes = tuple(8 * symbol_bytes(shape, bits, group_size) / (m * n) for bits in SYMBOL_BITS)
+        return cls(m * n, importance, sizes)
 
 
-def allot(budget: float, demands: Sequence[Demand]) -> list[float]:
-    """Bits per weight of every layer.
+def allot(budget: float, demands: Sequence[Demand]) -> list[int]:
+    """Which of its sizes every layer gets.
 
     Args:
-        budget: mean bits per weight, weighted by the number of weights; where no level within all bounds meets it, as
-            much of it as the bounds allow.
-        demands: of the layers.
+        budget: the most bits per weight that they may have together.
+        demands: of the layers; of equal ones the first gets more.
+
+    Raises:
+        SlabError: even the smallest sizes are too large.
     """
+    chosen = [0] * len(demands)
+    total = sum(d.weights for d in demands)
+    left = budget * total * (1 + 1e-9) - sum(d.weights * d.sizes[0] for d in demands)
+    if left < 0:
+        least = sum(d.weights * d.sizes[0] for d in demands) / total
+        raise SlabError(f"{budget:g} bits per weight are too few: use at least {math.ceil(100 * least) / 100}")
 
-    def at(level: float) -> list[float]:
-        return [min(max(level + d.importance / RATE, d.least), d.most) for d in demands]
+    def cost(i: int) -> float:
+        return demands[i].weights * (demands[i].sizes[chosen[i] + 1] - demands[i].sizes[chosen[i]])
 
-    total = budget * sum(d.weights for d in demands)
-    low = min(d.least - d.importance / RATE for d in demands)
-    high = max(d.most - d.importance / RATE for d in demands)
-    for _ in range(_HALVINGS):
-        middle = (low + high) / 2
-        spent = sum(bits * d.weights for bits, d in zip(at(middle), demands, strict=True))
-        low, high = (middle, high) if spent <= total else (low, middle)
-    return at(low)
+    def gain(i: int) -> float:
+        """Up to the same for all: log₂ of the fall of Σ s D per bit."""
+        demand = demands[i]
+        return demand.importance - RATE * chosen[i] - math.log2(cost(i) / demand.weights)
+
+    while fitting := [i for i, d in enumerate(demands) if chosen[i] + 1 < len(d.sizes) and cost(i) <= left]:
+        best = max(fitting, key=gain)
+        left -= cost(best)
+        chosen[best] += 1
+    return chosen
 
 
 def log_error(weight: Tensor, gram: Tensor) -> float:

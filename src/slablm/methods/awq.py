@@ -33,8 +33,8 @@ from slablm.config import CompressionConfig
 from slablm.methods.decomposition import LayerStats
 from slablm.methods.quantizers import nearest
 from slablm.methods.results import QuantizedWeight
-from slablm.methods.slab_plus import output_error, positive
-from slablm.methods.sweep import required_gram
+from slablm.methods.sweep import positive, required_gram
+from slablm.methods.trials import output_error
 from slablm.methods.uniform import clipped_grids
 
 ALPHAS = tuple(step / 20 for step in range(21))
@@ -55,7 +55,7 @@ def awq(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Quantiz
     weight, gram = weight.float(), required_gram(stats, "awq").to(weight.device, torch.float32)
     norms = positive(gram.diagonal().sqrt())
     tried = (scaled(weight, gram, input_scales(norms, alpha), config) for alpha in ALPHAS)
-    return min(tried, key=lambda result: output_error(weight, result, gram))
+    return min(tried, key=lambda result: output_error(weight, result.dense(), gram))
 
 
 def input_scales(norms: Tensor, alpha: float) -> Tensor:

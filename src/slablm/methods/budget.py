@@ -7,27 +7,23 @@ At compression ratio CR with b-bit values, SLaB spends per weight (arXiv 2604.04
 of a dense b-bit weight. Positions are *not* counted. A pure pruner has no signs and no factors, so p = 1 − CR. The
 number of entries kept in each row of n is k = ⌊p n⌋.
 
-With values in b bits on a grid (`grid`) positions are counted: a budget is then in true bits, those of a file.
+A weight with one symbol per entry (`alphabet`) has no positions. It takes, all counted,
 
-    k codes of b bits, and their signs      in every row; together with the plane, see below
-    ⌈n / group_size⌉ scales, one offset     in every row, 16 bits each
-    r (m + n)                               numbers in the factors, 16 bits each
-
-A sign can be in one of two places, whichever takes less. With *signs in the codes*, a row has n ternary states, five
-to a byte, and k codes of b + 1 bits; with *signs in a plane*, two bitmaps and k codes of b bits. The second takes less
-when more than two in five entries are kept.
+    p bits        of every entry, rows filled up to a multiple of 4 and columns to one of 64 (`slablm.packing.tiles`)
+    16 bits       of each of m ⌈n / group_size⌉ scales, 2^(p−1) − 1 levels, and m + n numbers of the factors
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from dataclasses import dataclass
 
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
+from slablm.methods.alphabet import FEWEST_BITS, MOST_BITS, level_count
 
 PAPER_VALUE_BITS = 16
+SYMBOL_BITS = tuple(range(FEWEST_BITS, MOST_BITS + 1))
 
 # floor(p n) must not lose an entry to the rounding of p: (1 − 0.9) · 10 is 0.9999999999999998 in binary.
 _ROUNDING = 1e-9
@@ -41,13 +37,24 @@ class RowBudget:
         kept: entries k kept per row.
         rank: rank r of the factors.
         signs: whether signs are stored.
-        bits: bits of a magnitude on a grid; None for values in 16 bits.
     """
 
     kept: int
     rank: int
     signs: bool
-    bits: int | None = None
+
+
+@dataclass(frozen=True)
+class SymbolBudget:
+    """What is stored of a weight with one symbol per entry.
+
+    Attributes:
+        bits: p, bits of a symbol.
+        group_size: columns that share a scale.
+    """
+
+    bits: int
+    group_size: int
 
 
 def overhead(shape: tuple[int, int], rank: int, signs: bool) -> float:
@@ -77,6 +84,7 @@ def kept_per_row(shape: tuple[int, int], config: CompressionConfig, rank: int, s
     """
     n = shape[1]
     spent = overhead(shape, rank, signs)
+    assert config.ratio is not None
     k = math.floor((1 - config.ratio - spent) * n + _ROUNDING)
     where = f"layer {name}" if name else "a weight"
     if k < 1:
@@ -95,39 +103,37 @@ def kept_per_row(shape: tuple[int, int], config: CompressionConfig, rank: int, s
     return k
 
 
-def signs_in_codes(n: int, k: int, bits: int) -> bool:
-    """Whether a row of n with k codes of b bits takes no more bytes with the signs in the codes."""
-    in_codes, in_a_plane = _row_bytes(n, k, bits)
-    return in_codes <= in_a_plane
-
-
-def _row_bytes(n: int, k: int, bits: int) -> tuple[int, int]:
-    """Bytes of a row's planes and codes: with the signs in the codes, and in a plane."""
-    return -(-n // 5) + -(-k * (bits + 1) // 8), 2 * -(-n // 8) + -(-k * bits // 8)
-
-
-def coded_bytes(shape: tuple[int, int], k: int, bits: int, group_size: int) -> int:
-    """Bytes in a file of a rank-1 SLaB weight with values on a grid.
+def symbol_bytes(shape: tuple[int, int], bits: int, group_size: int) -> int:
+    """Bytes in a file of a weight with one symbol per entry.
 
     Args:
         shape: (m, n).
-        k: entries kept per row.
-        bits: bits of a code.
+        bits: p, bits of a symbol.
         group_size: columns that share a scale.
     """
     m, n = shape
-    return m * (min(_row_bytes(n, k, bits)) + 2 * (-(-n // group_size) + 1)) + 2 * (m + n)
+    tiles = -(-m // 4) * 4 * (-(-n // 64) * 64) * bits // 8
+    return tiles + 2 * (m * -(-n // group_size) + level_count(bits) + m + n)
 
 
-def kept_within(shape: tuple[int, int], bits_per_weight: float, bits: int, group_size: int) -> int:
-    """The largest k ≤ n whose `coded_bytes` are within a budget; 0 if there is none.
+def symbol_budget(shape: tuple[int, int], bits_per_weight: float, group_size: int) -> SymbolBudget:
+    """The most bits of a symbol that a budget allows.
 
     Args:
         shape: (m, n).
         bits_per_weight: true bits per weight, file headers not counted.
-        bits: bits of a code.
         group_size: columns that share a scale.
+
+    Raises:
+        SlabError: even the fewest are too many.
     """
     m, n = shape
-    fits = bits_per_weight * m * n
-    return bisect_right(range(1, n + 1), fits, key=lambda k: 8 * coded_bytes(shape, k, bits, group_size))
+    allowed = bits_per_weight * m * n * (1 + _ROUNDING)
+    fitting = [p for p in SYMBOL_BITS if 8 * symbol_bytes(shape, p, group_size) <= allowed]
+    if not fitting:
+        least = 8 * symbol_bytes(shape, SYMBOL_BITS[0], group_size) / (m * n)
+        raise SlabError(
+            f"{bits_per_weight:g} bits per weight are too few for a weight with shape {m}x{n}: use at least "
+            f"{math.ceil(100 * least) / 100}, or ignore this layer"
+        )
+    return SymbolBudget(fitting[-1], group_size)

@@ -22,8 +22,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slablm.methods.grid import ValueGrid
-
 
 @dataclass(frozen=True)
 class LayerStats:
@@ -88,8 +86,7 @@ class Decomposition:
         left: u, [m, r]; r is 0 for a pure pruner.
         right: vᵀ, [r, n].
         signs: the ±1 matrix W_B as [m, n] bool, True for −1; None when W_L is used without signs. Its entries at
-            kept positions carry no meaning, unless there is a grid.
-        grid: where the values lie if they are stored as codes. Then `signs` is the sign at every position.
+            kept positions carry no meaning.
     """
 
     mask: Tensor
@@ -97,7 +94,6 @@ class Decomposition:
     left: Tensor
     right: Tensor
     signs: Tensor | None
-    grid: ValueGrid | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -125,9 +121,7 @@ class Decomposition:
         """Exact bits in the paper's accounting: values, sign bits and factors; positions not counted."""
         m, n = self.shape
         signs = m * n if self.signs is not None else 0
-        kept = m * self.kept
-        values = value_bits * kept if self.grid is None else self.grid.bits * kept + self.grid.true_bits()
-        return values + value_bits * self.rank * (m + n) + signs
+        return value_bits * m * self.kept + value_bits * self.rank * (m + n) + signs
 
 
 def low_rank(left: Tensor, right: Tensor) -> Tensor:

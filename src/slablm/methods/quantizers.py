@@ -32,8 +32,8 @@ from torch import Tensor
 from slablm.config import CompressionConfig
 from slablm.methods.decomposition import LayerStats
 from slablm.methods.results import QuantizedWeight
-from slablm.methods.slab_plus import output_error, trial_rows
 from slablm.methods.sweep import BLOCK_SIZE, Block, column_sweep, required_gram
+from slablm.methods.trials import output_error, trial_rows
 from slablm.methods.uniform import (
     Grids,
     clipped_grids,
@@ -97,7 +97,7 @@ def gptq(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Quanti
         return swept(weight, gram, grids, falling(gram), DAMPINGS[0], config)
     damping = best_damping(weight, gram, held_out, grids, config)
     fed, plain = swept(weight, gram, grids, falling(gram), damping, config), nearest(weight, grids, config)
-    return fed if output_error(weight, fed, held_out) < output_error(weight, plain, held_out) else plain
+    return fed if output_error(weight, fed.dense(), held_out) < output_error(weight, plain.dense(), held_out) else plain
 
 
 def weighted_grids(weight: Tensor, importance: Tensor, config: CompressionConfig) -> Grids:
@@ -136,7 +136,7 @@ def best_damping(weight: Tensor, gram: Tensor, held_out: Tensor, grids: Grids, c
     sample, theirs = weight[rows], (grids[0][rows], grids[1][rows])
 
     def error(damping: float) -> float:
-        return output_error(sample, swept(sample, gram, theirs, falling(gram), damping, config), held_out)
+        return output_error(sample, swept(sample, gram, theirs, falling(gram), damping, config).dense(), held_out)
 
     return min(DAMPINGS, key=error)
 

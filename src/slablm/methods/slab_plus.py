@@ -1,332 +1,206 @@
-"""SLaB with weighted factors, error feedback and few-bit values: ``slab+``.
+"""`slab+`: SLaB with one symbol per weight (`alphabet`), found with error feedback and judged on held-out tokens.
 
-The form is SLaB's, Ŵ = kept entries, ± u_i v_j elsewhere. What differs is how it is found, and how the kept entries are
-stored. With G = XᵀX the output error of a weight is ‖(W − Ŵ) Xᵀ‖²_F = tr (W − Ŵ) G (W − Ŵ)ᵀ; SLaB only looks at the
-diagonal, d_j² = G_jj, and only to choose what is kept.
+With G = XᵀX the output error of a weight is tr (W − Ŵ) G (W − Ŵ)ᵀ.
 
-1. *Weighted factors.* The rounds of SLaB, but u vᵀ minimises Σ d_j² (|R_ij| − u_i v_j)²: the rank-1 approximation of
-   |R| · d, with v divided by d afterwards.
-2. *Grid.* Kept entries become a sign and a few bits of magnitude (`grid`); with 16 bits they stay as they are.
-3. *Error feedback.* One column sweep (`sweep`) over the columns in order of falling d. A column becomes, entry by
-   entry, its nearest grid point where it is kept and ± u_i v_j where not, and the columns to come make up for the
-   error. Each row keeps as many entries of a block of columns as step 1 gave it there, but chooses them anew when the
-   sweep gets there: those whose keeping lowers (w − ŵ)² / U_jj² most.
-4. *Refit.* With positions, signs and kept entries fixed, the error is quadratic in u and in v, each solved exactly:
+1. *Alphabet.* Background, scales and levels by Lloyd's rounds on |W| (`alphabet_fit`), in FP16: from here on all
+   numbers are those that are stored. Columns count by d_j, not d_j²: what a column with large inputs loses, others will
+   make up for in part.
+2. *Error feedback.* One column sweep (`sweep`) over the columns in order of falling d: each entry becomes the nearest
+   of its 2 (L + 1) values, and the columns to come make up for the error.
+3. *Refit.* v, then u and scales of each row together, by least squares (`alphabet_refit`).
+4. *Descent.* `DESCENTS` times: every entry is looked at again with all others known (`descent`), then step 3 again.
 
-       u_i = t_i G b_i / b_i G b_i,              b_i the row of ± v_j where not kept, t_i the row of W − kept entries
-       (G ⊙ PᵀP) v = Σ_i p_i ⊙ (t_i G),          p_i the row of ± u_i where not kept
-
-5. *Descent.* `DESCENTS` times: every entry is looked at again with all others known (`descent`), by the rules of step
-   3, then u and v are fitted again. Of all steps after the first sweep this gives most.
-6. *Held-out choice.* G is an estimate from some tokens; feedback fits their noise too. On some rows, drawn at random,
-   steps 3 to 5 are tried with each of `DAMPINGS`; what wins is done with all rows, and is the result if its error on
-   tokens that were held back is less than that of steps 1 and 2 alone. So on those tokens feedback never does harm.
-
-A budget in true bits (`CompressionConfig.bits_per_weight`) leaves open how many entries are kept, and in how many bits:
-few fine ones or many coarse ones. The fewest bits with which a share in `SENSIBLE` is kept are tried, and one and two
-more, on the same rows.
+G is an estimate from some tokens, and feedback fits their noise too. So two things are left to tokens that were held
+back (`trials`): on some rows, steps 1 to 3 are tried with the inputs rotated (`rotation`) and not, and with each of
+`DAMPINGS` added to G; what has the smallest error is done with all rows. The result is that, unless step 1 alone is
+better: on those tokens feedback never does harm.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from slablm.config import LARGEST_BUDGET, CompressionConfig
+from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods.budget import coded_bytes, kept_per_row, kept_within
-from slablm.methods.decomposition import Decomposition, LayerStats, low_rank
+from slablm.methods.alphabet import Alphabet, SymbolWeight, nearest_level, written
+from slablm.methods.alphabet_fit import fit_alphabet
+from slablm.methods.alphabet_refit import Draft, Problem, drafted, refit
+from slablm.methods.budget import symbol_budget
+from slablm.methods.decomposition import LayerStats
 from slablm.methods.descent import descent_sweep
-from slablm.methods.grid import LARGEST_BITS, ValueGrid, fit_grid
-from slablm.methods.results import QuantizedWeight
-from slablm.methods.select import kept_columns
-from slablm.methods.slab import alternate, leading_factors, start_basis
-from slablm.methods.sweep import BLOCK_SIZE, Block, Plan, column_sweep, required_gram
+from slablm.methods.rotation import Rotation, largest_block
+from slablm.methods.sweep import (
+    BLOCK_SIZE,
+    Block,
+    Plan,
+    check_finite,
+    column_sweep,
+    damped,
+    positive,
+    required_gram,
+)
+from slablm.methods.trials import output_error, trial_rows
 
-# Shares of the mean diagonal that are added to G: little trust in G, and more. Forms are compared with the first.
+# Shares of the mean diagonal that are added to G: little trust in G, and more.
 DAMPINGS = (0.1, 0.01)
 DESCENTS = 4
-# Share of kept entries that a budget may lead to, and how many numbers of bits are tried within it.
-SENSIBLE = (0.2, 0.97)
-MOST_TRIED = 3
-SAMPLED_ROWS = 64
-# Of the mean diagonal of the matrix that is solved for v.
-_REFIT_DAMPING = 1e-4
 
 
 @dataclass(frozen=True)
-class Form:
-    """How a weight is stored: entries k kept per row, and bits of a magnitude (None for values in 16 bits)."""
+class Way:
+    """How a weight is approximated.
 
-    kept: int
-    bits: int | None
-
-
-def weighted_slab(weight: Tensor, norms: Tensor, stats: LayerStats, config: CompressionConfig, k: int) -> Decomposition:
-    """Step 1: SLaB with factors that are fitted where the inputs are large.
-
-    Args:
-        weight: W, [m, n] float32.
-        norms: d, [n], positive.
-        stats: for the selection.
-        config: `pattern` and `iterations`.
-        k: entries to keep per row.
+    Attributes:
+        bits: p, bits of a symbol.
+        group_size: columns that share a scale.
+        rotation: of the inputs, or None.
+        damping: share of the mean diagonal that is added to G.
     """
-    basis = start_basis(weight * norms, 1)
 
-    def fit(residual: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        nonlocal basis
-        magnitude = torch.abs(residual, out=scratch).mul_(norms)
-        left, right, basis = leading_factors(magnitude, basis, 1)
-        right = right / norms
-        return left, right, torch.copysign(low_rank(left, right), residual)
-
-    return alternate(weight, stats, config, k, fit)
+    bits: int
+    group_size: int
+    rotation: Rotation | None = None
+    damping: float = DAMPINGS[0]
 
 
-def slab_plus(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Decomposition:
+def slab_plus(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> SymbolWeight:
     """Decompose one weight.
 
     Args:
         weight: W, [m, n]; computed in float32 whatever its dtype.
-        stats: `gram`, and `held_out`, the Gram matrix of tokens that are not in `gram`. Without the latter there is no
-            feedback.
-        config: `ratio` or `bits_per_weight`, `pattern`, `iterations`, `magnitude_bits`, `group_size` and `seed`.
+        stats: `gram`, and `held_out`, the Gram matrix of tokens that are not in `gram`. Without the latter nothing is
+            chosen: inputs are not rotated, and the damping is the first.
+        config: `bits_per_weight`, `group_size`, and `seed`, of a rotation's signs and of the rows that are tried.
 
     Raises:
-        SlabError: the budget leaves no entry, the pattern does not divide n, a Gram matrix is missing or not finite, or
-            a value does not fit into an FP16 scale.
+        SlabError: the budget is too small; no Gram matrix, or none that can be factored; weights that are not finite,
+            or do not fit into FP16.
     """
-    weight = weight.float()
-    gram, held_out = required_gram(stats, "slab+"), stats.held_out
-    forms = possible_forms((weight.shape[0], weight.shape[1]), config)
-    if held_out is None:
-        return closed_form(weight, gram, config, forms[0])
-    sample = weight[trial_rows(len(weight), config.seed).to(weight.device)]
-    form, damping = _best_trial(sample, gram, held_out, config, forms)
-    plain = closed_form(weight, gram, config, form)
-    best = fed(weight, gram, plain, damping, choose=config.n_of_m is None)
-    return best if output_error(weight, best, held_out) < output_error(weight, plain, held_out) else plain
+    weight, gram = weight.float(), required_gram(stats, "slab+").to(weight.device, torch.float32)
+    m, n = weight.shape
+    assert config.bits_per_weight is not None
+    bits = symbol_budget((m, n), config.bits_per_weight, config.group_size).bits
+    check_finite(gram)
+    if not torch.isfinite(weight).all():
+        raise SlabError("a weight holds infinity or NaN: load the model in float32, or ignore this layer")
+    if not gram.any():
+        # Without any input all errors are 0: let all entries count alike.
+        gram = torch.eye(n, device=gram.device)
+    if stats.held_out is None:
+        return Trial.of(weight, gram, Way(bits, config.group_size)).descended()
+    held_out = stats.held_out.to(gram)
+    sample = weight[trial_rows(m, config.seed).to(weight.device)]
+
+    def tried(way: Way) -> float:
+        trial = Trial.of(sample, gram, way)
+        return output_error(sample, trial.result(trial.draft).dense(), held_out)
+
+    best = Trial.of(weight, gram, min(_ways(n, bits, config), key=tried))
+    return min(best.descended(), best.plain(), key=lambda result: output_error(weight, result.dense(), held_out))
 
 
-def trial_rows(m: int, seed: int) -> Tensor:
-    """Which of m rows the trials look at: `SAMPLED_ROWS` of them at random, or all; ascending, int64 on the CPU.
+def _ways(n: int, bits: int, config: CompressionConfig) -> list[Way]:
+    """What is tried."""
+    block = largest_block(n)
+    rotations = [None, Rotation(n, block, config.seed % 2**64)] if block > 1 else [None]
+    return [Way(bits, config.group_size, rotation, damping) for rotation in rotations for damping in DAMPINGS]
 
-    Not every so many-th row: a stride that divides the size of a head finds the same channel of all heads, in a q_proj
-    one pair of the rotary embedding.
+
+@dataclass(frozen=True)
+class Trial:
+    """What came of steps 1 to 3.
+
+    Attributes:
+        problem: W and the damped G, both rotated.
+        alphabet: of step 1.
+        draft: of step 3.
+        rotation: of the inputs.
     """
-    # A generator of its own, on the CPU: the same rows on every device and every rank.
-    return torch.randperm(m, generator=torch.Generator().manual_seed(seed))[:SAMPLED_ROWS].sort().values
+
+    problem: Problem
+    alphabet: Alphabet
+    draft: Draft
+    rotation: Rotation | None
+
+    @classmethod
+    def of(cls, weight: Tensor, gram: Tensor, way: Way) -> Trial:
+        """Steps 1 to 3.
+
+        Args:
+            weight: W, [m, n] float32.
+            gram: G, [n, n] float32.
+            way: how.
+        """
+        if way.rotation is not None:
+            weight, gram = way.rotation.rotate(weight), way.rotation.rotate_gram(gram)
+        alphabet = fit_alphabet(weight, positive(gram.diagonal().sqrt()), way.bits, way.group_size).stored()
+        problem = Problem(weight, damped(gram, way.damping))
+        draft = refit(problem, feedback(weight, gram, alphabet, way.damping))
+        return cls(problem, alphabet, draft, way.rotation)
+
+    def result(self, draft: Draft) -> SymbolWeight:
+        """A draft as it is stored."""
+        return written(draft.codes, draft.signs < 0, draft.alphabet, self.rotation)
+
+    def plain(self) -> SymbolWeight:
+        """Step 1 alone: every weight at its nearest value."""
+        return self.result(drafted(rounded(self.problem.weight, self.alphabet), self.alphabet))
+
+    def descended(self) -> SymbolWeight:
+        """Step 4."""
+        draft = self.draft
+        for _ in range(DESCENTS):
+            draft = refit(self.problem, descent(self.problem, draft))
+        return self.result(draft)
 
 
-def _best_trial(
-    sample: Tensor, gram: Tensor, held_out: Tensor, config: CompressionConfig, forms: list[Form]
-) -> tuple[Form, float]:
-    """The form and the damping with the smallest error of some rows on held-out tokens: first the one, then the other.
-
-    Args:
-        sample: rows of W, [s, n].
-        gram: G, [n, n].
-        held_out: of the tokens that decide, [n, n].
-        config: as for `slab_plus`.
-        forms: what to choose from.
-    """
-    starts = {form: closed_form(sample, gram, config, form) for form in forms}
-
-    def error(form: Form, damping: float) -> float:
-        result = fed(sample, gram, starts[form], damping, choose=config.n_of_m is None)
-        return output_error(sample, result, held_out)
-
-    errors = {(form, DAMPINGS[0]): error(form, DAMPINGS[0]) for form in forms}
-    form, _ = min(errors, key=errors.__getitem__)
-    errors |= {(form, damping): error(form, damping) for damping in DAMPINGS[1:]}
-    return min(errors, key=errors.__getitem__)
+def rounded(weight: Tensor, alphabet: Alphabet) -> Tensor:
+    """Every entry of a weight at its nearest value, [m, n] float32."""
+    return torch.copysign(alphabet.magnitudes(alphabet.nearest(weight.abs())), weight)
 
 
-def possible_forms(shape: tuple[int, int], config: CompressionConfig) -> list[Form]:
-    """What the budget can be spent on.
-
-    Raises:
-        SlabError: nothing would be kept, or the pattern does not divide n.
-    """
-    bits = config.magnitude_bits
-    if config.bits_per_weight is None:
-        return [Form(kept_per_row(shape, config, rank=1, signs=True), bits)]
-    budget, group_size = config.bits_per_weight, config.group_size
-    forms = [
-        Form(k, b)
-        for b in (range(1, LARGEST_BITS + 1) if bits is None else (bits,))
-        if (k := kept_within(shape, budget, b, group_size))
-    ]
-    if not forms:
-        least = 8 * coded_bytes(shape, 1, bits or 1, group_size) / (shape[0] * shape[1])
-        raise SlabError(
-            f"{budget} bits per weight keep no entry of a weight with shape {shape[0]}x{shape[1]}: use "
-            f"at least {math.ceil(100 * least) / 100}, or ignore this layer"
-        )
-    least_share, largest_share = SENSIBLE
-    return [form for form in forms if least_share <= form.kept / shape[1] <= largest_share][:MOST_TRIED] or forms[-1:]
-
-
-def sensible_budgets(shape: tuple[int, int], group_size: int) -> tuple[float, float]:
-    """Fewest and most true bits per weight at which the form makes sense, none beyond what the settings allow.
-
-    Args:
-        shape: (m, n).
-        group_size: columns that share a scale.
-    """
-    (m, n), (least_share, largest_share) = shape, SENSIBLE
-    least = coded_bytes(shape, math.ceil(least_share * n), 1, group_size)
-    most = coded_bytes(shape, math.floor(largest_share * n), LARGEST_BITS, group_size)
-    return 8 * least / (m * n), min(8 * most / (m * n), LARGEST_BUDGET)
-
-
-def closed_form(weight: Tensor, gram: Tensor, config: CompressionConfig, form: Form) -> Decomposition:
-    """Steps 1 and 2."""
-    norms = positive(gram.diagonal().sqrt())
-    start = weighted_slab(weight, norms, LayerStats(norms, 1, weight[:0]), config, form.kept)
-    if form.bits is None:
-        return start
-    grid = fit_grid(start.dense(), start.mask, norms, form.bits, config.group_size)
-    return on_grid(start, grid)
-
-
-def fed(weight: Tensor, gram: Tensor, start: Decomposition, damping: float, *, choose: bool) -> Decomposition:
-    """Steps 3 to 5.
+def feedback(weight: Tensor, gram: Tensor, alphabet: Alphabet, damping: float) -> Draft:
+    """Step 2.
 
     Args:
         weight: W, [m, n] float32.
         gram: G, [n, n].
-        start: gives u v, the grid if there is one, and how many entries each row keeps of which columns.
+        alphabet: of step 1.
         damping: share of the mean diagonal that is added to G.
-        choose: whether positions are chosen anew within a block of columns (they must not where a pattern binds them).
     """
-    trusted = damped(gram, damping)
-    result = refit(weight, feedback(weight, gram, start, damping, choose=choose), trusted)
-    for _ in range(DESCENTS):
-        result = refit(weight, descent(weight, trusted, result, choose=choose), trusted)
-    return result
-
-
-def positive(norms: Tensor) -> Tensor:
-    """Norms with those of dead inputs raised to the smallest of the others: they are divided by."""
-    live = norms[norms > 0]
-    return norms.clamp_min(live.min()) if len(live) else torch.ones_like(norms)
-
-
-def damped(gram: Tensor, damping: float) -> Tensor:
-    """G + damping · mean(diag) · I."""
-    result = gram.clone()
-    result.diagonal().add_(damping * gram.diagonal().mean())
-    return result
-
-
-def output_error(weight: Tensor, approximation: Decomposition | QuantizedWeight, gram: Tensor) -> float:
-    """Tr (W − Ŵ) G (W − Ŵ)ᵀ."""
-    difference = weight - approximation.dense()
-    return ((difference @ gram.to(weight)) * difference).sum().item()
-
-
-def on_grid(start: Decomposition, grid: ValueGrid) -> Decomposition:
-    """Step 2: kept entries rounded to the grid."""
-    columns = kept_columns(start.mask, start.kept)
-    magnitudes = grid.nearest(start.values.abs(), columns)
-    return replace(start, values=torch.copysign(magnitudes, start.values), grid=grid)
-
-
-def feedback(weight: Tensor, gram: Tensor, start: Decomposition, damping: float, *, choose: bool) -> Decomposition:
-    """Step 3: the sweep with error feedback; arguments as of `fed`."""
     order = gram.diagonal().argsort(descending=True, stable=True)
-    background, mask = low_rank(start.left, start.right)[:, order], start.mask[:, order]
-    plan = _plan(background, mask, start.grid, order, choose=choose)
-    swept = column_sweep(weight[:, order], gram[order][:, order], plan, BLOCK_SIZE, damping)
-    back = order.argsort()
-    return _from_dense(start, swept[:, back], mask[:, back])
+    swept = column_sweep(weight[:, order], gram[order][:, order], _plan(alphabet, order), BLOCK_SIZE, damping)
+    return drafted(swept[:, order.argsort()], alphabet)
 
 
-def descent(weight: Tensor, gram: Tensor, start: Decomposition, *, choose: bool) -> Decomposition:
-    """Step 5, without the refit: one sweep of coordinate descent; arguments as of `fed`, but a damped G."""
-    background, mask = low_rank(start.left, start.right), start.mask.clone()
-    plan = _plan(background, mask, start.grid, torch.arange(len(gram), device=gram.device), choose=choose)
-    return _from_dense(start, descent_sweep(weight, start.dense(), gram, plan), mask)
+def descent(problem: Problem, draft: Draft) -> Draft:
+    """One sweep of coordinate descent."""
+    alphabet = draft.alphabet
+    order = torch.arange(alphabet.shape[1], device=problem.gram.device)
+    return drafted(descent_sweep(problem.weight, draft.dense(), problem.gram, _plan(alphabet, order)), alphabet)
 
 
-def _plan(background: Tensor, mask: Tensor, grid: ValueGrid | None, order: Tensor, *, choose: bool) -> Plan:
-    """What a column becomes in either sweep.
+def _plan(alphabet: Alphabet, order: Tensor) -> Plan:
+    """What a column becomes in either sweep: entry by entry the nearest value.
 
     Args:
-        background: |u v| in the order of the sweep, [m, n].
-        mask: kept positions in the same order, [m, n] bool; those that are chosen anew are written into it.
-        grid: of the kept entries.
+        alphabet: u, v, s and a.
         order: the column of the weight behind each column of the sweep, [n].
-        choose: see `fed`.
     """
-
-    def rounded(current: Tensor, columns: slice) -> Tensor:
-        if grid is None:
-            return current
-        return torch.copysign(grid.nearest(current.abs(), order[columns]), current)
+    scales, levels = alphabet.scales.T.contiguous(), alphabet.levels
+    groups, right = alphabet.groups()[order].tolist(), alphabet.right[order].tolist()
 
     def plan(block: Block) -> Callable[[int], Tensor]:
-        columns = slice(block.start, block.start + block.weight.shape[1])
-        if choose:
-            mask[:, columns] = _choose(block, background[:, columns], rounded(block.weight, columns), mask[:, columns])
-
         def replace_column(j: int) -> Tensor:
-            column, at = block.weight[:, j], slice(block.start + j, block.start + j + 1)
-            kept = rounded(column[:, None], at)[:, 0]
-            return torch.where(mask[:, at][:, 0], kept, torch.copysign(background[:, at][:, 0], column))
+            column, at = block.weight[:, j], block.start + j
+            background = alphabet.left * right[at]
+            keep, _, kept = nearest_level(column.abs(), background, scales[groups[at]], levels)
+            return torch.where(keep, kept, background).copysign_(column)
 
         return replace_column
 
     return plan
-
-
-def _from_dense(start: Decomposition, dense: Tensor, mask: Tensor) -> Decomposition:
-    """A decomposition with other kept entries and signs."""
-    return replace(start, mask=mask, values=dense[mask].view(len(dense), start.kept), signs=dense < 0)
-
-
-def _choose(block: Block, background: Tensor, rounded: Tensor, mask: Tensor) -> Tensor:
-    """Of every row, as many entries as `mask` has there: those whose keeping helps most, [m, b] bool."""
-    lost = (block.weight.abs() - background).square()
-    kept = (block.weight - rounded).square()
-    gain = (lost - kept) / block.diagonal.square()
-    rank = gain.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    return rank < mask.sum(dim=1, keepdim=True)
-
-
-def refit(weight: Tensor, start: Decomposition, gram: Tensor) -> Decomposition:
-    """Step 4: the best u, the best v for it, and the best u for that.
-
-    Args:
-        weight: W, [m, n] float32.
-        start: positions, signs and kept entries stay.
-        gram: G, [n, n], positive definite.
-    """
-    assert start.signs is not None
-    one = torch.ones((), device=weight.device)
-    signs = torch.where(start.signs, -one, one) * ~start.mask
-    kept = torch.zeros_like(weight).masked_scatter_(start.mask, start.values)
-    wanted = (weight - kept) @ gram
-    left, right = start.left[:, 0].float(), start.right[0].float()
-    left = _best_left(wanted, signs * right, gram, left)
-    parts = signs * left[:, None]
-    system = gram * (parts.T @ parts)
-    system.diagonal().add_(_REFIT_DAMPING * system.diagonal().mean().clamp_min(torch.finfo(weight.dtype).tiny))
-    right = torch.linalg.solve(system, (parts * wanted).sum(dim=0))
-    left = _best_left(wanted, signs * right, gram, left)
-    # Factors stay non-negative, as in the paper: a minus in u v is one in the signs.
-    minus = ((left < 0)[:, None] ^ (right < 0)) & ~start.mask
-    return replace(start, left=left.abs()[:, None], right=right.abs()[None], signs=start.signs ^ minus)
-
-
-def _best_left(wanted: Tensor, patterns: Tensor, gram: Tensor, otherwise: Tensor) -> Tensor:
-    """Least-squares u, [m]; rows without anything to fit keep what they have."""
-    norms = ((patterns @ gram) * patterns).sum(dim=1)
-    fitted = (wanted * patterns).sum(dim=1) / norms
-    return torch.where(norms > 0, fitted, otherwise)

@@ -131,6 +131,19 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
     )
 
 
+def damped(gram: Tensor, damping: float) -> Tensor:
+    """G + damping · mean(diag) · I."""
+    result = gram.clone()
+    result.diagonal().add_(damping * gram.diagonal().mean())
+    return result
+
+
+def positive(norms: Tensor) -> Tensor:
+    """Norms with those of dead inputs raised to the smallest of the others: they are divided by."""
+    live = norms[norms > 0]
+    return norms.clamp_min(live.min()) if len(live) else torch.ones_like(norms)
+
+
 def check_finite(gram: Tensor) -> None:
     """A float32 sum of squares that overflowed shows up here first.
 

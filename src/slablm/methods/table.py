@@ -12,18 +12,17 @@ from slablm.errors import SlabError
 from slablm.methods.ablation import LOWRANK_RANK, sparse, sparse_lowrank, sparse_scalar_binary
 from slablm.methods.alphabet import SymbolWeight
 from slablm.methods.awq import awq
-from slablm.methods.budget import RowBudget, kept_per_row
+from slablm.methods.budget import RowBudget, SymbolBudget, kept_per_row, symbol_budget
 from slablm.methods.decomposition import Decomposition, LayerStats
 from slablm.methods.pruning import magnitude, wanda
 from slablm.methods.quantizers import gptq, gptq_plain, rtn, rtn_plain
 from slablm.methods.results import PrunedWeight, QuantizedWeight
 from slablm.methods.slab import slab
-from slablm.methods.slab_plus import possible_forms, slab_plus
+from slablm.methods.slab_plus import slab_plus
 from slablm.methods.sparsegpt import sparsegpt
-from slablm.methods.symbols import plain_symbols, rotated_symbols
 
 Result = Decomposition | PrunedWeight | QuantizedWeight | SymbolWeight
-Budget = Callable[[tuple[int, int], CompressionConfig], RowBudget]
+Budget = Callable[[tuple[int, int], CompressionConfig], RowBudget | SymbolBudget]
 
 
 def _alternating_workspace(gathered: float, float32: bool) -> float:
@@ -37,8 +36,8 @@ def _pruner_workspace(gathered: float, float32: bool) -> float:
 
 
 def _slab_plus_workspace(gathered: float, float32: bool) -> float:
-    """As the alternating ones, and the start, the sweep's transposed copy, errors and a mask: measured less closely."""
-    return 54 + gathered
+    """W rotated, sizes, background, scales, the draft and the next one, products with G: measured less closely."""
+    return 60
 
 
 @dataclass(frozen=True)
@@ -81,14 +80,13 @@ def _rows_of(rank: int, signs: bool) -> Budget:
     return budget
 
 
-def _slab_rows(shape: tuple[int, int], config: CompressionConfig) -> RowBudget:
+def _slab_rows(shape: tuple[int, int], config: CompressionConfig) -> RowBudget | SymbolBudget:
     return _rows_of(min(config.rank, *shape), signs=True)(shape, config)
 
 
-def _slab_plus_rows(shape: tuple[int, int], config: CompressionConfig) -> RowBudget:
-    """With a budget in true bits it also looks at the weight: all its choices take as many bytes, up to rounding."""
-    form = possible_forms(shape, config)[0]
-    return RowBudget(form.kept, 1, signs=True, bits=form.bits)
+def _slab_plus_symbols(shape: tuple[int, int], config: CompressionConfig) -> SymbolBudget:
+    assert config.bits_per_weight is not None
+    return symbol_budget(shape, config.bits_per_weight, config.group_size)
 
 
 _PRUNED = _rows_of(0, signs=False)
@@ -97,11 +95,11 @@ METHODS: dict[str, Method] = {
     "slab": Method(slab, _slab_rows),
     "slab+": Method(
         slab_plus,
-        _slab_plus_rows,
+        _slab_plus_symbols,
         needs_gram=True,
         needs_held_out=True,
         takes_true_bits=True,
-        version=3,
+        version=4,
         workspace=_slab_plus_workspace,
     ),
     "wanda": Method(wanda, _PRUNED, workspace=_pruner_workspace),
@@ -116,8 +114,6 @@ METHODS: dict[str, Method] = {
     "awq": Method(awq, needs_gram=True, quantizes=True),
     "rtn-plain": Method(rtn_plain, quantizes=True),
     "gptq-plain": Method(gptq_plain, needs_gram=True, quantizes=True),
-    "symbols": Method(plain_symbols, needs_gram=True, needs_held_out=True, quantizes=True),
-    "symbols-rotated": Method(rotated_symbols, needs_gram=True, needs_held_out=True, quantizes=True),
 }
 
 
@@ -132,15 +128,15 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def row_budget(shape: tuple[int, int], config: CompressionConfig) -> RowBudget:
+def storage(shape: tuple[int, int], config: CompressionConfig) -> RowBudget | SymbolBudget:
     """What a packable method stores of a weight: it depends on the shape alone.
 
     Args:
         shape: (m, n) of the weight.
-        config: `method`, `ratio` or `bits_per_weight`, `pattern`, `rank` and `magnitude_bits`.
+        config: `method`, `ratio` or `bits_per_weight`, `pattern`, `rank` and `group_size`.
 
     Raises:
-        SlabError: the ratio leaves no entry, the pattern does not divide n, or the method is a yardstick.
+        SlabError: ratio or bits are too few, the pattern does not divide n, or the method is a yardstick.
     """
     budget = get_method(config.method).budget
     if budget is None:

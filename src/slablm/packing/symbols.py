@@ -15,11 +15,12 @@ from torch import Tensor
 from slablm.errors import SlabError
 from slablm.methods.alphabet import Alphabet, SymbolWeight, level_count
 from slablm.methods.rotation import Rotation
+from slablm.packing.spec import StoredSpec
 from slablm.packing.tiles import pack_tiles, tiled_shape, unpack_tiles
 
 
 @dataclass(frozen=True)
-class SymbolSpec:
+class SymbolSpec(StoredSpec):
     """All that is needed to allocate and read a weight in symbols.
 
     Attributes:
@@ -48,19 +49,10 @@ class SymbolSpec:
         }
 
     @property
-    def nbytes(self) -> int:
-        """Bytes in a file."""
-        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.parts().values())
-
-    @property
     def paper_bits(self) -> int:
         """Bits in the paper's accounting: as `nbytes` counts, without padding."""
         numbers = sum(math.prod(shape) for shape, dtype in self.parts().values() if dtype == torch.float16)
         return self.bits * self.out_features * self.in_features + 16 * numbers
-
-    def empty(self, device: torch.device | str | None = None) -> dict[str, Tensor]:
-        """Uninitialised parts."""
-        return {name: torch.empty(shape, dtype=dtype, device=device) for name, (shape, dtype) in self.parts().items()}
 
     def from_parts(self, parts: Mapping[str, Tensor], name: str = "weight") -> PackedSymbols:
         """Put together what `PackedSymbols.parts` took apart; see `PackedSymbols.validate`."""

@@ -180,18 +180,20 @@ def largest_workspace(size: Size, config: CompressionConfig, situation: Situatio
     )
 
 
-def workspace_per_weight(method: str, kept_fraction: float, *, float32: bool, accelerator: bool = False) -> float:
+def workspace_per_weight(
+    method: str, kept_fraction: float | None, *, float32: bool, accelerator: bool = False
+) -> float:
     """Bytes per weight at a decomposition's peak (`slablm.methods.Method.workspace`).
 
     Gathering takes two int64 indices and a float32 per entry on the CPU, a place for every weight on accelerators.
 
     Args:
         method: name of the method.
-        kept_fraction: k / n.
+        kept_fraction: k / n; None where nothing is gathered.
         float32: whether the model's weights are float32.
         accelerator: not on the CPU.
     """
-    gathered = 24 + 4 * kept_fraction if accelerator else 20 * kept_fraction
+    gathered = 0.0 if kept_fraction is None else 24 + 4 * kept_fraction if accelerator else 20 * kept_fraction
     return get_method(method).workspace(gathered, float32)
 
 

@@ -18,7 +18,7 @@ from slablm.config import CompressionConfig
 from slablm.dense import loading
 from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
-from slablm.methods import LayerStats
+from slablm.methods import LayerStats, get_method
 from slablm.planning.checks import Known, Outlook, look_ahead
 from slablm.planning.skeleton import open_skeleton
 from slablm.planning.timing import Duration, estimate
@@ -127,7 +127,8 @@ def _use_libraries(method: str, dtype: torch.dtype) -> None:
     weight = torch.randn(64, 256).to(dtype)
     gram = torch.eye(256)
     stats = LayerStats(torch.ones(256), 1, torch.randn(8, 256), gram, gram)
-    compress_layer("trial", weight, stats, CompressionConfig(method, iterations=1, ratio=0.3))
+    ratio = None if get_method(method).takes_true_bits else 0.3
+    compress_layer("trial", weight, stats, CompressionConfig(method, iterations=1, ratio=ratio))
     heads = functional.linear(torch.randn(1, 4, 64, 256).to(dtype), weight)
     functional.silu(functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True))
 

@@ -1,13 +1,13 @@
-"""How large the result will be, to the byte: what is stored depends on shapes and settings alone.
+"""How large the result will be: what is stored of a layer depends on its shape and settings alone (`methods.storage`).
 
-A method keeps k entries in every row (`slablm.methods.row_budget`), so values, factors and planes have known shapes
-(FORMAT.md). Digests have a fixed length, so the headers are known as well.
+Digests have a fixed length, so the headers are known as well, and the size is right to the byte. Only how `slab+` gives
+more bits to some layers of a block and fewer to others is not known before; here all count as equally sensitive.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,10 +23,10 @@ from slablm.config import CompressionConfig
 from slablm.dense.opening import tensor_names
 from slablm.dense.targets import Targets, find_blocks
 from slablm.errors import SlabError
-from slablm.methods import RowBudget, row_budget
-from slablm.methods.budget import PAPER_VALUE_BITS
+from slablm.methods import RowBudget, SymbolBudget, get_method, storage
+from slablm.methods.allocation import Demand, allot
 from slablm.methods.drift import Drift
-from slablm.packing import PackedSpec
+from slablm.packing import PackedSpec, SymbolSpec
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.replace_module import replace_module
 
@@ -54,22 +54,40 @@ class Size(SizeOnDisk):
     config_bytes: int
 
 
-def budgets(model: nn.Module, targets: Targets, config: CompressionConfig) -> tuple[dict[str, RowBudget], list[str]]:
-    """What every layer stores, see `row_budget`; and one line per shape for which the settings are impossible."""
-    found: dict[str, RowBudget] = {}
-    problems: dict[tuple[int, int], str] = {}
-    for name in (name for names in targets.names for name in names):
-        shape = _shape(model, name)
+Stored = RowBudget | SymbolBudget
+
+
+def budgets(model: nn.Module, targets: Targets, config: CompressionConfig) -> tuple[dict[str, Stored], list[str]]:
+    """What every layer stores, see `storage`; and one line per shape for which the settings are impossible."""
+    found: dict[str, Stored] = {}
+    problems: dict[tuple[tuple[int, int], ...], str] = {}
+    for names in filter(None, targets.names):
+        shapes = [_shape(model, name) for name in names]
         try:
-            found[name] = row_budget(shape, config)
+            configs = _even(shapes, config)
         except SlabError as error:
-            problems.setdefault(shape, f"{name}: {error}")
+            problems.setdefault(tuple(shapes), f"{names[0]} and the other layers of its block: {error}")
+            continue
+        for name, shape, own in zip(names, shapes, configs, strict=True):
+            try:
+                found[name] = storage(shape, own)
+            except SlabError as error:
+                problems.setdefault((shape,), f"{name}: {error}")
     return found, list(problems.values())
+
+
+def _even(shapes: list[tuple[int, int]], config: CompressionConfig) -> list[CompressionConfig]:
+    """Settings of the layers of a block that is as sensitive to each of them."""
+    if not get_method(config.method).takes_true_bits or config.bits_per_weight is None:
+        return [config] * len(shapes)
+    demands = [Demand.of(shape, config.group_size) for shape in shapes]
+    chosen = allot(config.bits_per_weight, demands)
+    return [replace(config, bits_per_weight=d.sizes[i]) for d, i in zip(demands, chosen, strict=True)]
 
 
 def plan_size(
     model: PreTrainedModel,
-    stored_as: dict[str, RowBudget],
+    stored_as: dict[str, Stored],
     config: CompressionConfig,
     max_shard_size: int,
 ) -> Size:
@@ -85,7 +103,7 @@ def plan_size(
 
     dtype: torch.dtype = getattr(torch, config.value_dtype or "")
     dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
-    layers = tuple(_empty_layer(model, name, budget, dtype, config.group_size) for name, budget in stored_as.items())
+    layers = tuple(_empty_layer(model, name, budget, dtype) for name, budget in stored_as.items())
     hf.describe(model, config, list(layers), [Drift(_ERROR, _ERROR)] * len(find_blocks(model)[1]))
     state, groups = model.state_dict(), tensor_names(model)
     pieces = {names[0]: Piece.of(_stored(state[names[0]], dtype)) for names in groups}
@@ -107,16 +125,21 @@ def _shape(model: nn.Module, name: str) -> tuple[int, int]:
     return linear.out_features, linear.in_features
 
 
-def _empty_layer(model: nn.Module, name: str, budget: RowBudget, dtype: torch.dtype, group_size: int) -> LayerReport:
+def _empty_layer(model: nn.Module, name: str, budget: Stored, dtype: torch.dtype) -> LayerReport:
     """Replace a layer by an empty packed one."""
-    (m, n), coded = _shape(model, name), budget.bits is not None
-    spec = PackedSpec(m, n, budget.kept, budget.rank, budget.signs, dtype, budget.bits, group_size if coded else None)
+    m, n = _shape(model, name)
+    spec = (
+        PackedSpec(m, n, budget.kept, budget.rank, budget.signs, dtype)
+        if isinstance(budget, RowBudget)
+        else SymbolSpec(m, n, budget.bits, budget.group_size)
+    )
     bias = model.get_submodule(name).bias
     assert bias is None or isinstance(bias, Tensor)
-    replace_module(model, name, SlabLinear(spec, spec.empty("meta"), bias))
-    bits, width = budget.bits or PAPER_VALUE_BITS, spec.group_size
-    sizes = (spec.kept / n, spec.paper_bits, 8 * spec.nbytes)
-    return LayerReport(name, (m, n), *sizes, _ERROR, 0.0, unseen_error=_ERROR, value_bits=bits, group_size=width)
+    replace_module(model, name, SlabLinear.from_spec(spec, bias, "meta"))
+    kept = budget.kept / n if isinstance(budget, RowBudget) else None
+    bits = None if isinstance(budget, RowBudget) else budget.bits
+    sizes = kept, spec.paper_bits, 8 * spec.nbytes
+    return LayerReport(name, (m, n), *sizes, _ERROR, 0.0, unseen_error=_ERROR, symbol_bits=bits)
 
 
 def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,7 +4,7 @@ Three rates are measured: seconds per weight of the real decomposition (once for
 of a few hundred rows; with error feedback, on two smaller matrices), floating-point operations per second of a matrix
 product, bytes per second of an elementwise operation. The rest is counting: every block runs twice on every window, and
 once more on those that calibrate nothing.
-Reading and writing files is not included, nor are the sensitivities and the refinement of a block.
+Reading and writing files is not included, nor are the sensitivities of a block.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 
 from slablm.calibration.windows import UNSEEN_WINDOWS, windows_wanted
 from slablm.compression.layer import compress_layer
-from slablm.config import CompressionConfig
+from slablm.config import DEFAULT_RATIO, CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods import LayerStats, get_method, row_budget
+from slablm.methods import LayerStats, get_method, storage
+from slablm.methods.allocation import Demand
 from slablm.planning.rehearsal import Rehearsal
 from slablm.planning.size import Size
 from slablm.system.float32 import fast_float32
@@ -89,7 +90,7 @@ def _per_weight(shape: tuple[int, int], config: CompressionConfig, dtype: torch.
     m, n = shape
     rows = min(m, max(_LEAST_ROWS, _TRIAL_WEIGHTS // n))
     try:
-        row_budget((rows, n), config)
+        storage((rows, n), config)
     except SlabError:  # factors cost more per weight in a slice than in the whole matrix
         rows = m
     rounds = min(_ROUNDS, config.iterations)
@@ -127,9 +128,12 @@ def _trial(shape: tuple[int, int], config: CompressionConfig, dtype: torch.dtype
     gram = sample.T @ sample + torch.eye(n, device=device) if get_method(config.method).needs_gram else None
     stats = LayerStats(torch.ones(n, device=device), 1, sample, gram, gram, sample)
     try:
-        row_budget(shape, config)
+        storage(shape, config)
     except SlabError:  # factors and scales weigh more in a small matrix
-        config = replace(config, ratio=0.5, bits_per_weight=None)
+        if config.bits_per_weight is None:
+            config = replace(config, ratio=DEFAULT_RATIO)
+        else:
+            config = replace(config, bits_per_weight=Demand.of(shape, config.group_size).sizes[-1])
     return _seconds(lambda: compress_layer("trial", weight, stats, config), device, repeats=1)
 
 

@@ -4,8 +4,6 @@ import torch
 from hypothesis import strategies as st
 
 from slablm.methods import Decomposition
-from slablm.methods.grid import ValueGrid
-from slablm.methods.select import kept_columns
 from slablm.packing import PackedSpec, pack
 from slablm.runtime.kernels import reference
 
@@ -25,27 +23,6 @@ def random_packed(spec, seed):
         signs=torch.rand(m, n, generator=generator) < 0.5 if spec.signs else None,
     )
     return pack(decomposition, spec.value_dtype)
-
-
-def grid_packed(seed):
-    """A weight whose values lie on a grid: its parts are codes, and scales that a state dict has to carry."""
-    generator = torch.Generator().manual_seed(seed)
-    m, n, kept = 20, 130, 50
-    mask = torch.zeros(m, n, dtype=torch.bool)
-    mask.scatter_(1, torch.rand(m, n, generator=generator).topk(kept, dim=1).indices, True)
-    scales = torch.rand(m, -(-n // 64), generator=generator).half() + 0.1
-    grid = ValueGrid(scales, torch.rand(m, generator=generator).half(), 3, 64)
-    codes = torch.randint(8, (m, kept), generator=generator)
-    magnitudes = grid.magnitudes(codes, kept_columns(mask, kept))
-    decomposition = Decomposition(
-        mask=mask,
-        values=torch.where(torch.rand(m, kept, generator=generator) < 0.5, -magnitudes, magnitudes),
-        left=torch.rand(m, 1, generator=generator),
-        right=torch.rand(1, n, generator=generator),
-        signs=torch.rand(m, n, generator=generator) < 0.5,
-        grid=grid,
-    )
-    return pack(decomposition, torch.float16)
 
 
 @st.composite

@@ -19,6 +19,7 @@ from slablm.runtime.kernels.dispatch import (
 from slablm.runtime.kernels.gpu_layout import GpuWeight, to_gpu
 from slablm.runtime.kernels.layout import NativeWeight, to_native
 from slablm.runtime.kernels.runtime_weight import from_runtime
+from slablm.runtime.kernels.symbols import linear as symbols_linear
 
 __all__ = [
     "REFERENCE",
@@ -31,6 +32,7 @@ __all__ = [
     "explain",
     "from_runtime",
     "linear",
+    "symbols_linear",
     "to_gpu",
     "to_native",
     "to_runtime",

@@ -44,15 +44,6 @@ class Problem:
         """W G, [m, n]."""
         return self.weight @ self.gram
 
-    def error(self, approximation: Tensor) -> float:
-        """Tr (W − Ŵ) G (W − Ŵ)ᵀ.
-
-        Args:
-            approximation: Ŵ, [m, n] float32.
-        """
-        difference = self.weight - approximation
-        return ((difference @ self.gram) * difference).sum().item()
-
 
 @dataclass(frozen=True)
 class Draft:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slablm.methods.alphabet import level_count
-from slablm.methods.symbols_fit import _start, fit_alphabet, fitted_background, fitted_levels, fitted_scales
+from slablm.methods.alphabet_fit import _start, fit_alphabet, fitted_background, fitted_levels, fitted_scales
 
 SHAPES = st.tuples(st.integers(1, 8), st.integers(1, 24))
 UPDATES = [fitted_levels, fitted_scales, fitted_background]
