@@ -3,6 +3,7 @@
 - `to_runtime(packed, value_bits)` lays a packed weight out for the kernels of its device (`to_native`: CPU, `to_gpu`:
   GPU); `from_runtime` is its inverse.
 - `linear(inputs, weight)` applies it, `dense_linear` does so for a dense 16-bit weight.
+- `symbols_linear(inputs, weight)` applies a weight in symbols as it is stored: there is no other layout.
 - `explain(device)` says what code runs, and why.
 """
 
@@ -19,6 +20,7 @@ from slablm.runtime.kernels.dispatch import (
 from slablm.runtime.kernels.gpu_layout import GpuWeight, to_gpu
 from slablm.runtime.kernels.layout import NativeWeight, to_native
 from slablm.runtime.kernels.runtime_weight import from_runtime
+from slablm.runtime.kernels.symbols import linear as symbols_linear
 
 __all__ = [
     "REFERENCE",
@@ -31,6 +33,7 @@ __all__ = [
     "explain",
     "from_runtime",
     "linear",
+    "symbols_linear",
     "to_gpu",
     "to_native",
     "to_runtime",
