@@ -196,7 +196,7 @@ struct Avx2Symbols : Avx2 {
         for (int k = 0; k < 16; ++k) bytes[k] = static_cast<uint8_t>(static_cast<uint16_t>(table[k]) >> shift);
         return twice(bytes);
     }
-    static Tables tables(int, const int16_t* levels, const int16_t* backgrounds) {
+    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
         return {bytes_of(levels, 0), bytes_of(levels, 8), bytes_of(backgrounds, 0)};
     }
     template <int P>
@@ -233,7 +233,7 @@ struct Avx2Symbols : Avx2 {
     static Floats scaled(const float* levels, const float* backgrounds, float s, float u) {
         return add(mul(load(levels), broadcast(s)), mul(load(backgrounds), broadcast(u)));
     }
-    static Entries entries(int, const float* levels, const float* backgrounds, float s, float u) {
+    static Entries entries(const float* levels, const float* backgrounds, float s, float u) {
         return {scaled(levels, backgrounds, s, u), scaled(levels + 8, backgrounds + 8, s, u)};
     }
     // Bytes 8 i ... of 32, in the lower half of the result.
@@ -252,9 +252,6 @@ struct Avx2Symbols : Avx2 {
         if (P < 5) return out;
         const __m256i minus = _mm256_slli_epi32(_mm256_cvtepi8_epi32(eight(index.minus, i)), 31);
         return _mm256_xor_ps(out, _mm256_castsi256_ps(minus));
-    }
-    static Floats broadcast_half(const Half* half) {
-        return _mm256_cvtph_ps(_mm_set1_epi16(static_cast<int16_t>(half->bits)));
     }
     static Floats swap(Floats a, int s) {
         const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);

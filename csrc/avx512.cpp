@@ -118,24 +118,28 @@ struct Avx512Symbols : Avx512 {
         out.low = wide(low);
         if (P >= 4) out.high = wide(low + 32);
         if (P % 2 == 1) {
-            // Bit 2 h of byte k is the sign of column 32 h + k; shifted by one, of column 32 h + 16 + k.
+            // Bit 2 h of byte k is the sign of column 32 h + k, the next bit that of column 32 h + 16 + k. Moved up so that
+            // sign h is bit P - 1 + 2 h: above its symbol, or with 5 bits and odd h two bits higher.
             const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(top));
             const __m512i both = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(bytes));
-            out.top = _mm512_mask_srli_epi32(both, 0xFF00, both, 1);
+            constexpr int up = P - 1;
+            out.top = _mm512_sllv_epi16(both, _mm512_inserti64x4(_mm512_set1_epi16(up), _mm256_set1_epi16(up - 1), 1));
         }
         return out;
     }
+    // Signs are put above the other bits of their symbols before these are moved down.
     template <int P>
     static Index index(const Symbols& symbols, int64_t h) {
-        const __m512i bytes = P >= 4 && h % 2 == 1 ? symbols.high : symbols.low;
-        const __m512i low = _mm512_srli_epi16(bytes, static_cast<unsigned>(P >= 4 ? h / 2 * 4 : 2 * h));
-        if (P % 2 == 0) return low;
-        const int up = P - 1 - 2 * static_cast<int>(h);
-        const __m512i sign = up > 0 ? _mm512_slli_epi16(symbols.top, static_cast<unsigned>(up))
-                                    : _mm512_srli_epi16(symbols.top, static_cast<unsigned>(-up));
-        return _mm512_ternarylogic_epi32(_mm512_set1_epi16(1 << (P - 1)), sign, low, 0xCA);
+        const unsigned down = static_cast<unsigned>(P >= 4 ? h / 2 * 4 : 2 * h);
+        __m512i bytes = P >= 4 && h % 2 == 1 ? symbols.high : symbols.low;
+        if (P % 2 == 1) {
+            const __m512i signs = P == 5 && h % 2 == 1 ? _mm512_srli_epi16(symbols.top, 2) : symbols.top;
+            const __m512i place = _mm512_set1_epi16(static_cast<int16_t>(1 << (P - 1 + down)));
+            bytes = _mm512_ternarylogic_epi32(place, signs, bytes, 0xCA);
+        }
+        return _mm512_srli_epi16(bytes, down);
     }
-    static Tables tables(int, const int16_t* levels, const int16_t* backgrounds) {
+    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
         return {_mm512_loadu_si512(levels), _mm512_loadu_si512(backgrounds)};
     }
     template <int P>
@@ -155,7 +159,7 @@ struct Avx512Symbols : Avx512 {
     static Floats scaled(const float* levels, const float* backgrounds, float s, float u) {
         return add(mul(load(levels), broadcast(s)), mul(load(backgrounds), broadcast(u)));
     }
-    static Entries entries(int, const float* levels, const float* backgrounds, float s, float u) {
+    static Entries entries(const float* levels, const float* backgrounds, float s, float u) {
         return {scaled(levels, backgrounds, s, u), scaled(levels + 16, backgrounds + 16, s, u)};
     }
     template <int P>
@@ -164,9 +168,6 @@ struct Avx512Symbols : Avx512 {
         const __m512i at = _mm512_cvtepu16_epi32(half);
         const Floats out = _mm512_permutex2var_ps(table.low, at, table.high);
         return _mm512_mask_mul_ps(out, _mm512_testn_epi32_mask(at, _mm512_set1_epi32((1 << (P - 1)) - 1)), out, right);
-    }
-    static Floats broadcast_half(const Half* half) {
-        return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<int16_t>(half->bits)));
     }
     static Floats swap(Floats a, int s) {
         const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);

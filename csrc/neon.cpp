@@ -138,7 +138,7 @@ struct NeonSymbols : PlainSymbols<Neon> {
         for (int k = 0; k < kTable; ++k) bytes[k] = static_cast<uint8_t>(static_cast<uint16_t>(table[k]) >> shift);
         return {{vld1q_u8(bytes), vld1q_u8(bytes + 16)}};
     }
-    static Tables tables(int, const int16_t* levels, const int16_t* backgrounds) {
+    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
         return {bytes_of(levels, 0), bytes_of(levels, 8), bytes_of(backgrounds, 0)};
     }
     template <int P>

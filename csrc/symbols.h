@@ -13,15 +13,14 @@
 // Isa offers, beside the floats and `group` of kernels.h (here for 128 columns):
 //   Symbols, load<P>(low, top)        one row of a tile: its bytes in the two planes
 //   Index, index<P>(Symbols, h)       symbols of columns 32 h ... of the row, h < 4
-//   Tables, tables(P, a, b)           tables of int16 for `levels` and `backgrounds`, from 32 entries by symbol
+//   Tables, tables(a, b)              tables of int16 for `levels` and `backgrounds`, from 32 entries by symbol
 //   Shorts, levels(Tables, Index)     32 columns as 16-bit lanes
 //   Shorts, backgrounds(Tables, Index)  the same, times kBackgroundUnit
 //   Sums, no_sums(), dot(Sums, Shorts, x16), to_floats(Sums)
 //   kWholeTiles                       Sums can hold levels * x16 of 128 columns, not only of 64
 //   quick_rows(T)                     rows of a tile read together with T tokens
-//   Entries, entries(P, a, b, s, u)   the table of floats: s a + u b
+//   Entries, entries(a, b, s, u)      the table of floats: s a + u b
 //   entry<P>(Entries, Index, i, v)    Floats of lanes kLanes i ... of the 32 columns
-//   broadcast_half(Half*)             a number in all lanes
 //   swap(Floats, s)                   lanes whose numbers differ in bit s change places
 #pragma once
 
@@ -166,7 +165,7 @@ struct PlainSymbols : Base {
         }
         return out;
     }
-    static Tables tables(int, const int16_t* levels, const int16_t* backgrounds) {
+    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
         Tables out;
         memcpy(out.level, levels, sizeof out.level);
         memcpy(out.background, backgrounds, sizeof out.background);
@@ -196,7 +195,7 @@ struct PlainSymbols : Base {
         for (int i = 0; i < 8; ++i) out[i] = static_cast<float>(sums.lane[i]);
         return Base::load(out);
     }
-    static Entries entries(int, const float* levels, const float* backgrounds, float s, float u) {
+    static Entries entries(const float* levels, const float* backgrounds, float s, float u) {
         Entries out;
         for (int k = 0; k < kTable; ++k) out.lane[k] = levels[k] * s + backgrounds[k] * u;
         return out;
@@ -211,7 +210,6 @@ struct PlainSymbols : Base {
         }
         return Base::load(v);
     }
-    static Floats broadcast_half(const Half* half) { return Base::broadcast(to_float(*half)); }
     static Floats swap(Floats a, int s) {
         float in[Base::kLanes], out[Base::kLanes];
         Base::save(a, in);
@@ -346,7 +344,7 @@ void each_entry(const SlabSymbols& weight, const Alphabet& alphabet, const TileR
         UNROLLED for (int64_t h = 0; h < kChunks; ++h) {
             if (h % 2 == 0) {
                 const float s = half_at(scales, groups[2 * t + h / 2]);
-                table = Isa::entries(P, alphabet.level, alphabet.background, s, u);
+                table = Isa::entries(alphabet.level, alphabet.background, s, u);
             }
             const auto index = Isa::template index<P>(symbols, h);
             UNROLLED for (int64_t i = 0; i < kChunk / Isa::kLanes; ++i) {
@@ -390,7 +388,7 @@ void unpack_symbol_rows(const SlabSymbols& weight, int64_t begin, int64_t end, O
             for (int64_t start = 0; start < n; start += kChunk) {
                 const auto symbols = load_row<Isa, P>(reader.tile(start / kTileColumns), row % kTileRows);
                 const float s = half_at(scales, start / weight.group_size);
-                const auto table = Isa::entries(P, alphabet.level, alphabet.background, s, u);
+                const auto table = Isa::entries(alphabet.level, alphabet.background, s, u);
                 float v[kChunk];
                 const int64_t left = n - start < kChunk ? n - start : kChunk;
                 to_floats(reinterpret_cast<const Half*>(weight.right) + start, left, kChunk, v);
@@ -407,49 +405,105 @@ void unpack_symbol_rows(const SlabSymbols& weight, int64_t begin, int64_t end, O
 
 // --- Fixed-point activations ---------------------------------------------------------------------------------------
 
-// Sums of one row, in lanes.
-template <class Isa, int T>
-struct QuickSums {
-    typename Isa::Floats levels[T], background[T];
+// Tiles whose scales are converted together, and room for as many groups and a vector more.
+constexpr int64_t kBlockTiles = 16;
+constexpr int64_t kBlockGroups = 2 * kBlockTiles + 16;
 
-    void clear() {
-        for (int t = 0; t < T; ++t) levels[t] = background[t] = Isa::zero();
+// Scales of one row from group `first` on, `count` of them, as floats.
+template <class Isa>
+void convert_scales(const SlabSymbols& weight, int64_t row, int64_t first, int64_t count, float* out) {
+    const int64_t at = row * groups_of(weight) + first, there = weight.rows * groups_of(weight) - at;
+    const Half* from = reinterpret_cast<const Half*>(weight.scales) + at;
+    for (int64_t g = 0; g < count; g += Isa::kLanes) {
+        Half last[Isa::kLanes] = {};
+        const bool whole = g + Isa::kLanes <= there;
+        if (!whole) memcpy(last, from + g, sizeof(Half) * static_cast<size_t>(there - g));
+        Isa::save(Isa::expand(whole ? from + g : last, Isa::kLaneMask), out + g);
     }
+}
+
+// Sums of R rows and T tokens, in lanes.
+template <class Isa, int T, int R>
+struct QuickSums {
+    typename Isa::Floats levels[R][T], background[R][T];
 };
 
-// One row of one tile. Split: both halves of the tile have scales of their own, at scales[0] and scales[1].
-template <class Isa, int P, bool Split, int T>
+// R rows of one tile from row r on. Sums of products are chains of slow instructions, so the rows take turns. Split: both
+// halves of the tile have scales of their own. `scales` has those of each row, of the halves at groups[0] and groups[1].
+template <class Isa, int P, bool Split, int T, int R>
 void add_quick_tile(const typename Isa::Tables& tables, const uint8_t* tile, int64_t r, const SymbolActivations& act,
-                    int64_t t, const Half* const (&scales)[2], QuickSums<Isa, T>& sums) {
+                    int64_t t, const float (&scales)[R][kBlockGroups], const int64_t (&groups)[2],
+                    QuickSums<Isa, T, R>& sums) {
     constexpr int kParts = Split ? 2 : 1;
     const int64_t padded = act.tiles * kTileColumns;
-    const auto symbols = load_row<Isa, P>(tile, r);
-    typename Isa::Sums levels[kParts][T], background[T];
-    for (int token = 0; token < T; ++token) {
-        for (int part = 0; part < kParts; ++part) levels[part][token] = Isa::no_sums();
-        background[token] = Isa::no_sums();
+    typename Isa::Symbols symbols[R];
+    typename Isa::Sums levels[R][kParts][T], background[R][T];
+    UNROLLED for (int i = 0; i < R; ++i) {
+        symbols[i] = load_row<Isa, P>(tile, r + i);
+        UNROLLED for (int token = 0; token < T; ++token) {
+            UNROLLED for (int part = 0; part < kParts; ++part) levels[i][part][token] = Isa::no_sums();
+            background[i][token] = Isa::no_sums();
+        }
     }
     UNROLLED for (int64_t h = 0; h < kChunks; ++h) {
-        const auto index = Isa::template index<P>(symbols, h);
-        const auto a = Isa::template levels<P>(tables, index);
-        const auto b = Isa::template backgrounds<P>(tables, index);
-        for (int token = 0; token < T; ++token) {
-            const int64_t at = token * padded + t * kTileColumns + h * kChunk;
-            auto& sum = levels[Split ? h / 2 : 0][token];
-            sum = Isa::dot(sum, a, act.x16 + at);
-            background[token] = Isa::dot(background[token], b, act.z16 + at);
+        const int64_t column = t * kTileColumns + h * kChunk, part = Split ? h / 2 : 0;
+        UNROLLED for (int i = 0; i < R; ++i) {
+            const auto index = Isa::template index<P>(symbols[i], h);
+            const auto a = Isa::template levels<P>(tables, index);
+            const auto b = Isa::template backgrounds<P>(tables, index);
+            UNROLLED for (int token = 0; token < T; ++token) {
+                const int64_t at = token * padded + column;
+                levels[i][part][token] = Isa::dot(levels[i][part][token], a, act.x16 + at);
+                background[i][token] = Isa::dot(background[i][token], b, act.z16 + at);
+            }
         }
     }
-    for (int part = 0; part < kParts; ++part) {
-        const auto s = Isa::broadcast_half(scales[part]);
-        for (int token = 0; token < T; ++token) {
-            const auto scale = Isa::mul(s, Isa::broadcast(act.x_scales[token * act.tiles + t]));
-            sums.levels[token] = Isa::fma(scale, Isa::to_floats(levels[part][token]), sums.levels[token]);
+    UNROLLED for (int token = 0; token < T; ++token) {
+        const auto scale = Isa::broadcast(act.x_scales[token * act.tiles + t]);
+        const auto low = Isa::broadcast(act.z_scales[token * act.tiles + t]);
+        UNROLLED for (int i = 0; i < R; ++i) {
+            UNROLLED for (int part = 0; part < kParts; ++part) {
+                const auto products = Isa::mul(scale, Isa::to_floats(levels[i][part][token]));
+                const auto s = Isa::broadcast(scales[i][groups[part]]);
+                sums.levels[i][token] = Isa::fma(products, s, sums.levels[i][token]);
+            }
+            const auto signs = Isa::to_floats(background[i][token]);
+            sums.background[i][token] = Isa::fma(low, signs, sums.background[i][token]);
         }
     }
-    for (int token = 0; token < T; ++token) {
-        const auto scale = Isa::broadcast(act.z_scales[token * act.tiles + t]);
-        sums.background[token] = Isa::fma(scale, Isa::to_floats(background[token]), sums.background[token]);
+}
+
+// R rows from `row` on, or those of them before `end`; the others are computed with the last one's scales.
+template <class Isa, int P, bool Split, int T, int R>
+void quick_symbol_tile_rows(const SlabSymbols& weight, const TileReader<P>& reader, const typename Isa::Tables& tables,
+                            const SymbolActivations& act, const Output& output, int64_t row, int64_t end) {
+    QuickSums<Isa, T, R> sums;
+    UNROLLED for (int r = 0; r < R; ++r) {
+        UNROLLED for (int token = 0; token < T; ++token) {
+            sums.levels[r][token] = sums.background[r][token] = Isa::zero();
+        }
+    }
+    for (int64_t start = 0; start < act.tiles; start += kBlockTiles) {
+        const int64_t stop = start + kBlockTiles < act.tiles ? start + kBlockTiles : act.tiles;
+        const int64_t first = act.groups[2 * start], groups = act.groups[2 * stop - 1] - first + 1;
+        float scales[R][kBlockGroups];
+        for (int r = 0; r < R; ++r) {
+            convert_scales<Isa>(weight, row + r < end ? row + r : end - 1, first, groups, scales[r]);
+        }
+        for (int64_t t = start; t < stop; ++t) {
+            const uint8_t* tile = reader.tile(t);
+            if (row % kTileRows == 0) reader.fetch(t);
+            const int64_t group[2] = {act.groups[2 * t] - first, act.groups[2 * t + 1] - first};
+            add_quick_tile<Isa, P, Split, T, R>(tables, tile, row % kTileRows, act, t, scales, group, sums);
+        }
+    }
+    UNROLLED for (int r = 0; r < R; ++r) {
+        if (row + r >= end) break;
+        const auto u = Isa::broadcast(half_at(weight.left, row + r));
+        UNROLLED for (int token = 0; token < T; ++token) {
+            const auto both = Isa::fma(u, sums.background[r][token], sums.levels[r][token]);
+            store(output, weight.rows, row + r, token, Isa::total(both));
+        }
     }
 }
 
@@ -464,33 +518,11 @@ void quick_symbol_rows(const SlabSymbols& weight, const SymbolActivations& act, 
         levels[k] = static_cast<int16_t>(__builtin_rintf(alphabet.level[k] * unit));
         background[k] = static_cast<int16_t>(alphabet.background[k]);
     }
-    const auto tables = Isa::tables(P, levels, background);
-    const int64_t groups = groups_of(weight);
+    const auto tables = Isa::tables(levels, background);
     for (int64_t four = begin; four < end; four += kTileRows) {
         const TileReader<P> reader(weight, four);
-        for (int64_t first = 0; first < kTileRows && four + first < end; first += R) {
-            QuickSums<Isa, T> sums[R];
-            const Half* scales[R];  // rows behind the last one read its scales
-            for (int r = 0; r < R; ++r) {
-                const int64_t row = four + first + r < end ? four + first + r : end - 1;
-                scales[r] = reinterpret_cast<const Half*>(weight.scales) + row * groups;
-                sums[r].clear();
-            }
-            for (int64_t t = 0; t < act.tiles; ++t) {
-                const uint8_t* tile = reader.tile(t);
-                if (first == 0) reader.fetch(t);
-                for (int r = 0; r < R; ++r) {
-                    const Half* const at[2] = {scales[r] + act.groups[2 * t], scales[r] + act.groups[2 * t + 1]};
-                    add_quick_tile<Isa, P, Split, T>(tables, tile, first + r, act, t, at, sums[r]);
-                }
-            }
-            for (int r = 0; r < R && four + first + r < end; ++r) {
-                const int64_t row = four + first + r;
-                for (int token = 0; token < T; ++token) {
-                    const float low = half_at(weight.left, row) * Isa::total(sums[r].background[token]);
-                    store(output, weight.rows, row, token, low + Isa::total(sums[r].levels[token]));
-                }
-            }
+        for (int64_t row = four; row < end && row < four + kTileRows; row += R) {
+            quick_symbol_tile_rows<Isa, P, Split, T, R>(weight, reader, tables, act, output, row, end);
         }
     }
 }
