@@ -142,6 +142,7 @@ struct Avx2 {
 // Tables of 16 entries, looked up by byte shuffles, 16-bit numbers as two tables of bytes. The symbols of 5 bits have an
 // index for all 16 and their sign beside it; the others have it in the index.
 struct Avx2Symbols : Avx2 {
+    static constexpr int64_t kQuickTokens = 4;
     static constexpr float kBackgroundUnit = 256.0f;
     static constexpr bool kWholeTiles = false;
     static constexpr int quick_rows(int tokens) { return tokens == 1 ? 2 : 1; }

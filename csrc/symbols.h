@@ -17,6 +17,7 @@
 //   Shorts, levels(Tables, Index)     32 columns as 16-bit lanes
 //   Shorts, backgrounds(Tables, Index)  the same, times kBackgroundUnit
 //   Sums, no_sums(), dot(Sums, Shorts, x16), to_floats(Sums)
+//   kQuickTokens                      up to so many tokens, fixed point is faster than floats
 //   kWholeTiles                       Sums can hold levels * x16 of 128 columns, not only of 64
 //   quick_rows(T)                     rows of a tile read together with T tokens
 //   Entries, entries(a, b, s, u)      the table of floats: s a + u b
@@ -32,7 +33,6 @@ constexpr int64_t kChunk = 32;  // columns whose symbols are looked up together
 constexpr int64_t kChunks = kTileColumns / kChunk;
 constexpr int kTable = 32;
 constexpr float kLargestLevel = 32767.0f;
-constexpr int64_t kQuickSymbolTokens = 4;
 
 // --- Tiles ---------------------------------------------------------------------------------------------------------
 
@@ -596,14 +596,14 @@ void unpack_symbols(const SlabSymbols& weight, int64_t begin, int64_t end, void*
 
 template <class Isa, class SymbolIsa>
 constexpr Kernels kernels_of() {
-    static_assert(Isa::kQuickTokens <= 4);
+    static_assert(Isa::kQuickTokens <= 4 && SymbolIsa::kQuickTokens <= 4);
     return {Isa::kQuickTokens,
             prepare<Isa>,
             exact<Isa>,
             quick<Isa>,
             dense<Isa>,
             unpack<Isa>,
-            kQuickSymbolTokens,
+            SymbolIsa::kQuickTokens,
             prepare_symbols<SymbolIsa>,
             exact_symbols<SymbolIsa>,
             quick_symbols<SymbolIsa>,
