@@ -23,8 +23,11 @@ import torch
 from torch.nn import functional
 
 from slablm.methods import Decomposition
+from slablm.methods.alphabet import Alphabet, SymbolWeight, level_count
 from slablm.methods.budget import overhead
+from slablm.methods.rotation import Rotation, largest_block
 from slablm.packing import PackedWeight, pack
+from slablm.packing.symbols import PackedSymbols, pack_symbols
 from slablm.runtime import kernels
 from slablm.runtime.kernels import to_native
 
@@ -34,6 +37,7 @@ SHAPES = {
     "SmolLM2-135M": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
 }
 SPARSITIES = (50, 60, 70, 80)
+SYMBOL_BITS = (2, 3, 4, 5)  # the same at every sparsity
 FLUSH_BYTES = 96 << 20
 
 Candidate = tuple[Callable[[], object], int]  # what to run, and the weight bytes it must read
@@ -50,6 +54,15 @@ def random_packed(m: int, n: int, ratio: float) -> PackedWeight:
     return pack(Decomposition(mask, torch.randn(m, kept), torch.rand(m, 1), torch.rand(1, n), signs), torch.float16)
 
 
+def random_symbols(m: int, n: int, bits: int) -> PackedSymbols:
+    """A weight in symbols, all equally frequent, with a scale for every 128 columns and rotated inputs."""
+    levels = level_count(bits)
+    scales = torch.rand(m, -(-n // 128)).half()
+    alphabet = Alphabet(torch.rand(m).half(), torch.rand(n).half(), scales, torch.rand(levels).half().sort()[0], 128)
+    codes = torch.randint(0, levels + 1, (m, n), dtype=torch.uint8)
+    return pack_symbols(SymbolWeight(codes, torch.rand(m, n) < 0.5, alphabet, Rotation(n, largest_block(n), 0)))
+
+
 def candidates(m: int, n: int, ratio: float, tokens: int) -> dict[str, Candidate]:
     packed = random_packed(m, n, ratio)
     compressed = {"8-bit": to_native(packed, 8), "FP16": to_native(packed, 16)}
@@ -61,6 +74,9 @@ def candidates(m: int, n: int, ratio: float, tokens: int) -> dict[str, Candidate
     }
     for name, weight in compressed.items():
         runs[f"slab {name}"] = (lambda weight=weight: kernels.linear(inputs, weight), weight.nbytes)
+    for bits in SYMBOL_BITS:
+        symbols = random_symbols(m, n, bits)
+        runs[f"symbols {bits}-bit"] = (lambda weight=symbols: kernels.symbols_linear(inputs, weight), symbols.nbytes)
     return runs
 
 

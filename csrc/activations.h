@@ -72,29 +72,42 @@ void to_floats(const Input* in, int64_t count, int64_t padded, float* out) {
     for (int64_t j = count; j < padded; ++j) out[j] = 0.0f;
 }
 
+// `count` inputs from `offset` on, filled up with 0.
+inline void read_token(const void* inputs, int32_t type, int64_t offset, int64_t count, int64_t padded, float* out) {
+    if (type == kFloat32) to_floats(static_cast<const float*>(inputs) + offset, count, padded, out);
+    if (type == kFloat16) to_floats(static_cast<const Half*>(inputs) + offset, count, padded, out);
+    if (type == kBFloat16) to_floats(static_cast<const BFloat*>(inputs) + offset, count, padded, out);
+}
+
 // Fixed point has 14 bits: 8-bit weights are multiplied as 256 w (see `widen` in the units), and the sum of 8 products
 // per lane, 8 * 256 * 127 * 8191, still fits into 32 bits.
 constexpr float kLargest = 8191.0f;
 
-// 64 floats to fixed point with one scale, largest magnitude to kLargest. Adding 1.5 * 2^23 rounds to the nearest
-// integer and leaves it in the low bits, in a form that compilers vectorize. Returns the scale of dot products, which is
-// not finite if one of the floats is not: as integers, magnitudes have the order of the floats, with NaN on top.
-template <class Isa>
-float to_fixed_point(const float* x, int16_t* out) {
+// Floats to fixed point with one scale, largest magnitude to kLargest; groups of 8 go where `place` says. Adding
+// 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits, in a form that compilers vectorize. Returns the
+// scale of dot products with plain integers, which is not finite if one of the floats is not: as integers, magnitudes
+// have the order of the floats, with NaN on top.
+template <int64_t kCount>
+float to_fixed_point(const float* x, int64_t (*place)(int64_t), int16_t* out) {
     uint32_t top = 0;
-    for (int64_t j = 0; j < kWordBits; ++j) {
+    for (int64_t j = 0; j < kCount; ++j) {
         const uint32_t magnitude = as_bits(x[j]) & 0x7FFFFFFFu;
         top = magnitude > top ? magnitude : top;
     }
     const float largest = as_float(top);
     const bool tiny = largest < 1e-30f;
     const float inverse = tiny ? 0.0f : kLargest / largest;
-    int16_t fixed[kWordBits];
-    for (int64_t j = 0; j < kWordBits; ++j) {
+    int16_t fixed[kCount];
+    for (int64_t j = 0; j < kCount; ++j) {
         fixed[j] = static_cast<int16_t>(as_bits(x[j] * inverse + 12582912.0f) & 0xFFFFu);
     }
-    for (int64_t g = 0; g < 8; ++g) memcpy(out + 8 * Isa::group(g), fixed + 8 * g, 8 * sizeof(int16_t));
-    return tiny ? 0.0f : largest / kLargest / Isa::kUnit;
+    for (int64_t g = 0; g < kCount / 8; ++g) memcpy(out + 8 * place(g), fixed + 8 * g, 8 * sizeof(int16_t));
+    return tiny ? 0.0f : largest / kLargest;
+}
+
+template <class Isa>
+float word_to_fixed_point(const float* x, int16_t* out) {
+    return to_fixed_point<kWordBits>(x, Isa::group, out) / Isa::kUnit;
 }
 
 inline bool is_finite(float value) { return (as_bits(value) & 0x7FFFFFFFu) < 0x7F800000u; }
@@ -107,21 +120,18 @@ bool prepare(const SlabWeight& weight, const void* inputs, int32_t input_type, i
     bool finite = true;
     for (int64_t t = 0; t < act.tokens; ++t) {
         float* x = act.x + t * padded;
-        const int64_t offset = t * n, count = t < tokens ? n : 0;
-        if (input_type == kFloat32) to_floats(static_cast<const float*>(inputs) + offset, count, padded, x);
-        if (input_type == kFloat16) to_floats(static_cast<const Half*>(inputs) + offset, count, padded, x);
-        if (input_type == kBFloat16) to_floats(static_cast<const BFloat*>(inputs) + offset, count, padded, x);
+        read_token(inputs, input_type, t * n, t < tokens ? n : 0, padded, x);
         if (!quick) continue;
         for (int64_t w = 0; w < words; ++w) {
             const float* block = x + w * kWordBits;
-            act.x_scales[t * words + w] = to_fixed_point<Isa>(block, act.x16 + t * padded + w * kWordBits);
+            act.x_scales[t * words + w] = word_to_fixed_point<Isa>(block, act.x16 + t * padded + w * kWordBits);
             finite &= is_finite(act.x_scales[t * words + w]);
             for (int64_t q = 0; q < weight.rank; ++q) {
                 const float* v = weight.right + q * padded + w * kWordBits;
                 const int64_t qt = q * act.tokens + t;
                 float z[kWordBits];
                 for (int64_t j = 0; j < kWordBits; ++j) z[j] = v[j] * block[j];
-                act.z_scales[qt * words + w] = to_fixed_point<Isa>(z, act.z16 + qt * padded + w * kWordBits);
+                act.z_scales[qt * words + w] = word_to_fixed_point<Isa>(z, act.z16 + qt * padded + w * kWordBits);
                 finite &= is_finite(act.z_scales[qt * words + w]);
             }
         }

@@ -3,6 +3,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "symbols.h"
 #include "tables.h"
 
 namespace {
@@ -138,6 +139,128 @@ struct Avx2 {
     }
 };
 
+// Tables of 16 entries, looked up by byte shuffles, 16-bit numbers as two tables of bytes. The symbols of 5 bits have an
+// index for all 16 and their sign beside it; the others have it in the index.
+struct Avx2Symbols : Avx2 {
+    static constexpr int64_t kQuickTokens = 4;
+    static constexpr float kBackgroundUnit = 256.0f;
+    static constexpr bool kWholeTiles = false;
+    static constexpr int quick_rows(int tokens) { return tokens == 1 ? 2 : 1; }
+
+    struct Symbols {
+        __m256i low, high, top;
+    };
+    struct Index {
+        __m256i bytes;  // below 16
+        __m256i minus;  // 5 bits: all ones where the sign is minus
+    };
+    struct Tables {
+        __m256i level_low, level_high, background;
+    };
+    struct Shorts {
+        __m256i low, high;  // even and odd groups of 8 columns, as in Avx2
+    };
+    using Sums = __m256i;
+    struct Entries {
+        __m256 low, high;
+    };
+
+    static __m256i twice(const void* from) {
+        return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)));
+    }
+    template <int P>
+    static Symbols load(const uint8_t* low, const uint8_t* top) {
+        const __m256i* from = reinterpret_cast<const __m256i*>(low);
+        Symbols out{};
+        out.low = _mm256_loadu_si256(from);
+        if (P >= 4) out.high = _mm256_loadu_si256(from + 1);
+        if (P % 2 == 1) out.top = twice(top);
+        return out;
+    }
+    template <int P>
+    static Index index(const Symbols& symbols, int64_t h) {
+        const __m256i bytes = P >= 4 && h % 2 == 1 ? symbols.high : symbols.low;
+        const int shift = static_cast<int>(P >= 4 ? h / 2 * 4 : 2 * h);
+        Index out{};
+        out.bytes = _mm256_and_si256(_mm256_srli_epi16(bytes, shift), _mm256_set1_epi8((1 << low_bits(P)) - 1));
+        if (P % 2 == 0) return out;
+        // Both halves of the register hold bytes 0 to 15: bit 2 h of them is of the first 16 columns, the next of the others.
+        const __m128i bit = _mm_set1_epi8(static_cast<char>(1u << (2 * h)));
+        const __m256i bits = _mm256_set_m128i(_mm_add_epi8(bit, bit), bit);
+        out.minus = _mm256_cmpeq_epi8(_mm256_and_si256(symbols.top, bits), bits);
+        if (P == 3) out.bytes = _mm256_or_si256(out.bytes, _mm256_and_si256(out.minus, _mm256_set1_epi8(4)));
+        return out;
+    }
+
+    static __m256i bytes_of(const int16_t* table, int shift) {
+        uint8_t bytes[16];
+        for (int k = 0; k < 16; ++k) bytes[k] = static_cast<uint8_t>(static_cast<uint16_t>(table[k]) >> shift);
+        return twice(bytes);
+    }
+    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
+        return {bytes_of(levels, 0), bytes_of(levels, 8), bytes_of(backgrounds, 0)};
+    }
+    template <int P>
+    static Shorts levels(const Tables& tables, const Index& index) {
+        const __m256i low = _mm256_shuffle_epi8(tables.level_low, index.bytes);
+        const __m256i high = _mm256_shuffle_epi8(tables.level_high, index.bytes);
+        Shorts out{_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
+        if (P == 5) {
+            const __m256i one = _mm256_set1_epi16(1);
+            const __m256i first = _mm256_unpacklo_epi8(index.minus, index.minus);
+            const __m256i second = _mm256_unpackhi_epi8(index.minus, index.minus);
+            out.low = _mm256_sign_epi16(out.low, _mm256_or_si256(first, one));
+            out.high = _mm256_sign_epi16(out.high, _mm256_or_si256(second, one));
+        }
+        return out;
+    }
+    // Bytes above a byte of zeros: 256 times the sign.
+    template <int P>
+    static Shorts backgrounds(const Tables& tables, const Index& index) {
+        const __m256i zero = _mm256_setzero_si256();
+        __m256i signs = _mm256_shuffle_epi8(tables.background, index.bytes);
+        if (P == 5) signs = _mm256_sign_epi8(signs, _mm256_or_si256(index.minus, _mm256_set1_epi8(1)));
+        return {_mm256_unpacklo_epi8(zero, signs), _mm256_unpackhi_epi8(zero, signs)};
+    }
+    static Sums no_sums() { return _mm256_setzero_si256(); }
+    static Sums dot(Sums sums, const Shorts& a, const int16_t* x) {
+        const __m256i* from = reinterpret_cast<const __m256i*>(x);
+        const __m256i low = _mm256_madd_epi16(a.low, _mm256_loadu_si256(from));
+        const __m256i high = _mm256_madd_epi16(a.high, _mm256_loadu_si256(from + 1));
+        return _mm256_add_epi32(_mm256_add_epi32(sums, low), high);
+    }
+    static Floats to_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
+
+    static Floats scaled(const float* levels, const float* backgrounds, float s, float u) {
+        return add(mul(load(levels), broadcast(s)), mul(load(backgrounds), broadcast(u)));
+    }
+    static Entries entries(const float* levels, const float* backgrounds, float s, float u) {
+        return {scaled(levels, backgrounds, s, u), scaled(levels + 8, backgrounds + 8, s, u)};
+    }
+    // Bytes 8 i ... of 32, in the lower half of the result.
+    static __m128i eight(__m256i bytes, int64_t i) {
+        const __m128i half = i < 2 ? _mm256_castsi256_si128(bytes) : _mm256_extracti128_si256(bytes, 1);
+        return i % 2 == 0 ? half : _mm_srli_si128(half, 8);
+    }
+    template <int P>
+    static Floats entry(const Entries& table, const Index& index, int64_t i, Floats right) {
+        const __m256i at = _mm256_cvtepu8_epi32(eight(index.bytes, i));
+        const Floats low = _mm256_permutevar8x32_ps(table.low, at), high = _mm256_permutevar8x32_ps(table.high, at);
+        Floats out = _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
+        const __m256i code = _mm256_and_si256(at, _mm256_set1_epi32((1 << (P - 1)) - 1));
+        const __m256i none = _mm256_cmpeq_epi32(code, _mm256_setzero_si256());
+        out = _mm256_blendv_ps(out, mul(out, right), _mm256_castsi256_ps(none));
+        if (P < 5) return out;
+        const __m256i minus = _mm256_slli_epi32(_mm256_cvtepi8_epi32(eight(index.minus, i)), 31);
+        return _mm256_xor_ps(out, _mm256_castsi256_ps(minus));
+    }
+    static Floats swap(Floats a, int s) {
+        const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+        return _mm256_permutevar8x32_ps(a, _mm256_xor_si256(lanes, _mm256_set1_epi32(s)));
+    }
+    using Avx2::load;
+};
+
 }  // namespace
 
-const Kernels kAvx2Kernels = kernels_of<Avx2>();
+const Kernels kAvx2Kernels = kernels_of<Avx2, Avx2Symbols>();

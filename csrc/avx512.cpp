@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "kernels.h"
+#include "symbols.h"
 
 namespace {
 
@@ -88,6 +89,93 @@ struct Avx512 {
     }
 };
 
+// A table of 32 entries of 16 bits is one register, and its index the low 5 bits of a lane, whatever is above them.
+struct Avx512Symbols : Avx512 {
+    static constexpr float kBackgroundUnit = 1.0f;
+    static constexpr bool kWholeTiles = true;
+    static constexpr int quick_rows(int tokens) { return tokens == 4 ? 2 : 4; }
+    static int64_t group(int64_t g) { return g; }
+
+    struct Symbols {
+        __m512i low, high, top;  // a byte in each lane of 16 bits
+    };
+    using Index = __m512i;
+    struct Tables {
+        __m512i level, background;
+    };
+    using Shorts = __m512i;
+    using Sums = __m512i;
+    struct Entries {
+        __m512 low, high;
+    };
+
+    static __m512i wide(const uint8_t* bytes) {
+        return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+    }
+    template <int P>
+    static Symbols load(const uint8_t* low, const uint8_t* top) {
+        Symbols out{};
+        out.low = wide(low);
+        if (P >= 4) out.high = wide(low + 32);
+        if (P % 2 == 1) {
+            // Bit 2 h of byte k is the sign of column 32 h + k, the next bit that of column 32 h + 16 + k. Moved up so that
+            // sign h is bit P - 1 + 2 h: above its symbol, or with 5 bits and odd h two bits higher.
+            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(top));
+            const __m512i both = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(bytes));
+            constexpr int up = P - 1;
+            out.top = _mm512_sllv_epi16(both, _mm512_inserti64x4(_mm512_set1_epi16(up), _mm256_set1_epi16(up - 1), 1));
+        }
+        return out;
+    }
+    // Signs are put above the other bits of their symbols before these are moved down.
+    template <int P>
+    static Index index(const Symbols& symbols, int64_t h) {
+        const unsigned down = static_cast<unsigned>(P >= 4 ? h / 2 * 4 : 2 * h);
+        __m512i bytes = P >= 4 && h % 2 == 1 ? symbols.high : symbols.low;
+        if (P % 2 == 1) {
+            const __m512i signs = P == 5 && h % 2 == 1 ? _mm512_srli_epi16(symbols.top, 2) : symbols.top;
+            const __m512i place = _mm512_set1_epi16(static_cast<int16_t>(1 << (P - 1 + down)));
+            bytes = _mm512_ternarylogic_epi32(place, signs, bytes, 0xCA);
+        }
+        return _mm512_srli_epi16(bytes, down);
+    }
+    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
+        return {_mm512_loadu_si512(levels), _mm512_loadu_si512(backgrounds)};
+    }
+    template <int P>
+    static Shorts levels(const Tables& tables, Index index) {
+        return _mm512_permutexvar_epi16(index, tables.level);
+    }
+    template <int P>
+    static Shorts backgrounds(const Tables& tables, Index index) {
+        return _mm512_permutexvar_epi16(index, tables.background);
+    }
+    static Sums no_sums() { return _mm512_setzero_si512(); }
+    static Sums dot(Sums sums, Shorts a, const int16_t* x) {
+        return _mm512_dpwssd_epi32(sums, a, _mm512_loadu_si512(x));
+    }
+    static Floats to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+
+    static Floats scaled(const float* levels, const float* backgrounds, float s, float u) {
+        return add(mul(load(levels), broadcast(s)), mul(load(backgrounds), broadcast(u)));
+    }
+    static Entries entries(const float* levels, const float* backgrounds, float s, float u) {
+        return {scaled(levels, backgrounds, s, u), scaled(levels + 16, backgrounds + 16, s, u)};
+    }
+    template <int P>
+    static Floats entry(const Entries& table, Index index, int64_t i, Floats right) {
+        const __m256i half = i == 0 ? _mm512_castsi512_si256(index) : _mm512_extracti64x4_epi64(index, 1);
+        const __m512i at = _mm512_cvtepu16_epi32(half);
+        const Floats out = _mm512_permutex2var_ps(table.low, at, table.high);
+        return _mm512_mask_mul_ps(out, _mm512_testn_epi32_mask(at, _mm512_set1_epi32((1 << (P - 1)) - 1)), out, right);
+    }
+    static Floats swap(Floats a, int s) {
+        const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        return _mm512_permutexvar_ps(_mm512_xor_si512(lanes, _mm512_set1_epi32(s)), a);
+    }
+    using Avx512::load;
+};
+
 }  // namespace
 
-const Kernels kAvx512Kernels = kernels_of<Avx512>();
+const Kernels kAvx512Kernels = kernels_of<Avx512, Avx512Symbols>();

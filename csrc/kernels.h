@@ -349,10 +349,4 @@ void unpack(const SlabWeight& weight, int64_t begin, int64_t end, void* output, 
     unpack_values<Isa>(weight, begin, end, static_cast<BFloat*>(output));
 }
 
-template <class Isa>
-constexpr Kernels kernels_of() {
-    static_assert(Isa::kQuickTokens <= 4);
-    return {Isa::kQuickTokens, prepare<Isa>, exact<Isa>, quick<Isa>, dense<Isa>, unpack<Isa>};
-}
-
 }  // namespace

@@ -2,6 +2,7 @@
 #include <arm_neon.h>
 
 #include "kernels.h"
+#include "symbols.h"
 #include "tables.h"
 
 namespace {
@@ -120,6 +121,59 @@ struct Neon {
     }
 };
 
+// Symbols are told apart in plain C++, which compilers vectorize; tables are looked up as two tables of 32 bytes.
+struct NeonSymbols : PlainSymbols<Neon> {
+    struct Tables {
+        uint8x16x2_t level_low, level_high, background;
+    };
+    struct Shorts {
+        int16x8_t part[4];
+    };
+    struct Sums {
+        int32x4_t low, high;
+    };
+
+    static uint8x16x2_t bytes_of(const int16_t* table, int shift) {
+        uint8_t bytes[kTable];
+        for (int k = 0; k < kTable; ++k) bytes[k] = static_cast<uint8_t>(static_cast<uint16_t>(table[k]) >> shift);
+        return {{vld1q_u8(bytes), vld1q_u8(bytes + 16)}};
+    }
+    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
+        return {bytes_of(levels, 0), bytes_of(levels, 8), bytes_of(backgrounds, 0)};
+    }
+    template <int P>
+    static Shorts levels(const Tables& tables, const Index& index) {
+        Shorts out;
+        for (int i = 0; i < 2; ++i) {
+            const uint8x16_t at = vld1q_u8(index.lane + 16 * i);
+            const uint8x16_t low = vqtbl2q_u8(tables.level_low, at), high = vqtbl2q_u8(tables.level_high, at);
+            out.part[2 * i] = vreinterpretq_s16_u8(vzip1q_u8(low, high));
+            out.part[2 * i + 1] = vreinterpretq_s16_u8(vzip2q_u8(low, high));
+        }
+        return out;
+    }
+    template <int P>
+    static Shorts backgrounds(const Tables& tables, const Index& index) {
+        Shorts out;
+        for (int i = 0; i < 2; ++i) {
+            const int8x16_t signs = vreinterpretq_s8_u8(vqtbl2q_u8(tables.background, vld1q_u8(index.lane + 16 * i)));
+            out.part[2 * i] = vmovl_s8(vget_low_s8(signs));
+            out.part[2 * i + 1] = vmovl_s8(vget_high_s8(signs));
+        }
+        return out;
+    }
+    static Sums no_sums() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
+    static Sums dot(Sums sums, const Shorts& a, const int16_t* x) {
+        for (int i = 0; i < 4; ++i) {
+            const int16x8_t from = vld1q_s16(x + 8 * i);
+            sums.low = vmlal_s16(sums.low, vget_low_s16(a.part[i]), vget_low_s16(from));
+            sums.high = vmlal_s16(sums.high, vget_high_s16(a.part[i]), vget_high_s16(from));
+        }
+        return sums;
+    }
+    static Floats to_floats(const Sums& sums) { return {vcvtq_f32_s32(sums.low), vcvtq_f32_s32(sums.high)}; }
+};
+
 }  // namespace
 
-const Kernels kNeonKernels = kernels_of<Neon>();
+const Kernels kNeonKernels = kernels_of<Neon, NeonSymbols>();

@@ -1,5 +1,6 @@
 // Plain C++: for processors without a unit of their own, and the slow but simple witness in the tests.
 #include "kernels.h"
+#include "symbols.h"
 
 namespace {
 
@@ -96,6 +97,8 @@ struct Portable {
     }
 };
 
+using PortableSymbols = PlainSymbols<Portable>;
+
 }  // namespace
 
-const Kernels kPortableKernels = kernels_of<Portable>();
+const Kernels kPortableKernels = kernels_of<Portable, PortableSymbols>();

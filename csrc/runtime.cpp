@@ -142,6 +142,36 @@ int64_t next_power_of_two(int64_t count) {
     return power;
 }
 
+// The same for weights in symbols.
+SymbolActivations make_activations(const SlabSymbols& weight, int64_t tokens) {
+    static thread_local std::vector<unsigned char> memory;
+    SymbolActivations act{};
+    act.tokens = tokens;
+    act.tiles = (weight.columns + kTileColumns - 1) / kTileColumns;
+    const int64_t padded = act.tiles * kTileColumns;
+    const size_t needed = static_cast<size_t>(8 * 2 * act.tiles + 4 * (tokens + 1) * padded + 8 * tokens * act.tiles +
+                                              4 * tokens * padded);
+    if (memory.size() < needed) memory.resize(needed);
+    act.groups = reinterpret_cast<int64_t*>(memory.data());
+    act.x = reinterpret_cast<float*>(act.groups + 2 * act.tiles);
+    act.right = act.x + tokens * padded;
+    act.x_scales = act.right + padded;
+    act.z_scales = act.x_scales + tokens * act.tiles;
+    act.x16 = reinterpret_cast<int16_t*>(act.z_scales + tokens * act.tiles);
+    act.z16 = act.x16 + tokens * padded;
+    return act;
+}
+
+bool rotates(int64_t columns, int64_t block) {
+    return block > 0 && (block & (block - 1)) == 0 && columns % block == 0;
+}
+
+bool valid(const SlabSymbols* weight) {
+    return weight != nullptr && weight->rows >= 0 && weight->columns > 0 && weight->bits >= 2 && weight->bits <= 5 &&
+           weight->group_size > 0 && weight->group_size % kWordBits == 0 &&
+           (weight->block == 0 || rotates(weight->columns, weight->block));
+}
+
 bool valid(const SlabWeight* weight) {
     return weight != nullptr && weight->rows >= 0 && weight->columns > 0 && weight->kept >= 0 &&
            weight->kept <= weight->columns && weight->rank >= 0 && weight->plane_count >= 1 && weight->plane_count <= 2 &&
@@ -210,6 +240,62 @@ int32_t slablm_unpack(int32_t set, const SlabWeight* weight, int64_t begin, int6
             kernels->unpack(*weight, first, last, static_cast<unsigned char*>(output) + (first - begin) * row_bytes,
                             output_type);
         });
+    } catch (const std::exception&) {
+        return -1;
+    }
+    return 0;
+}
+
+int32_t slablm_symbols_matvec(int32_t set, const SlabSymbols* weight, const void* inputs, int32_t input_type,
+                              int64_t tokens, void* outputs, int32_t output_type, int32_t threads) {
+    const Kernels* kernels = kernels_of(set);
+    if (kernels == nullptr || !valid(weight) || tokens < 0 || tokens > kMaxTokens) return -1;
+    if (tokens == 0) return 0;
+    const int64_t padded_tokens = next_power_of_two(tokens);
+    try {
+        SymbolActivations act = make_activations(*weight, padded_tokens);
+        const bool quick = padded_tokens <= kernels->quick_symbol_tokens;
+        const Suits suits = kernels->prepare_symbols(*weight, inputs, input_type, tokens, quick, act);
+        if (suits == Suits::kNeither) return kNotFinite;
+        const Output output{outputs, tokens, output_type};
+        const auto run = suits == Suits::kQuick ? kernels->quick_symbols : kernels->exact_symbols;
+        for_rows(0, weight->rows, weight->columns, threads,
+                 [&](int64_t begin, int64_t end) { run(*weight, act, output, begin, end); });
+    } catch (const std::exception&) {
+        return -1;
+    }
+    return 0;
+}
+
+int32_t slablm_symbols_unpack(int32_t set, const SlabSymbols* weight, int64_t begin, int64_t end, void* output,
+                              int32_t output_type, int32_t threads) {
+    const Kernels* kernels = kernels_of(set);
+    if (kernels == nullptr || !valid(weight) || begin < 0 || begin % kTileRows != 0) return -1;
+    if (begin > end || end > weight->rows) return -1;
+    const int64_t row_bytes = weight->columns * (output_type == kFloat32 ? 4 : 2);
+    try {
+        for_rows(begin, end, weight->columns, threads, [&](int64_t first, int64_t last) {
+            unsigned char* rows = static_cast<unsigned char*>(output) + (first - begin) * row_bytes;
+            kernels->unpack_symbols(*weight, first, last, rows, output_type);
+        });
+    } catch (const std::exception&) {
+        return -1;
+    }
+    return 0;
+}
+
+int32_t slablm_rotate(int32_t set, float* rows, int64_t count, int64_t columns, int64_t block, uint64_t seed,
+                      int32_t restore) {
+    const Kernels* kernels = kernels_of(set);
+    if (kernels == nullptr || count < 0 || columns <= 0 || !rotates(columns, block)) return -1;
+    const size_t padded = static_cast<size_t>((columns + kTileColumns - 1) / kTileColumns * kTileColumns);
+    try {
+        std::vector<float> row(padded, 0.0f);
+        for (int64_t i = 0; i < count; ++i, rows += columns) {
+            std::copy(rows, rows + columns, row.begin());
+            kernels->rotate(row.data(), columns, block, seed, restore != 0);
+            std::copy(row.begin(), row.begin() + columns, rows);
+        }
     } catch (const std::exception&) {
         return -1;
     }

@@ -10,12 +10,15 @@
 #endif
 
 // Changes whenever a struct or a signature below does; Python refuses a library with another number.
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 
 constexpr int64_t kWordBits = 64;      // columns per plane word, and per activation scale
 constexpr int64_t kMaxTokens = 8;      // tokens of one decode call
 constexpr int64_t kMaxQuickRank = 8;   // largest rank with fixed-point activations
 constexpr int64_t kPadding = 64;       // bytes that may be read after the last value
+constexpr int64_t kTileRows = 4;       // rows and columns of a tile of symbols
+constexpr int64_t kTileColumns = 128;
+constexpr int32_t kNotFinite = 1;      // what slablm_symbols_matvec returns if nothing was computed
 
 enum ScalarType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
 enum InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3, kInstructionSets = 4 };
@@ -33,6 +36,20 @@ struct SlabWeight {
     const uint64_t* planes;  // [rows, words, plane_count]
     const float* left;    // u, [rows, rank]
     const float* right;   // v, [rank, 64 * words], filled up with 0
+};
+
+// A weight in symbols as a file holds it: tiles as in slablm/packing/tiles.py, all numbers FP16 and finite, none negative.
+struct SlabSymbols {
+    int64_t rows, columns;
+    int64_t group_size;      // columns that share a scale, a multiple of 64
+    int64_t block;           // of the rotation of the inputs, a power of two that divides `columns`; 0: none
+    uint64_t seed;           // of the rotation's signs
+    int64_t bits;            // of a symbol, 2 to 5
+    const uint8_t* symbols;
+    const uint16_t* scales;  // [rows, groups]
+    const uint16_t* levels;  // [2^(bits - 1) - 1]
+    const uint16_t* left;    // [rows]
+    const uint16_t* right;   // [columns]
 };
 
 SLABLM_API int32_t slablm_abi_version();
@@ -54,6 +71,19 @@ SLABLM_API int32_t slablm_dense_matvec(int32_t set, const void* weight, int32_t 
 SLABLM_API int32_t slablm_unpack(int32_t set, const SlabWeight* weight, int64_t begin, int64_t end, void* output,
                                  int32_t output_type, int32_t threads);
 
+// As slablm_matvec. Returns kNotFinite, and computes nothing, if the weight is rotated and the rotated inputs are not all
+// finite: an infinity among the inputs would be one in all columns of its block.
+SLABLM_API int32_t slablm_symbols_matvec(int32_t set, const SlabSymbols* weight, const void* inputs, int32_t input_type,
+                                         int64_t tokens, void* outputs, int32_t output_type, int32_t threads);
+
+// As slablm_unpack, of the matrix for rotated inputs; `begin` must be a multiple of kTileRows.
+SLABLM_API int32_t slablm_symbols_unpack(int32_t set, const SlabSymbols* weight, int64_t begin, int64_t end,
+                                         void* output, int32_t output_type, int32_t threads);
+
+// Rotates rows [count, columns] of float32 in place; with `restore`, rotates them back.
+SLABLM_API int32_t slablm_rotate(int32_t set, float* rows, int64_t count, int64_t columns, int64_t block, uint64_t seed,
+                                 int32_t restore);
+
 // Activations of one call as the kernels read them: columns filled up with 0 to 64 * words.
 struct Activations {
     int64_t tokens;         // a power of two; missing tokens are 0
@@ -63,6 +93,21 @@ struct Activations {
     int16_t* z16;           // quick: v_q * x likewise, [rank, tokens, padded]
     float* z_scales;        // quick: [rank, tokens, words]
 };
+
+// Inputs of one call for a weight in symbols: columns filled up with 0 to whole tiles.
+struct SymbolActivations {
+    int64_t tokens;        // a power of two; missing tokens are 0
+    int64_t tiles;         // T, across the columns; padded = 128 T
+    float* x;              // [tokens, padded], rotated
+    float* right;          // v, [padded]
+    int64_t* groups;       // of scales, by 64 columns, [2 T]
+    int16_t* x16;          // quick: x in fixed point, [tokens, padded], columns in the instruction set's order
+    float* x_scales;       // quick: [tokens, T], for sums of products with levels in fixed point
+    int16_t* z16;          // quick: v * x likewise
+    float* z_scales;       // quick: [tokens, T]
+};
+
+enum class Suits { kExact, kQuick, kNeither };
 
 struct Output {
     void* data;      // [tokens, rows]
@@ -84,6 +129,17 @@ struct Kernels {
     void (*dense)(const SlabWeight& weight, const Activations& activations, const Output& output, int64_t begin,
                   int64_t end);
     void (*unpack)(const SlabWeight& weight, int64_t begin, int64_t end, void* output, int32_t output_type);
+
+    // The same for weights in symbols; rows begin at a multiple of kTileRows.
+    int64_t quick_symbol_tokens;
+    Suits (*prepare_symbols)(const SlabSymbols& weight, const void* inputs, int32_t input_type, int64_t tokens,
+                             bool quick, SymbolActivations& activations);
+    void (*exact_symbols)(const SlabSymbols& weight, const SymbolActivations& activations, const Output& output,
+                          int64_t begin, int64_t end);
+    void (*quick_symbols)(const SlabSymbols& weight, const SymbolActivations& activations, const Output& output,
+                          int64_t begin, int64_t end);
+    void (*unpack_symbols)(const SlabSymbols& weight, int64_t begin, int64_t end, void* output, int32_t output_type);
+    void (*rotate)(float* row, int64_t columns, int64_t block, uint64_t seed, bool restore);
 };
 
 extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kNeonKernels;

@@ -3,6 +3,7 @@
 - `to_runtime(packed, value_bits)` lays a packed weight out for the kernels of its device (`to_native`: CPU, `to_gpu`:
   GPU); `from_runtime` is its inverse.
 - `linear(inputs, weight)` applies it, `dense_linear` does so for a dense 16-bit weight.
+- `symbols_linear(inputs, weight)` applies a weight in symbols as it is stored: there is no other layout.
 - `explain(device)` says what code runs, and why.
 """
 

@@ -44,7 +44,8 @@ DECODE_TOKENS = 16
 # Bytes of one unpacked tile: large enough for an efficient matrix product, small enough to stay in the cache.
 _TILE_BYTES = 4 << 20
 
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# What the kernels of the CPU and the GPU take.
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -152,7 +153,7 @@ def linear(inputs: Tensor, weight: NativeWeight | GpuWeight) -> Tensor:
     check_inputs(inputs, weight.device, weight.in_features)
     if isinstance(weight, GpuWeight):
         return _run_gpu(inputs, weight)
-    if _needs_operator(inputs):
+    if needs_operator(inputs):
         outputs: Tensor = _operator(inputs, *weight.arguments, weight.in_features)
         return outputs
     return _run(inputs, weight)
@@ -173,7 +174,7 @@ def dense_linear(inputs: Tensor, weight: Tensor) -> Tensor:
         return functional.linear(inputs, weight)
     if weight.requires_grad and torch.is_grad_enabled():
         return functional.linear(inputs, weight.to(inputs.dtype))
-    if _needs_operator(inputs):
+    if needs_operator(inputs):
         outputs: Tensor = _dense_operator(inputs, weight)
         return outputs
     return _run_dense(inputs, weight)
@@ -199,7 +200,7 @@ def check_inputs(inputs: Tensor, device: torch.device, columns: int) -> None:
         raise SlabError(f"inputs of shape {list(inputs.shape)} do not fit a layer with {columns} input features")
 
 
-def _needs_operator(inputs: Tensor) -> bool:
+def needs_operator(inputs: Tensor) -> bool:
     """Whether more than plain numbers is asked for: a trace, a gradient, or what a subclass makes of it."""
     gradient = inputs.requires_grad and torch.is_grad_enabled()
     return torch.compiler.is_compiling() or gradient or type(inputs) not in (Tensor, nn.Parameter)
@@ -209,7 +210,7 @@ def _run_dense(inputs: Tensor, weight: Tensor) -> Tensor:
     m, n = weight.shape
     rows = inputs.reshape(-1, n)
     chosen = backend(weight.device)
-    readable = inputs.dtype in _KERNEL_DTYPES and weight.is_contiguous()
+    readable = inputs.dtype in KERNEL_DTYPES and weight.is_contiguous()
     if chosen.library is not None and readable and rows.shape[0] <= native.MAX_TOKENS:
         outputs = native.dense_matvec(chosen.library, chosen.name, weight, rows.contiguous())
         return outputs.view(*inputs.shape[:-1], m)
@@ -220,7 +221,7 @@ def _run_dense(inputs: Tensor, weight: Tensor) -> Tensor:
 
 def _run(inputs: Tensor, weight: NativeWeight) -> Tensor:
     chosen = _cpu_backend(os.environ.get(ENVIRONMENT_VARIABLE, ""))
-    if chosen.library is None or inputs.dtype not in _KERNEL_DTYPES:
+    if chosen.library is None or inputs.dtype not in KERNEL_DTYPES:
         return reference.linear(inputs, weight)
     rows = inputs.reshape(-1, weight.in_features).contiguous()
     run = _decode if rows.shape[0] <= DECODE_TOKENS else _prefill
@@ -228,7 +229,7 @@ def _run(inputs: Tensor, weight: NativeWeight) -> Tensor:
 
 
 def _run_gpu(inputs: Tensor, weight: GpuWeight) -> Tensor:
-    if _gpu_name() != TRITON or inputs.dtype not in _KERNEL_DTYPES:
+    if _gpu_name() != TRITON or inputs.dtype not in KERNEL_DTYPES:
         return reference.linear(inputs, weight)
     from slablm.runtime.kernels import gpu  # imports triton
 
@@ -284,17 +285,18 @@ def _dense_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Te
 def _run_gradient(gradient: Tensor, weight: NativeWeight) -> Tensor:
     """Gradient of the outputs [..., m] → of the inputs [..., n]: multiplied by Ŵ, which is unpacked anew in tiles."""
     chosen = backend()
-    if chosen.library is None or gradient.dtype not in _KERNEL_DTYPES:
+    if chosen.library is None or gradient.dtype not in KERNEL_DTYPES:
         return gradient @ reference.unpack(weight).to(gradient.dtype)
-    return _sum_over_tiles(gradient, _tiles(chosen.name, chosen.library, weight, torch.float32), weight.in_features)
+    return sum_over_tiles(gradient, _tiles(chosen.name, chosen.library, weight, torch.float32), weight.in_features)
 
 
 def _run_dense_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return _sum_over_tiles(gradient, _dense_tiles(weight, dtype), weight.shape[1])
+    return sum_over_tiles(gradient, _dense_tiles(weight, dtype), weight.shape[1])
 
 
-def _sum_over_tiles(gradient: Tensor, tiles: Iterator[tuple[slice, Tensor]], n: int) -> Tensor:
+def sum_over_tiles(gradient: Tensor, tiles: Iterator[tuple[slice, Tensor]], n: int) -> Tensor:
+    """A gradient [..., m] times the rows that the tiles have, [..., n], in its dtype, summed in float32 or better."""
     rows = gradient.reshape(-1, gradient.shape[-1])
     rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     result = rows.new_zeros(rows.shape[0], n)

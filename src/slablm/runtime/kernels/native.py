@@ -18,13 +18,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from slablm.methods.rotation import Rotation
+from slablm.packing.symbols import PackedSymbols
+from slablm.packing.tiles import HALF_TILE
 from slablm.runtime.kernels.layout import NativeWeight
 
 MAX_TOKENS = 8
-ABI_VERSION = 2
+ABI_VERSION = 3
 # Fastest first; the number is the library's.
 INSTRUCTION_SETS = {"avx512": 2, "avx2": 1, "neon": 3, "portable": 0}
 
+_NOT_FINITE = 1  # `kNotFinite`
 _SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 # Beside this file; an editable installation builds the library elsewhere.
 _FOLDERS = sys.modules[__name__.rpartition(".")[0]].__path__
@@ -38,6 +42,17 @@ class _Weight(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rows", "columns", "kept", "rank")),
         *((name, ctypes.c_int32) for name in ("value_type", "plane_count")),
         *((name, ctypes.c_void_p) for name in ("values", "scales", "planes", "left", "right")),
+    )
+
+
+class _Symbols(ctypes.Structure):
+    """`SlabSymbols` of csrc/slablm.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "columns", "group_size", "block")),
+        ("seed", ctypes.c_uint64),
+        ("bits", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("symbols", "scales", "levels", "left", "right")),
     )
 
 
@@ -73,6 +88,9 @@ def load() -> Library | str:
     functions.slablm_matvec.argtypes = (i32, pointer, pointer, i32, i64, pointer, i32, i32)
     functions.slablm_dense_matvec.argtypes = (i32, pointer, i32, i64, i64, pointer, i32, i64, pointer, i32, i32)
     functions.slablm_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
+    functions.slablm_symbols_matvec.argtypes = (i32, pointer, pointer, i32, i64, pointer, i32, i32)
+    functions.slablm_symbols_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
+    functions.slablm_rotate.argtypes = (i32, pointer, i64, i64, i64, ctypes.c_uint64, i32)
     supported = tuple(name for name, number in INSTRUCTION_SETS.items() if functions.slablm_supports(number))
     return Library(functions, found[0], supported)
 
@@ -153,6 +171,97 @@ def unpack(library: Library, instruction_set: str, weight: NativeWeight, begin: 
         torch.get_num_threads(),
     )
     _check(status)
+
+
+def reads_symbols(weight: PackedSymbols) -> bool:
+    """Whether the kernels have code for a weight: scales must not change within half a tile."""
+    return weight.spec.group_size % HALF_TILE == 0
+
+
+def symbols_matvec(library: Library, instruction_set: str, weight: PackedSymbols, inputs: Tensor) -> Tensor | None:
+    """A weight in symbols applied to a few tokens, straight from the tiles.
+
+    Args:
+        library: from `load`.
+        instruction_set: one of `library.supported`.
+        weight: [m, n], one of which `reads_symbols` is true.
+        inputs: as for `matvec`; not yet rotated.
+
+    Returns:
+        [t, m] in the inputs' dtype, accumulated in float32. None where the inputs are rotated and then not all finite:
+        an infinity among them would be one in all columns of its block.
+    """
+    _check_readable(inputs, weight.in_features)
+    outputs = torch.empty(inputs.shape[0], weight.spec.out_features, dtype=inputs.dtype, device="cpu")
+    scalar_type = _SCALAR_TYPES[inputs.dtype]
+    struct = _symbols_struct(weight)
+    status = library.functions.slablm_symbols_matvec(
+        INSTRUCTION_SETS[instruction_set],
+        ctypes.byref(struct),
+        inputs.data_ptr(),
+        scalar_type,
+        inputs.shape[0],
+        outputs.data_ptr(),
+        scalar_type,
+        torch.get_num_threads(),
+    )
+    if status == _NOT_FINITE:
+        return None
+    _check(status)
+    return outputs
+
+
+def symbols_unpack(
+    library: Library, instruction_set: str, weight: PackedSymbols, begin: int, end: int, output: Tensor
+) -> None:
+    """As `unpack`, of the matrix for rotated inputs; `begin` is the first row of a tile."""
+    _check_readable(output, weight.in_features)
+    struct = _symbols_struct(weight)
+    status = library.functions.slablm_symbols_unpack(
+        INSTRUCTION_SETS[instruction_set],
+        ctypes.byref(struct),
+        begin,
+        end,
+        output.data_ptr(),
+        _SCALAR_TYPES[output.dtype],
+        torch.get_num_threads(),
+    )
+    _check(status)
+
+
+def rotate(library: Library, instruction_set: str, rotation: Rotation, rows: Tensor, restore: bool = False) -> None:
+    """`Rotation.rotate` in place, or with `restore` that one.
+
+    Args:
+        library: from `load`.
+        instruction_set: one of `library.supported`.
+        rotation: of n columns.
+        rows: [t, n], contiguous float32.
+        restore: whether to rotate back.
+    """
+    _check_readable(rows, rotation.size)
+    assert rows.dtype == torch.float32
+    status = library.functions.slablm_rotate(
+        INSTRUCTION_SETS[instruction_set],
+        rows.data_ptr(),
+        rows.shape[0],
+        rotation.size,
+        rotation.block,
+        rotation.seed,
+        restore,
+    )
+    _check(status)
+
+
+def _symbols_struct(weight: PackedSymbols) -> _Symbols:
+    """The weight's `SlabSymbols`, made per call: that takes 2 µs, and nothing can go stale."""
+    spec, parts = weight.spec, (weight.symbols, weight.scales, weight.levels, weight.left, weight.right)
+    for part in parts:
+        if not (part.is_cpu and part.is_contiguous()):
+            raise RuntimeError("a kernel needs contiguous symbols and factors on the CPU; this is a bug in slablm")
+    m, n, rotation = spec.out_features, spec.in_features, spec.rotation
+    block, seed = (0, 0) if rotation is None else (rotation.block, rotation.seed)
+    return _Symbols(m, n, spec.group_size, block, seed, spec.bits, *(part.data_ptr() for part in parts))
 
 
 # Made once per weight and set of addresses, which change when memory moves (`Tensor.share_memory_`). Not an attribute

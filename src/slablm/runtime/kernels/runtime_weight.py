@@ -116,19 +116,18 @@ def wide_factors(packed: PackedWeight, word: int) -> tuple[Tensor, Tensor]:
     return packed.left.float().contiguous(), right.contiguous()
 
 
-def from_runtime(weight: RuntimeWeight, factor_dtype: torch.dtype | None = None) -> PackedWeight:
+def from_runtime(weight: RuntimeWeight) -> PackedWeight:
     """The packed weight that a layout was made of, bit for bit.
 
     Args:
         weight: its values must not be quantized.
-        factor_dtype: type of the factors, by default that of the values.
 
     Raises:
         SlabError: the values were quantized to 8 bits; the checkpoint's are gone.
     """
     if weight.scales is not None:
         raise SlabError("8-bit values cannot be turned back into stored ones: load the checkpoint with 16-bit values")
-    n, dtype = weight.in_features, factor_dtype or weight.values.dtype
+    n, dtype = weight.in_features, weight.values.dtype
     kept, minus = weight.masks(0, weight.out_features)
     return PackedWeight(
         in_features=n,
