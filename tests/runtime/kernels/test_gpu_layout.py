@@ -25,14 +25,6 @@ def test_layout_keeps_every_bit(spec, seed):
         assert torch.equal(getattr(back, name), getattr(packed, name))
 
 
-def test_factors_of_another_type_come_back():
-    packed = random_packed(SPEC, 0)
-    packed = replace(packed, left=packed.left.bfloat16(), right=packed.right.bfloat16())
-    back = from_runtime(to_gpu(packed), torch.bfloat16)
-    assert (back.values.dtype, back.left.dtype, back.right.dtype) == (torch.float16, torch.bfloat16, torch.bfloat16)
-    assert torch.equal(back.dense(), packed.dense())
-
-
 @given(specs(), st.integers(0, 2**31))
 def test_offsets_count_the_values_in_front_of_each_word(spec, seed):
     packed = random_packed(spec, seed)
