@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Annotated, Any
 from unittest.mock import patch
@@ -36,13 +36,13 @@ from slablm.config import CompressionConfig
 from slablm.dense import loading
 from slablm.dense.targets import select_targets
 from slablm.evaluation.perplexity import perplexity
-from slablm.methods import get_method, quantizers, slab_plus
+from slablm.methods import quantizers, slab_plus
 from slablm.methods import sweep as sweep_module
 from slablm.methods.uniform import spanning_grids
 from slablm.runtime.replace_module import unpack_layers
 
 SEQ_LEN = 2048
-BITS = 3.5
+BITS = 3.7
 
 
 @dataclass(frozen=True)
@@ -64,19 +64,16 @@ def slab_plus_arms() -> list[Arm]:
     """From the paper's algorithm to all of `slab+`, at `BITS` true bits per weight."""
     budget = {"method": "slab+", "bits_per_weight": BITS}
     even = (stream, "sensitivities", lambda *args: {})
-    no_feedback = (stream, "get_method", lambda name: replace(get_method(name), needs_held_out=False))
+    plain = (slab_plus.Trial, "descended", slab_plus.Trial.plain)
     no_descent = (slab_plus, "DESCENTS", 0)
+    no_rotation = (slab_plus, "largest_block", lambda size: 1)
     return [
         Arm("slab 50 %, 16-bit values", {"method": "slab"}),
-        Arm("slab+ 50 %, 16-bit values, weighted factors alone", {"method": "slab+"}, [no_feedback]),
-        Arm("slab+ 50 %, 16-bit values, no descent", {"method": "slab+"}, [no_descent]),
-        Arm("slab+ 50 %, 16-bit values", {"method": "slab+"}),
-        # Without feedback there are no trials either: the bits that these have chosen for most layers.
-        Arm("weighted factors and grid", {**budget, "magnitude_bits": 3}, [even, no_feedback]),
-        Arm("+ error feedback and refit", budget, [even, no_descent]),
-        Arm("+ descent", budget, [even]),
-        Arm("+ uneven budgets (slab+)", budget),
-        Arm("+ refinement (--refine)", budget | {"refine": True}),
+        Arm("symbols, nearest values", budget, [even, no_rotation, plain]),
+        Arm("+ error feedback and refit", budget, [even, no_rotation, no_descent]),
+        Arm("+ descent", budget, [even, no_rotation]),
+        Arm("+ rotation where it helps", budget, [even]),
+        Arm("+ measured sensitivities (slab+)", budget),
     ]
 
 
@@ -128,7 +125,7 @@ def main(
     only: Annotated[list[int] | None, typer.Option(help="Numbers of arms, from 0.")] = None,
 ) -> None:
     """Print one JSON line per arm."""
-    base = CompressionConfig(calibration=calibration, num_samples=num_samples, seq_len=seq_len)
+    base = {"calibration": calibration, "num_samples": num_samples, "seq_len": seq_len}
     first = None
     arms = slab_plus_arms() if of == "slab+" else gptq_arms(num_samples, seq_len)
     for number, arm in enumerate(arms):
@@ -140,10 +137,10 @@ def main(
         print(json.dumps({"arm": arm.name, **result, "ratio": ratio}), flush=True)
 
 
-def measure(source: str, arm: Arm, base: CompressionConfig, texts: list[str]) -> dict[str, Any]:
+def measure(source: str, arm: Arm, base: dict[str, Any], texts: list[str]) -> dict[str, Any]:
     """Compress and evaluate."""
     model, tokenizer = loading.load(source)
-    config = CompressionConfig(**{**base.to_dict(), **arm.settings})
+    config = CompressionConfig(**base | arm.settings)
     targets = select_targets(model, config)
     config = prepare_model(model, targets, config)
     calibrating = calibration_windows(model, tokenizer, config)

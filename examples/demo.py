@@ -61,7 +61,7 @@ def main() -> None:
     rows = [("dense, FP16", evaluate(dense, windows, "dense"), 16.0, dense_bytes(dense, options.out / "dense"))]
     console.print(f"Calibration text: {options.calibration}, {options.num_samples} × {options.seq_len} tokens")
     config = CompressionConfig(
-        calibration=options.calibration, num_samples=options.num_samples, seq_len=options.seq_len
+        "slab", calibration=options.calibration, num_samples=options.num_samples, seq_len=options.seq_len
     )
     calibration = calibration_windows(dense, tokenizer, config)
     for method in ("wanda", "slab"):

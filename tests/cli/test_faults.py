@@ -18,7 +18,7 @@ from tests.compression.folders import assert_same_folders, build
 
 @pytest.fixture
 def options(text_file):
-    return ["--calibration", text_file, "--num-samples", 4, "--seq-len", 32, "--iterations", 4]
+    return ["--method", "slab", "--calibration", text_file, "--num-samples", 4, "--seq-len", 32, "--iterations", 4]
 
 
 @pytest.fixture(scope="module")
