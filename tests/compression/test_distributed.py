@@ -244,7 +244,8 @@ def test_any_number_of_ranks_gives_the_files_of_one_process(launch, settings, qu
     """So the masks are identical, and the values. gpt_neox is read as a whole."""
     source, out = build(tmp_path / "dense", family), tmp_path / "out"
     config = replace(quick, **{name: value for name, value in more.items() if name != "max_memory"})
-    more = [part for name, value in more.items() for part in (f"--{name.replace('_', '-')}", value)]
+    given = {f"--{name.replace('_', '-')}": value for name, value in more.items() if value is not None}
+    more = [part for option in given.items() for part in option]
     compress_folder(str(source), tmp_path / "one", config, RunOptions())
     codes, logs = launch(size, "compress", source, out, *settings, *more)
     assert codes == [0] * size

@@ -31,7 +31,8 @@ def real_peak(work):
 @pytest.mark.parametrize("settings", [{}, {"ratio": 0.8}, {"rank": 3}, {"pattern": "2:4"}])
 @pytest.mark.parametrize("method", ["slab", "wanda", "magnitude", "sparse+scalar-binary"])
 def test_workspace_of_a_decomposition(method, settings, dtype):
-    weight = torch.randn(300, 1000).to(dtype)
+    # Seeded: where two scores of a row are equal by chance, resolving that takes more.
+    weight = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
     stats = LayerStats(torch.ones(1000), 1, torch.empty(0, 1000))
     config = CompressionConfig(method=method, iterations=2, **settings)
     results = []
