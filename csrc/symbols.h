@@ -20,6 +20,7 @@
 //   kQuickTokens                      up to so many tokens, fixed point is faster than floats
 //   kWholeTiles                       Sums can hold levels * x16 of 128 columns, not only of 64
 //   quick_rows(T)                     rows of a tile read together with T tokens
+//   totals(Floats[N], float[N])       the sum over the lanes of each of N vectors
 //   Entries, entries(a, b, s, u)      the table of floats: s a + u b
 //   entry<P>(Entries, Index, i, v)    Floats of lanes kLanes i ... of the 32 columns
 //   swap(Floats, s)                   lanes whose numbers differ in bit s change places
@@ -30,11 +31,6 @@
 #include "symbols_quick.h"
 
 namespace {
-
-template <int N>
-struct Constant {
-    static constexpr int value = N;
-};
 
 // Calls run with the number of bits as a constant.
 template <class Run>

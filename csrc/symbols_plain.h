@@ -80,6 +80,10 @@ struct PlainSymbols : Base {
         for (int i = 0; i < 8; ++i) out[i] = static_cast<float>(sums.lane[i]);
         return Base::load(out);
     }
+    template <int N>
+    static void totals(const Floats (&a)[N], float (&out)[N]) {
+        for (int i = 0; i < N; ++i) out[i] = Base::total(a[i]);
+    }
     static Entries entries(const float* levels, const float* backgrounds, float s, float u) {
         Entries out;
         for (int k = 0; k < kTable; ++k) out.lane[k] = levels[k] * s + backgrounds[k] * u;

@@ -8,18 +8,26 @@ namespace {
 // Tiles whose scales are converted together, and room for as many groups and a vector more.
 constexpr int64_t kBlockTiles = 16;
 constexpr int64_t kBlockGroups = 2 * kBlockTiles + 16;
+// Rows whose u are converted together.
+constexpr int64_t kLeftRows = 16;
 
-// Scales of one row from group `first` on, `count` of them, as floats.
+// `count` halves as floats, or as many as `there` are; multiples of kLanes are written. The end of the memory is a case of
+// its own, and out of the way: four rows begin with this.
 template <class Isa>
-void convert_scales(const SlabSymbols& weight, int64_t row, int64_t first, int64_t count, float* out) {
-    const int64_t at = row * groups_of(weight) + first, there = weight.rows * groups_of(weight) - at;
-    const Half* from = reinterpret_cast<const Half*>(weight.scales) + at;
-    for (int64_t g = 0; g < count; g += Isa::kLanes) {
-        Half last[Isa::kLanes] = {};
-        const bool whole = g + Isa::kLanes <= there;
-        if (!whole) memcpy(last, from + g, sizeof(Half) * static_cast<size_t>(there - g));
-        Isa::save(Isa::expand(whole ? from + g : last, Isa::kLaneMask), out + g);
+[[gnu::noinline, gnu::cold]] void convert_last(const Half* halves, int64_t count, int64_t there, float* out) {
+    for (int64_t k = 0; k < count && k < there; k += Isa::kLanes) {
+        Half lanes[Isa::kLanes] = {};
+        const int64_t left = there - k < Isa::kLanes ? there - k : Isa::kLanes;
+        memcpy(lanes, halves + k, sizeof(Half) * static_cast<size_t>(left));
+        Isa::save(Isa::expand(lanes, Isa::kLaneMask), out + k);
     }
+}
+
+template <class Isa>
+inline void convert(const uint16_t* from, int64_t count, int64_t there, float* out) {
+    const Half* halves = reinterpret_cast<const Half*>(from);
+    if (count + Isa::kLanes > there) return convert_last<Isa>(halves, count, there, out);
+    for (int64_t k = 0; k < count; k += Isa::kLanes) Isa::save(Isa::expand(halves + k, Isa::kLaneMask), out + k);
 }
 
 // Sums of R rows and T tokens, in lanes.
@@ -30,7 +38,8 @@ struct QuickSums {
 
 // R rows of one tile from row r on. Sums of products are chains of slow instructions, so the rows take turns. Split: both
 // halves of the tile have scales of their own. `scales` has those of each row, of the halves at groups[0] and groups[1].
-template <class Isa, int P, bool Split, int T, int R>
+// Of a tile beside nothing, half the chunks are enough.
+template <class Isa, int P, bool Split, int T, int R, int64_t Chunks>
 void add_quick_tile(const typename Isa::Tables& tables, const uint8_t* tile, int64_t r, const SymbolActivations& act,
                     int64_t t, const float (&scales)[R][kBlockGroups], const int64_t (&groups)[2],
                     QuickSums<Isa, T, R>& sums) {
@@ -45,7 +54,7 @@ void add_quick_tile(const typename Isa::Tables& tables, const uint8_t* tile, int
             background[i][token] = Isa::no_sums();
         }
     }
-    UNROLLED for (int64_t h = 0; h < kChunks; ++h) {
+    UNROLLED for (int64_t h = 0; h < Chunks; ++h) {
         const int64_t column = t * kTileColumns + h * kChunk, part = Split ? h / 2 : 0;
         UNROLLED for (int i = 0; i < R; ++i) {
             const auto index = Isa::template index<P>(symbols[i], h);
@@ -73,37 +82,50 @@ void add_quick_tile(const typename Isa::Tables& tables, const uint8_t* tile, int
     }
 }
 
-// R rows from `row` on, or those of them before `end`; the others are computed with the last one's scales.
+// R rows from `row` on, or those of them before `end`; the others are computed with the last one's scales. `left` has u
+// of each row.
 template <class Isa, int P, bool Split, int T, int R>
 void quick_symbol_tile_rows(const SlabSymbols& weight, const TileReader<P>& reader, const typename Isa::Tables& tables,
-                            const SymbolActivations& act, const Output& output, int64_t row, int64_t end) {
+                            const SymbolActivations& act, const Output& output, const float* left, int64_t row,
+                            int64_t end) {
     QuickSums<Isa, T, R> sums;
     UNROLLED for (int r = 0; r < R; ++r) {
         UNROLLED for (int token = 0; token < T; ++token) {
             sums.levels[r][token] = sums.background[r][token] = Isa::zero();
         }
     }
+    const int64_t row_groups = act.groups[2 * act.tiles - 1] + 1;
     for (int64_t start = 0; start < act.tiles; start += kBlockTiles) {
         const int64_t stop = start + kBlockTiles < act.tiles ? start + kBlockTiles : act.tiles;
         const int64_t first = act.groups[2 * start], groups = act.groups[2 * stop - 1] - first + 1;
         float scales[R][kBlockGroups];
         for (int r = 0; r < R; ++r) {
-            convert_scales<Isa>(weight, row + r < end ? row + r : end - 1, first, groups, scales[r]);
+            const int64_t at = (row + r < end ? row + r : end - 1) * row_groups + first;
+            convert<Isa>(weight.scales + at, groups, weight.rows * row_groups - at, scales[r]);
         }
-        for (int64_t t = start; t < stop; ++t) {
-            const uint8_t* tile = reader.tile(t);
-            if (row % kTileRows == 0) reader.fetch(t);
+        const auto add = [&](auto chunks, int64_t t) {
             const int64_t group[2] = {act.groups[2 * t] - first, act.groups[2 * t + 1] - first};
-            add_quick_tile<Isa, P, Split, T, R>(tables, tile, row % kTileRows, act, t, scales, group, sums);
+            add_quick_tile<Isa, P, Split, T, R, chunks.value>(tables, reader.tile(t), row % kTileRows, act, t, scales,
+                                                              group, sums);
+        };
+        const int64_t whole = stop < reader.whole ? stop : reader.whole;
+        for (int64_t t = start; t < whole; ++t) {
+            if (row % kTileRows == 0) reader.fetch(t);
+            add(Constant<kChunks>(), t);
+        }
+        if (whole < stop) add(Constant<kChunks / 2>(), whole);
+    }
+    typename Isa::Floats both[R * T];
+    UNROLLED for (int r = 0; r < R; ++r) {
+        const auto u = Isa::broadcast(left[r]);
+        UNROLLED for (int token = 0; token < T; ++token) {
+            both[r * T + token] = Isa::fma(u, sums.background[r][token], sums.levels[r][token]);
         }
     }
-    UNROLLED for (int r = 0; r < R; ++r) {
-        if (row + r >= end) break;
-        const auto u = Isa::broadcast(half_at(weight.left, row + r));
-        UNROLLED for (int token = 0; token < T; ++token) {
-            const auto both = Isa::fma(u, sums.background[r][token], sums.levels[r][token]);
-            store(output, weight.rows, row + r, token, Isa::total(both));
-        }
+    float totals[R * T];
+    Isa::totals(both, totals);
+    for (int r = 0; r < R && row + r < end; ++r) {
+        for (int token = 0; token < T; ++token) store(output, weight.rows, row + r, token, totals[r * T + token]);
     }
 }
 
@@ -119,10 +141,14 @@ void quick_symbol_rows(const SlabSymbols& weight, const SymbolActivations& act, 
         background[k] = static_cast<int16_t>(alphabet.background[k]);
     }
     const auto tables = Isa::tables(levels, background);
+    float left[kLeftRows] = {};
     for (int64_t four = begin; four < end; four += kTileRows) {
+        const int64_t at = (four - begin) % kLeftRows;
+        if (at == 0) convert<Isa>(weight.left + four, kLeftRows, weight.rows - four, left);
         const TileReader<P> reader(weight, four);
         for (int64_t row = four; row < end && row < four + kTileRows; row += R) {
-            quick_symbol_tile_rows<Isa, P, Split, T, R>(weight, reader, tables, act, output, row, end);
+            quick_symbol_tile_rows<Isa, P, Split, T, R>(weight, reader, tables, act, output, left + at + row - four, row,
+                                                        end);
         }
     }
 }

@@ -10,6 +10,11 @@ constexpr int64_t kChunks = kTileColumns / kChunk;
 constexpr int kTable = 32;
 constexpr float kLargestLevel = 32767.0f;
 
+template <int N>
+struct Constant {
+    static constexpr int value = N;
+};
+
 constexpr int low_bits(int bits) { return bits < 4 ? 2 : 4; }
 constexpr int64_t tile_bytes(int bits) { return kTileRows * kTileColumns * bits / 8; }
 // Bytes of a row of a tile in the low plane and in the top one.
