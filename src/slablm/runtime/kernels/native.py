@@ -153,7 +153,7 @@ def dense_matvec(library: Library, instruction_set: str, weight: Tensor, inputs:
 
 def unpack(library: Library, instruction_set: str, weight: NativeWeight, begin: int, end: int, output: Tensor) -> None:
     """Rows begin … end of Ŵ into `output`, a contiguous float32 or bfloat16 tensor [at least end − begin, n]."""
-    _check_readable(output, weight.in_features)
+    _check_readable(output, weight.in_features, rows=end - begin)
     described = _struct(weight)
     status = library.functions.slablm_unpack(
         INSTRUCTION_SETS[instruction_set],
@@ -208,7 +208,7 @@ def symbols_unpack(
     library: Library, instruction_set: str, weight: PackedSymbols, begin: int, end: int, output: Tensor
 ) -> None:
     """As `unpack`, of the matrix for rotated inputs; `begin` is the first row of a tile."""
-    _check_readable(output, weight.in_features)
+    _check_readable(output, weight.in_features, rows=end - begin)
     status = library.functions.slablm_symbols_unpack(
         INSTRUCTION_SETS[instruction_set],
         _symbols_struct(weight),
@@ -231,7 +231,7 @@ def rotate(library: Library, instruction_set: str, rotation: Rotation, rows: Ten
         rows: [t, n], contiguous float32.
         restore: whether to rotate back.
     """
-    _check_readable(rows, rotation.size)
+    _check_readable(rows, rotation.size, rows=0)
     assert rows.dtype == torch.float32
     status = library.functions.slablm_rotate(
         INSTRUCTION_SETS[instruction_set],
@@ -279,12 +279,18 @@ def _struct(weight: NativeWeight) -> _Weight:
     return found[1]
 
 
-def _check_readable(tensor: Tensor, columns: int) -> None:
-    """Refuse what C would misread: callers see to it, so this is the last guard and not an explanation for users."""
+def _check_readable(tensor: Tensor, columns: int, rows: int | None = None) -> None:
+    """Refuse what C would misread: callers see to it, so this is the last guard and not an explanation for users.
+
+    With `rows`, the tensor must be a matrix of at least so many.
+    """
     readable = tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in _SCALAR_TYPES
+    if rows is not None:
+        readable = readable and tensor.dim() == 2 and tensor.shape[0] >= rows
     if not readable or tensor.shape[-1] != columns:
+        expected = f"[..., {columns}] tensor" if rows is None else f"matrix of {rows} rows and {columns} columns"
         raise RuntimeError(
-            f"a kernel needs a contiguous [..., {columns}] tensor on the CPU, got {tensor.dtype} {list(tensor.shape)} "
+            f"a kernel needs a contiguous {expected} on the CPU, got {tensor.dtype} {list(tensor.shape)} "
             f"with strides {tensor.stride()} on {tensor.device}; this is a bug in slablm"
         )
 
