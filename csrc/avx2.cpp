@@ -230,6 +230,16 @@ struct Avx2Symbols : Avx2 {
         return _mm256_add_epi32(_mm256_add_epi32(sums, low), high);
     }
     static Floats to_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
+    // Two vectors together: in each 128 bits of a sum, even lanes belong to the first.
+    template <int N>
+    static void totals(const Floats (&a)[N], float (&out)[N]) {
+        static_assert(N % 2 == 0);
+        UNROLLED for (int i = 0; i < N; i += 2) {
+            const Floats two = add(_mm256_unpacklo_ps(a[i], a[i + 1]), _mm256_unpackhi_ps(a[i], a[i + 1]));
+            const __m128 half = _mm_add_ps(_mm256_castps256_ps128(two), _mm256_extractf128_ps(two, 1));
+            _mm_storel_pi(reinterpret_cast<__m64*>(out + i), _mm_add_ps(half, _mm_movehl_ps(half, half)));
+        }
+    }
 
     static Floats scaled(const float* levels, const float* backgrounds, float s, float u) {
         return add(mul(load(levels), broadcast(s)), mul(load(backgrounds), broadcast(u)));

@@ -155,6 +155,18 @@ struct Avx512Symbols : Avx512 {
         return _mm512_dpwssd_epi32(sums, a, _mm512_loadu_si512(x));
     }
     static Floats to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+    // Four vectors together: in each 128 bits of a sum, lane i then belongs to vector i.
+    template <int N>
+    static void totals(const Floats (&a)[N], float (&out)[N]) {
+        static_assert(N % 4 == 0);
+        UNROLLED for (int i = 0; i < N; i += 4) {
+            const Floats even = add(_mm512_unpacklo_ps(a[i], a[i + 2]), _mm512_unpackhi_ps(a[i], a[i + 2]));
+            const Floats odd = add(_mm512_unpacklo_ps(a[i + 1], a[i + 3]), _mm512_unpackhi_ps(a[i + 1], a[i + 3]));
+            const Floats four = add(_mm512_unpacklo_ps(even, odd), _mm512_unpackhi_ps(even, odd));
+            const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+            _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+        }
+    }
 
     static Floats scaled(const float* levels, const float* backgrounds, float s, float u) {
         return add(mul(load(levels), broadcast(s)), mul(load(backgrounds), broadcast(u)));

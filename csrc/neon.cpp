@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "symbols.h"
+#include "symbols_plain.h"
 #include "tables.h"
 
 namespace {

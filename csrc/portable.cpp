@@ -1,6 +1,7 @@
 // Plain C++: for processors without a unit of their own, and the slow but simple witness in the tests.
 #include "kernels.h"
 #include "symbols.h"
+#include "symbols_plain.h"
 
 namespace {
 

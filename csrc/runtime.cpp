@@ -117,22 +117,39 @@ void for_rows(int64_t begin, int64_t end, int64_t columns, int32_t threads, cons
 
 // --- Scratch memory ------------------------------------------------------------------------------------------------
 
-// Activations of one call, in memory that belongs to the calling thread and is kept for the next call.
+// Memory that belongs to the calling thread and is kept for the next call. It begins where a line of the cache does: a
+// vector that lies in two lines takes twice as long to read.
+class Scratch {
+    std::vector<unsigned char> bytes;
+    unsigned char* next = nullptr;
+
+public:
+    void start(int64_t needed) {
+        constexpr size_t kLine = 64;
+        const size_t size = static_cast<size_t>(needed) + kLine;
+        if (bytes.size() < size) bytes.resize(size);
+        next = bytes.data() + (kLine - reinterpret_cast<uintptr_t>(bytes.data()) % kLine) % kLine;
+    }
+    template <class T>
+    void take(int64_t count, T*& out) {
+        out = reinterpret_cast<T*>(next);
+        next += sizeof(T) * static_cast<size_t>(count);
+    }
+};
+
+// Activations of one call. Arrays of vectors come first.
 Activations make_activations(const SlabWeight& weight, int64_t tokens, bool quick) {
-    static thread_local std::vector<unsigned char> memory;
-    const int64_t words = (weight.columns + kWordBits - 1) / kWordBits, padded = words * kWordBits;
-    const int64_t ranks = quick ? weight.rank : 0, scales = quick ? words : 0;
-    const int64_t floats = tokens * (padded + scales + ranks * scales);
-    const int64_t bytes = quick ? tokens * padded * (1 + ranks) * 2 : 0;
-    const size_t needed = static_cast<size_t>(4 * floats + bytes);
-    if (memory.size() < needed) memory.resize(needed);
+    static thread_local Scratch memory;
+    const int64_t words = (weight.columns + kWordBits - 1) / kWordBits, inputs = tokens * words * kWordBits;
+    const int64_t ranks = quick ? weight.rank : 0, fixed = quick ? inputs : 0, scales = quick ? tokens * words : 0;
+    memory.start(4 * inputs + (1 + ranks) * (2 * fixed + 4 * scales));
     Activations act{};
     act.tokens = tokens;
-    act.x = reinterpret_cast<float*>(memory.data());
-    act.x_scales = act.x + tokens * padded;
-    act.z_scales = act.x_scales + tokens * scales;
-    act.x16 = reinterpret_cast<int16_t*>(memory.data() + 4 * floats);
-    act.z16 = act.x16 + (quick ? tokens * padded : 0);
+    memory.take(inputs, act.x);
+    memory.take(fixed, act.x16);
+    memory.take(ranks * fixed, act.z16);
+    memory.take(scales, act.x_scales);
+    memory.take(ranks * scales, act.z_scales);
     return act;
 }
 
@@ -142,23 +159,20 @@ int64_t next_power_of_two(int64_t count) {
     return power;
 }
 
-// The same for weights in symbols.
 SymbolActivations make_activations(const SlabSymbols& weight, int64_t tokens) {
-    static thread_local std::vector<unsigned char> memory;
+    static thread_local Scratch memory;
     SymbolActivations act{};
     act.tokens = tokens;
     act.tiles = (weight.columns + kTileColumns - 1) / kTileColumns;
-    const int64_t padded = act.tiles * kTileColumns;
-    const size_t needed = static_cast<size_t>(8 * 2 * act.tiles + 4 * (tokens + 1) * padded + 8 * tokens * act.tiles +
-                                              4 * tokens * padded);
-    if (memory.size() < needed) memory.resize(needed);
-    act.groups = reinterpret_cast<int64_t*>(memory.data());
-    act.x = reinterpret_cast<float*>(act.groups + 2 * act.tiles);
-    act.right = act.x + tokens * padded;
-    act.x_scales = act.right + padded;
-    act.z_scales = act.x_scales + tokens * act.tiles;
-    act.x16 = reinterpret_cast<int16_t*>(act.z_scales + tokens * act.tiles);
-    act.z16 = act.x16 + tokens * padded;
+    const int64_t padded = act.tiles * kTileColumns, inputs = tokens * padded, scales = tokens * act.tiles;
+    memory.start(8 * inputs + 4 * padded + 16 * act.tiles + 8 * scales);
+    memory.take(inputs, act.x);
+    memory.take(padded, act.right);
+    memory.take(inputs, act.x16);
+    memory.take(inputs, act.z16);
+    memory.take(2 * act.tiles, act.groups);
+    memory.take(scales, act.x_scales);
+    memory.take(scales, act.z_scales);
     return act;
 }
 

@@ -156,7 +156,6 @@ def test_too_many_tokens_or_rows_are_refused():
     [
         torch.zeros(9, 2).T,
         torch.zeros(2, 8),
-        torch.zeros(9),
         torch.zeros(2, 9, dtype=torch.float64),
         torch.zeros(2, 9, device="meta"),
     ],
@@ -167,3 +166,16 @@ def test_what_c_would_misread_is_refused(inputs):
         native.matvec(LIBRARY, "portable", weight, inputs)
     with pytest.raises(RuntimeError, match="needs a contiguous"):
         native.unpack(LIBRARY, "portable", weight, 0, 2, inputs)
+
+
+@pytest.mark.parametrize("output", [torch.zeros(9), torch.zeros(1, 9), torch.zeros(2, 1, 9)])
+def test_what_c_would_overrun_is_refused(output):
+    weight = to_native(random_packed(PackedSpec(2, 9, 3, 1, True, torch.float16), 0))
+    with pytest.raises(RuntimeError, match="needs a contiguous matrix"):
+        native.unpack(LIBRARY, "portable", weight, 0, 2, output)
+
+
+def test_outputs_have_the_leading_dimensions_of_the_inputs():
+    weight = to_native(random_packed(PackedSpec(2, 9, 3, 1, True, torch.float16), 0))
+    for shape in ((), (3,), (2, 3), (1, 0)):
+        assert native.matvec(LIBRARY, "portable", weight, torch.zeros(*shape, 9)).shape == (*shape, 2)

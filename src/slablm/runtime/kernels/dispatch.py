@@ -73,7 +73,7 @@ def backend(device: torch.device | str = "cpu") -> Backend:
         SlabError: ``SLABLM_KERNEL`` names something that this machine cannot run.
     """
     forced = os.environ.get(ENVIRONMENT_VARIABLE, "")
-    kind = torch.device(device).type
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
     if kind == "cpu":
         return _cpu_backend(forced)
     return _gpu_backend(forced) if kind == "cuda" else Backend(REFERENCE, f"no kernels for {kind}")
@@ -208,12 +208,11 @@ def needs_operator(inputs: Tensor) -> bool:
 
 def _run_dense(inputs: Tensor, weight: Tensor) -> Tensor:
     m, n = weight.shape
-    rows = inputs.reshape(-1, n)
     chosen = backend(weight.device)
     readable = inputs.dtype in KERNEL_DTYPES and weight.is_contiguous()
-    if chosen.library is not None and readable and rows.shape[0] <= native.MAX_TOKENS:
-        outputs = native.dense_matvec(chosen.library, chosen.name, weight, rows.contiguous())
-        return outputs.view(*inputs.shape[:-1], m)
+    if chosen.library is not None and readable and inputs.numel() <= native.MAX_TOKENS * n:
+        return native.dense_matvec(chosen.library, chosen.name, weight, inputs.contiguous())
+    rows = inputs.reshape(-1, n)
     with fast_float32():
         tiles = [functional.linear(rows, tile.to(rows.dtype)) for _, tile in _dense_tiles(weight, rows.dtype)]
     return torch.cat(tiles, dim=1).view(*inputs.shape[:-1], m)
@@ -223,9 +222,8 @@ def _run(inputs: Tensor, weight: NativeWeight) -> Tensor:
     chosen = _cpu_backend(os.environ.get(ENVIRONMENT_VARIABLE, ""))
     if chosen.library is None or inputs.dtype not in KERNEL_DTYPES:
         return reference.linear(inputs, weight)
-    rows = inputs.reshape(-1, weight.in_features).contiguous()
-    run = _decode if rows.shape[0] <= DECODE_TOKENS else _prefill
-    return run(chosen.name, chosen.library, weight, rows).view(*inputs.shape[:-1], weight.out_features)
+    run = _decode if inputs.numel() <= DECODE_TOKENS * weight.in_features else _prefill
+    return run(chosen.name, chosen.library, weight, inputs.contiguous())
 
 
 def _run_gpu(inputs: Tensor, weight: GpuWeight) -> Tensor:
@@ -244,22 +242,23 @@ def _gpu_name() -> str:
     return backend("cuda").name
 
 
-def _decode(name: str, library: native.Library, weight: NativeWeight, rows: Tensor) -> Tensor:
-    if rows.shape[0] <= native.MAX_TOKENS:
-        return native.matvec(library, name, weight, rows)
-    parts = torch.split(rows, native.MAX_TOKENS)
-    return torch.cat([native.matvec(library, name, weight, part) for part in parts])
+def _decode(name: str, library: native.Library, weight: NativeWeight, inputs: Tensor) -> Tensor:
+    if inputs.numel() <= native.MAX_TOKENS * weight.in_features:
+        return native.matvec(library, name, weight, inputs)
+    parts = torch.split(inputs.view(-1, weight.in_features), native.MAX_TOKENS)
+    outputs = torch.cat([native.matvec(library, name, weight, part) for part in parts])
+    return outputs.view(*inputs.shape[:-1], weight.out_features)
 
 
-def _prefill(name: str, library: native.Library, weight: NativeWeight, rows: Tensor) -> Tensor:
-    """[t, n] → [t, m], a tile of rows of Ŵ at a time. float16 is multiplied in float32."""
-    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
-    inputs = rows.to(dtype)
+def _prefill(name: str, library: native.Library, weight: NativeWeight, inputs: Tensor) -> Tensor:
+    """[..., n] → [..., m], a tile of rows of Ŵ at a time. float16 is multiplied in float32."""
+    dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else torch.float32
+    rows = inputs.view(-1, weight.in_features).to(dtype)
     outputs = torch.empty(rows.shape[0], weight.out_features, dtype=dtype, device="cpu")
     with fast_float32():
         for span, tile in _tiles(name, library, weight, dtype):
-            torch.mm(inputs, tile.T, out=outputs[:, span])
-    return outputs.to(rows.dtype)
+            torch.mm(rows, tile.T, out=outputs[:, span])
+    return outputs.to(inputs.dtype).view(*inputs.shape[:-1], weight.out_features)
 
 
 def _tiles(

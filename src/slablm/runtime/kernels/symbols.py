@@ -65,11 +65,9 @@ def _run(inputs: Tensor, weight: PackedSymbols) -> Tensor:
     chosen = _kernels(weight, inputs.dtype)
     if chosen is None:
         return _reference(inputs, weight)
-    rows = inputs.reshape(-1, weight.in_features).contiguous()
-    outputs = (_decode if rows.shape[0] <= DECODE_TOKENS else _prefill)(*chosen, weight, rows)
-    if outputs is None:
-        return _reference(inputs, weight)
-    return outputs.view(*inputs.shape[:-1], weight.spec.out_features)
+    few = inputs.numel() <= DECODE_TOKENS * weight.in_features
+    outputs = (_decode if few else _prefill)(*chosen, weight, inputs.contiguous())
+    return _reference(inputs, weight) if outputs is None else outputs
 
 
 def _kernels(weight: PackedSymbols, dtype: torch.dtype) -> tuple[str, native.Library] | None:
@@ -84,32 +82,35 @@ def _reference(inputs: Tensor, weight: PackedSymbols) -> Tensor:
     return functional.linear(inputs, weight.dense().to(inputs.dtype))
 
 
-def _decode(name: str, library: native.Library, weight: PackedSymbols, rows: Tensor) -> Tensor | None:
-    """[t, n] → [t, m], or None where rotated inputs are not finite."""
+def _decode(name: str, library: native.Library, weight: PackedSymbols, inputs: Tensor) -> Tensor | None:
+    """[..., n] → [..., m], or None where rotated inputs are not finite."""
+    if inputs.numel() <= native.MAX_TOKENS * weight.in_features:
+        return native.symbols_matvec(library, name, weight, inputs)
     outputs = []
-    for part in torch.split(rows, native.MAX_TOKENS):
+    for part in torch.split(inputs.view(-1, weight.in_features), native.MAX_TOKENS):
         product = native.symbols_matvec(library, name, weight, part)
         if product is None:
             return None
         outputs.append(product)
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return torch.cat(outputs).view(*inputs.shape[:-1], weight.spec.out_features)
 
 
-def _prefill(name: str, library: native.Library, weight: PackedSymbols, rows: Tensor) -> Tensor | None:
+def _prefill(name: str, library: native.Library, weight: PackedSymbols, inputs: Tensor) -> Tensor | None:
     """As `_decode`. float16 is multiplied in float32."""
-    dtype = torch.bfloat16 if rows.dtype == torch.bfloat16 else torch.float32
-    inputs = rows.to(dtype)
+    dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else torch.float32
+    rows = inputs.view(-1, weight.in_features)
     if weight.spec.rotation is not None:
         rotated = rows.to(torch.float32, copy=True)
         native.rotate(library, name, weight.spec.rotation, rotated)
         if not rotated.isfinite().all():
             return None
-        inputs = rotated.to(dtype)
+        rows = rotated
+    rows = rows.to(dtype)
     outputs = torch.empty(rows.shape[0], weight.spec.out_features, dtype=dtype, device="cpu")
     with fast_float32():
         for span, tile in _tiles(name, library, weight, dtype):
-            torch.mm(inputs, tile.T, out=outputs[:, span])
-    return outputs.to(rows.dtype)
+            torch.mm(rows, tile.T, out=outputs[:, span])
+    return outputs.to(inputs.dtype).view(*inputs.shape[:-1], weight.spec.out_features)
 
 
 def _tiles(
