@@ -1,4 +1,4 @@
-"""One symbol per weight: the form in which `symbols` writes a weight.
+"""One symbol per weight: the form in which `slab+` writes a weight.
 
     Ŵ_ij = σ_ij · ( u_i v_j       where c_ij = 0
                     s_ig a_c      where c = c_ij = 1 … L ),      σ_ij = ±1,      g = ⌊j / group_size⌋

@@ -128,16 +128,15 @@ def _shape(model: nn.Module, name: str) -> tuple[int, int]:
 def _empty_layer(model: nn.Module, name: str, budget: Stored, dtype: torch.dtype) -> LayerReport:
     """Replace a layer by an empty packed one."""
     m, n = _shape(model, name)
-    spec = (
-        PackedSpec(m, n, budget.kept, budget.rank, budget.signs, dtype)
-        if isinstance(budget, RowBudget)
-        else SymbolSpec(m, n, budget.bits, budget.group_size)
-    )
+    spec: PackedSpec | SymbolSpec
+    kept = bits = None
+    if isinstance(budget, RowBudget):
+        spec, kept = PackedSpec(m, n, budget.kept, budget.rank, budget.signs, dtype), budget.kept / n
+    else:
+        spec, bits = SymbolSpec(m, n, budget.bits, budget.group_size), budget.bits
     bias = model.get_submodule(name).bias
     assert bias is None or isinstance(bias, Tensor)
     replace_module(model, name, SlabLinear.from_spec(spec, bias, "meta"))
-    kept = budget.kept / n if isinstance(budget, RowBudget) else None
-    bits = None if isinstance(budget, RowBudget) else budget.bits
     sizes = kept, spec.paper_bits, 8 * spec.nbytes
     return LayerReport(name, (m, n), *sizes, _ERROR, 0.0, unseen_error=_ERROR, symbol_bits=bits)
 
