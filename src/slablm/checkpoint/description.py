@@ -69,8 +69,11 @@ class ModuleSpec:
             if needed and key not in entry:
                 raise _damaged(f"modules is damaged: {name!r} has no {key!r}")
         spec = form(**entry)
-        errors = {key: value is None or _is_finite(value) for key in _ERRORS if (value := entry.get(key)) is not None}
-        for key, right in (spec._checks() | {"output_error": _is_finite(spec.output_error)} | errors).items():
+        errors = {
+            "output_error": _is_finite(spec.output_error),
+            "unseen_error": spec.unseen_error is None or _is_finite(spec.unseen_error),
+        }
+        for key, right in (spec._checks() | errors).items():
             if not right:
                 raise _damaged(f"modules is damaged: {key!r} of {name!r} is {getattr(spec, key)!r}")
         return spec

@@ -254,11 +254,26 @@ def _prefill(name: str, library: native.Library, weight: NativeWeight, inputs: T
     """[..., n] → [..., m], a tile of rows of Ŵ at a time. float16 is multiplied in float32."""
     dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else torch.float32
     rows = inputs.view(-1, weight.in_features).to(dtype)
-    outputs = torch.empty(rows.shape[0], weight.out_features, dtype=dtype, device="cpu")
-    with fast_float32():
-        for span, tile in _tiles(name, library, weight, dtype):
-            torch.mm(rows, tile.T, out=outputs[:, span])
+    outputs = times_tiles(rows, _tiles(name, library, weight, dtype), weight.out_features)
     return outputs.to(inputs.dtype).view(*inputs.shape[:-1], weight.out_features)
+
+
+def times_tiles(rows: Tensor, tiles: Iterator[tuple[slice, Tensor]], m: int) -> Tensor:
+    """Inputs multiplied by a weight that comes a tile of rows at a time.
+
+    Args:
+        rows: [t, n], of the tiles' type.
+        tiles: which rows of the weight they are, and those rows.
+        m: rows of the weight.
+
+    Returns:
+        [t, m], of the same type.
+    """
+    outputs = torch.empty(rows.shape[0], m, dtype=rows.dtype, device="cpu")
+    with fast_float32():
+        for span, tile in tiles:
+            torch.mm(rows, tile.T, out=outputs[:, span])
+    return outputs
 
 
 def _tiles(

@@ -32,8 +32,8 @@ from slablm.runtime.kernels.dispatch import (
     check_inputs,
     needs_operator,
     sum_over_tiles,
+    times_tiles,
 )
-from slablm.system.float32 import fast_float32
 
 # As for the other layouts: large enough for an efficient matrix product, small enough to stay in the cache.
 _TILE_BYTES = 4 << 20
@@ -105,11 +105,7 @@ def _prefill(name: str, library: native.Library, weight: PackedSymbols, inputs: 
         if not rotated.isfinite().all():
             return None
         rows = rotated
-    rows = rows.to(dtype)
-    outputs = torch.empty(rows.shape[0], weight.spec.out_features, dtype=dtype, device="cpu")
-    with fast_float32():
-        for span, tile in _tiles(name, library, weight, dtype):
-            torch.mm(rows, tile.T, out=outputs[:, span])
+    outputs = times_tiles(rows.to(dtype), _tiles(name, library, weight, dtype), weight.spec.out_features)
     return outputs.to(inputs.dtype).view(*inputs.shape[:-1], weight.spec.out_features)
 
 
