@@ -8,7 +8,9 @@ magnitudes: levels a that belong to the whole weight times a scale s that belong
 is SLaB, W_S where c is not 0 and W_L ⊙ W_B elsewhere, and a number of kept entries that is free in every row. For
 rotated inputs (`rotation`) it is W R that is written so.
 
-u, v, s and a are FP16 and not negative. A product of two FP16 numbers has at most 22 significant bits, so it is exact
+u, v, s and a are FP16 and not negative. Levels lie on a grid, a_c = q_c a_L / T with integers q_c and T ≤ `MOST_STEPS`,
+so that kernels can look them up as bytes: of all T from half of that on the one that moves them least is taken. (A
+reader needs no grid: FORMAT.md asks for levels that ascend, no more.) A product of two FP16 numbers has at most 22 significant bits, so it is exact
 in float32: Ŵ (before it is rotated back) is the same to the last bit on every machine.
 """
 
@@ -23,6 +25,8 @@ from slablm.errors import SlabError
 from slablm.methods.rotation import Rotation
 
 FEWEST_BITS, MOST_BITS = 2, 5
+# Seven bits: the eighth is the sign's, or free for what an instruction makes of it.
+MOST_STEPS = 127
 _VALUE_BITS = 16
 _ROTATION_BITS = 64 + 8  # the seed, and the logarithm of the block
 
@@ -90,7 +94,7 @@ class Alphabet:
             SlabError: a number does not fit into FP16.
         """
         left, right = _balanced(self.left, self.right)
-        levels, scales = _balanced(self.levels, self.scales)
+        levels, scales = _balanced(on_grid(self.levels), self.scales)
         # Levels that are equal but for float32's last bit must not be rounded apart in the wrong order.
         levels = levels.cummax(dim=0).values
         parts = [part.half() for part in (left, right, scales, levels)]
@@ -113,6 +117,34 @@ def nearest_level(sizes: Tensor, background: Tensor, scales: Tensor, levels: Ten
     index = torch.bucketize(sizes / scales.clamp_min(torch.finfo(torch.float32).tiny), between)
     kept = levels[index].mul_(scales)
     return (kept - sizes).abs_() < (background - sizes).abs_(), index, kept
+
+
+def on_grid(levels: Tensor) -> Tensor:
+    """Levels moved to the grid that is nearest to them, the largest excepted.
+
+    Args:
+        levels: a, ascending, [L] float32.
+    """
+    steps = torch.arange(MOST_STEPS // 2 + 1, MOST_STEPS + 1, device=levels.device)[:, None]
+    places = levels / levels[-1] * steps
+    moved = places.round() / steps
+    best = (moved - levels / levels[-1]).square().sum(dim=1).argmin()
+    return torch.where(levels[-1] > 0, moved[best] * levels[-1], levels)
+
+
+def grid_steps(levels: Tensor) -> int | None:
+    """T, if stored levels lie on a grid as of `on_grid`; else None.
+
+    Args:
+        levels: a, ascending, [L] float16.
+    """
+    wide = levels.double().cpu()
+    steps = torch.arange(1, MOST_STEPS + 1, dtype=torch.float64)[:, None]
+    places = wide / wide[-1] * steps
+    # A level was rounded to FP16, and so was the largest.
+    room = places * torch.finfo(torch.float16).eps
+    fits = ((places - places.round()).abs() <= room).all(dim=1)
+    return int(steps[fits][0]) if wide[-1] > 0 and fits.any() else None
 
 
 def _balanced(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slablm.errors import SlabError
+from slablm.methods.alphabet import grid_steps
 from slablm.packing import Packed, PackedSpec, PackedSymbols, PackedWeight, Spec, SymbolSpec
 from slablm.runtime import kernels
 
@@ -181,9 +182,14 @@ class SlabLinear(nn.Module):
 
 
 class SymbolLinear(SlabLinear):
-    """A layer with one symbol per weight: what a file holds is what the kernels read."""
+    """A layer with one symbol per weight: what a file holds is what the kernels read.
+
+    Attributes:
+        steps: of the grid its levels lie on, if they do, as kernels are told; known from `use_native` on.
+    """
 
     spec: SymbolSpec
+    steps: int | None = None
 
     @property
     def packed(self) -> PackedSymbols:
@@ -195,6 +201,7 @@ class SymbolLinear(SlabLinear):
         if value_bits != 16:
             raise SlabError(f"{name} has symbols of {self.spec.bits} bits and no values to make {value_bits} bits of")
         self.packed.validate(name)
+        self.steps = grid_steps(self.packed.levels)
         self.runs_native = True
 
     def use_packed(self) -> None:
@@ -202,7 +209,13 @@ class SymbolLinear(SlabLinear):
         self.runs_native = False
 
     def _on_kernels(self, inputs: Tensor) -> Tensor:
-        return kernels.symbols_linear(inputs, self.packed)
+        return kernels.symbols_linear(inputs, self.packed, self.steps)
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, local: Any, *lists: Any) -> None:
+        """As every module; other levels may lie on another grid."""
+        super()._load_from_state_dict(state_dict, prefix, local, *lists)
+        if self.runs_native and not self.packed.levels.is_meta:
+            self.steps = grid_steps(self.packed.levels)
 
     def _form(self) -> str:
         spec = self.spec

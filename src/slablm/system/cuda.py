@@ -25,10 +25,29 @@ from slablm.errors import SlabError
 
 # Where machine code is kept, instead of a folder in the user's cache.
 CACHE_VARIABLE = "SLABLM_CACHE"
-_OPTIONS = ("--std=c++17", "--default-device")
-# What a block gets of shared memory without asking for more.
-_SHARED_BYTES = 48 << 10
+_OPTIONS = ("--std=c++17", "-default-device")
+# What a block gets of shared memory without asking for more: 48 KiB, the kernel's own variables included.
+_SHARED_BYTES = 32 << 10
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # of CUlaunchAttributeID
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: an identifier, and a value in 64 bytes."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"{what}_{axis}", ctypes.c_uint) for what in ("grid", "block") for axis in "xyz"),
+        ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("count", ctypes.c_uint),
+    )
 
 
 class Kernel:
@@ -42,7 +61,9 @@ class Kernel:
     def __init__(self, function: ctypes.c_void_p, name: str) -> None:
         self._function, self._name, self._shared = function, name, _SHARED_BYTES
 
-    def launch(self, grid: tuple[int, ...], threads: int, arguments: Sequence[Any], shared: int = 0) -> None:
+    def launch(
+        self, grid: tuple[int, ...], threads: int, arguments: Sequence[Any], shared: int = 0, after: bool = False
+    ) -> None:
         """Start it on torch's current stream, on the current device.
 
         Args:
@@ -50,6 +71,8 @@ class Kernel:
             threads: per block.
             arguments: ctypes numbers or structures, in the order of the parameters; tensors go as their addresses.
             shared: bytes of dynamic shared memory.
+            after: whether it waits by itself for what the launch before it wrote, and may start before that one ends
+                (programmatic dependent launch; from compute capability 9.0 on).
 
         Raises:
             SlabError: the driver refused.
@@ -61,9 +84,11 @@ class Kernel:
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         x, y, z = (*grid, 1, 1)[:3]
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _check(
-            _driver().cuLaunchKernel(self._function, x, y, z, threads, 1, 1, shared, stream, pointers, None), self._name
-        )
+        attribute = _Attribute(_PROGRAMMATIC_STREAM_SERIALIZATION, 0, 1)
+        early = after and torch.cuda.get_device_capability() >= (9, 0)
+        config = _Config(x, y, z, threads, 1, 1, shared, stream, ctypes.pointer(attribute), int(early))
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
+        _check(status, self._name)
 
 
 def kernel(source: str, name: str, device: torch.device) -> Kernel:

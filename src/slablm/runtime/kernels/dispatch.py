@@ -33,11 +33,13 @@ from slablm.packing import PackedWeight
 from slablm.runtime.kernels import native, reference
 from slablm.runtime.kernels.gpu_layout import GpuWeight, to_gpu
 from slablm.runtime.kernels.layout import NativeWeight, to_native
+from slablm.system import cuda
 from slablm.system.float32 import fast_float32
 
 ENVIRONMENT_VARIABLE = "SLABLM_KERNEL"
 REFERENCE = "reference"
 TRITON = "triton"
+CUDA = "cuda"
 
 # Up to so many tokens the planes are read once per `native.MAX_TOKENS` tokens, beyond it tiles are unpacked.
 DECODE_TOKENS = 16
@@ -121,6 +123,30 @@ def _gpu_backend(forced: str) -> Backend:
     if not torch.cuda.is_available():
         return Backend(REFERENCE, f"triton {triton.__version__} is there, but torch sees no GPU")
     return Backend(TRITON, f"triton {triton.__version__} on {torch.cuda.get_device_name()}")
+
+
+def symbols_backend(device: torch.device | str = "cpu") -> Backend:
+    """As `backend`, of layers in symbols, which a GPU multiplies with other kernels.
+
+    Args:
+        device: where the weights are.
+    """
+    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
+    if kind != "cuda":
+        return backend(device)
+    return _symbols_gpu_backend(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+
+
+@cache
+def _symbols_gpu_backend(forced: str) -> Backend:
+    if forced == REFERENCE:
+        return Backend(REFERENCE, f"forced by {ENVIRONMENT_VARIABLE}")
+    reason = cuda.missing()
+    if reason is not None:
+        return Backend(REFERENCE, f"{reason}: plain torch, no speed-up")
+    if not torch.cuda.is_available():
+        return Backend(REFERENCE, "torch sees no GPU")
+    return Backend(CUDA, f"compiled for {torch.cuda.get_device_name()}")
 
 
 def to_runtime(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> NativeWeight | GpuWeight:

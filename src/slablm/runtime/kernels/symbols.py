@@ -24,14 +24,16 @@ from torch.nn import functional
 from slablm.methods.rotation import Rotation
 from slablm.packing.symbols import PackedSymbols, SymbolSpec
 from slablm.packing.tiles import TILE_ROWS
-from slablm.runtime.kernels import native
+from slablm.runtime.kernels import gpu_symbols, native
 from slablm.runtime.kernels.dispatch import (
+    CUDA,
     DECODE_TOKENS,
     KERNEL_DTYPES,
     backend,
     check_inputs,
     needs_operator,
     sum_over_tiles,
+    symbols_backend,
     times_tiles,
 )
 
@@ -41,27 +43,33 @@ _TILE_BYTES = 4 << 20
 _SEEDS = 2**64
 
 
-def linear(inputs: Tensor, weight: PackedSymbols) -> Tensor:
+def linear(inputs: Tensor, weight: PackedSymbols, steps: int | None = None) -> Tensor:
     """Ŵ applied to [..., n] → [..., m], in the inputs' dtype, accumulated in float32; differentiable in the inputs.
 
-    Exact up to rounding, with one exception: on the CPU and for a few tokens the inputs are rounded to 14 bits and the
-    levels to 16, and products are summed in integers (relative error about 1e-4).
+    Exact up to rounding, with one exception: for a few tokens the inputs are rounded to 14 bits on the CPU and to 16 on
+    an NVIDIA GPU, and products are summed in integers (relative error about 1e-4).
 
     Args:
         inputs: any float type, on the weight's device.
         weight: as it is stored.
+        steps: of the grid its levels lie on, `slablm.methods.alphabet.grid_steps`, if that is known: then GPUs have a
+            third less to look up.
 
     Raises:
         SlabError: inputs on another device, or of another width.
     """
     check_inputs(inputs, weight.device, weight.in_features)
     if needs_operator(inputs):
-        outputs: Tensor = _operator(inputs, *_arguments(weight))
+        outputs: Tensor = _operator(inputs, *_arguments(weight, steps))
         return outputs
-    return _run(inputs, weight)
+    return _run(inputs, weight, steps)
 
 
-def _run(inputs: Tensor, weight: PackedSymbols) -> Tensor:
+def _run(inputs: Tensor, weight: PackedSymbols, steps: int | None) -> Tensor:
+    if _on_gpu(weight, inputs.dtype):
+        with torch.cuda.device(weight.device):
+            rows = gpu_symbols.linear(inputs.reshape(-1, weight.in_features).contiguous(), weight, steps)
+        return rows.view(*inputs.shape[:-1], weight.spec.out_features)
     chosen = _kernels(weight, inputs.dtype)
     if chosen is None:
         return _reference(inputs, weight)
@@ -76,6 +84,12 @@ def _kernels(weight: PackedSymbols, dtype: torch.dtype) -> tuple[str, native.Lib
     if chosen.library is None or dtype not in KERNEL_DTYPES or not native.reads_symbols(weight):
         return None
     return chosen.name, chosen.library
+
+
+def _on_gpu(weight: PackedSymbols, dtype: torch.dtype) -> bool:
+    """Whether the kernels for NVIDIA GPUs multiply a weight with numbers of this type."""
+    known = weight.device.type == "cuda" and dtype in KERNEL_DTYPES and gpu_symbols.reads(weight)
+    return known and symbols_backend(weight.device).name == CUDA
 
 
 def _reference(inputs: Tensor, weight: PackedSymbols) -> Tensor:
@@ -124,6 +138,10 @@ def _tiles(
 
 def _run_gradient(gradient: Tensor, weight: PackedSymbols) -> Tensor:
     """Gradient of the outputs [..., m] → of the inputs [..., n]: multiplied by Ŵ R, and rotated back."""
+    if _on_gpu(weight, gradient.dtype):
+        with torch.cuda.device(weight.device):
+            rows = gpu_symbols.times(gradient.reshape(-1, gradient.shape[-1]), weight)
+        return rows.to(gradient.dtype).view(*gradient.shape[:-1], weight.in_features)
     chosen, rotation = _kernels(weight, gradient.dtype), weight.spec.rotation
     if chosen is None:
         return gradient @ weight.dense().to(gradient.dtype)
@@ -134,12 +152,12 @@ def _run_gradient(gradient: Tensor, weight: PackedSymbols) -> Tensor:
     return result.to(gradient.dtype).view(*gradient.shape[:-1], weight.in_features)
 
 
-def _arguments(weight: PackedSymbols) -> tuple[Any, ...]:
-    """What the operator takes: all tensors, and the numbers that their shapes do not tell; a block of 0 is none."""
+def _arguments(weight: PackedSymbols, steps: int | None) -> tuple[Any, ...]:
+    """What the operator takes: all tensors, and the numbers that their shapes do not tell; 0 is none of a thing."""
     spec = weight.spec
     block, seed = (0, 0) if spec.rotation is None else (spec.rotation.block, spec.rotation.seed)
     signed = seed - _SEEDS if seed >= _SEEDS // 2 else seed
-    return *weight.parts().values(), [spec.in_features, spec.bits, spec.group_size, block, signed]
+    return *weight.parts().values(), [spec.in_features, spec.bits, spec.group_size, block, signed, steps or 0]
 
 
 def _weight(
@@ -151,7 +169,7 @@ def _weight(
     numbers: list[int],
 ) -> PackedSymbols:
     """Inverse of `_arguments`."""
-    in_features, bits, group_size, block, seed = numbers
+    in_features, bits, group_size, block, seed, _ = numbers
     rotation = Rotation(in_features, block, seed % _SEEDS) if block else None
     spec = SymbolSpec(left.shape[0], in_features, bits, group_size, rotation)
     return PackedSymbols(spec, symbols, scales, levels, left, right)
@@ -168,7 +186,7 @@ def _operator(
     numbers: list[int],
 ) -> Tensor:
     """`linear` with the weight's tensors spelled out, for the compiler and for autograd."""
-    return _run(inputs, _weight(symbols, scales, levels, left, right, numbers))
+    return _run(inputs, _weight(symbols, scales, levels, left, right, numbers), numbers[-1] or None)
 
 
 @torch.library.custom_op("slablm::symbols_linear_gradient", mutates_args=())
