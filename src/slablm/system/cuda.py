@@ -25,7 +25,7 @@ from slablm.errors import SlabError
 
 # Where machine code is kept, instead of a folder in the user's cache.
 CACHE_VARIABLE = "SLABLM_CACHE"
-_OPTIONS = ("--std=c++17", "--default-device")
+_OPTIONS = ("--std=c++17", "--device-as-default-execution-space")
 # What a block gets of shared memory without asking for more.
 _SHARED_BYTES = 48 << 10
 _MAX_DYNAMIC_SHARED_SIZE = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
