@@ -25,7 +25,7 @@ def on_cpu(tmp_path_factory):
     if COMPILER is None:
         pytest.skip("no C++ compiler")
     library = tmp_path_factory.mktemp("library") / "nearest_columns.so"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
     subprocess.run([COMPILER, *flags, "-x", "c++", SOURCE, "-o", library], check=True)
     function = getattr(ctypes.CDLL(str(library)), NAME)
     function.argtypes, function.restype = [Block], None

@@ -13,11 +13,11 @@ def test_every_entry_becomes_the_nearest_value(arguments):
 
 
 def test_of_equally_near_values_it_is_the_smaller_level_and_the_background():
-    one = torch.ones(1)
+    current, one = torch.tensor([[-2.0]]), torch.ones(1)
     # 2 lies between the levels 1 and 3; then as far from the level as from the background.
     for levels, right, expected in (([1.0, 3.0], 9.0, 1.0), ([1.0], 3.0, 3.0)):
         columns, errors = nearest_columns(
-            torch.tensor([[-2.0]]), None, one[None], one, one, right * one, one[None], one.long() - 1, torch.tensor(levels)
-        )  # fmt: skip
+            current, None, one[None], one, one, right * one, one[None], one.long() - 1, torch.tensor(levels)
+        )
         assert columns.item() == -expected
         assert errors.item() == expected - 2

@@ -67,9 +67,8 @@ def nearest_columns_on_gpu(
     tensors = [part if part is None else part.contiguous() for part in (*given, fresh, errors)]
     block = Block(*(None if part is None else part.data_ptr() for part in tensors), rows, columns, len(levels))
     with torch.cuda.device(current.device):
-        cuda.kernel(_source(), NAME, current.device).launch(
-            (-(-rows // _THREADS),), _THREADS, [block], _shared(columns)
-        )
+        kernel = cuda.kernel(_source(), NAME, current.device)
+        kernel.launch((-(-rows // _THREADS),), _THREADS, [block], _shared(columns))
     return fresh, errors
 
 

@@ -1,8 +1,8 @@
 """A block of columns in a sweep (`sweep`, `descent`), each entry of which becomes the nearest value of an alphabet.
 
-This is where a weight's time goes: m n entries, one column after the other, a few steps of arithmetic each. So it is one
-operator. What is here is plain torch, and says what the result is; another implementation may be registered for a
-device, and rounds on its own where two values are all but equally near.
+One column comes after the other, with a few steps of arithmetic each: on a GPU, most of the time would go into starting
+them. So a block is one operator. What is here is plain torch, and says what the result is; a device may have another
+implementation registered, which may choose otherwise where two values are all but equally near.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def _plan(alphabet: Alphabet, order: Tensor) -> Plan:
 
     def plan(block: Block) -> tuple[Tensor, Tensor]:
         own = slice(block.start, block.start + len(block.divisors))
-        return nearest_columns(
+        settled: tuple[Tensor, Tensor] = nearest_columns(
             block.weight.T,
             block.before,
             block.coefficients,
@@ -206,5 +206,6 @@ def _plan(alphabet: Alphabet, order: Tensor) -> Plan:
             groups[own],
             alphabet.levels,
         )
+        return settled
 
     return plan

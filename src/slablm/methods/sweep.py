@@ -42,17 +42,17 @@ DAMPING_STEPS = (1, 10, 100)
 
 @dataclass(frozen=True)
 class Block:
-    """The columns the sweep is working on, and how those of them that are replaced move the others.
+    """The columns the sweep is working on, and how one of them that becomes q_j moves those to its right.
 
-    When column j becomes q, e_j = (w_j − q) / divisors_j, and w_l ← w_l − coefficients_jl · e_j for all l > j.
+    e_j = (before_j − q_j) / divisors_j, and then w_l ← w_l − coefficients_jl · e_j for all l > j.
 
     Attributes:
         weight: current weights, [m, b].
         diagonal: [b]. (difference / diagonal)² is what a difference to a current weight costs.
         start: index of the first of these columns in the whole weight.
-        coefficients: [b, b]; what is above the diagonal counts.
+        coefficients: [b, b], of which only what is above the diagonal counts.
         divisors: [b].
-        before: the columns whose replacement is an error, [b, m]; None for the current weights.
+        before: what the new columns are compared with, [b, m]; None for the current weights.
     """
 
     weight: Tensor
