@@ -83,8 +83,8 @@ MUTATIONS = (
     Mutation(
         "4 v is that of the unsorted columns",
         "methods/slab_plus.py",
-        "alphabet.right[order].tolist()",
-        "alphabet.right.tolist()",
+        "alphabet.right[order]",
+        "alphabet.right",
         ("methods/test_slab_plus_steps.py::test_without_correlations_the_sweep_is_rounding",),
     ),
     Mutation(

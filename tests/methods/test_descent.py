@@ -4,6 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from slablm.methods.descent import descent_sweep
+from slablm.methods.sweep import by_column
 
 
 def problem(m, n, seed):
@@ -20,6 +21,7 @@ def error(weight, approximation, gram):
     return ((difference @ gram.double()) * difference).sum().item()
 
 
+@by_column
 def as_it_is(block):
     return lambda j: block.weight[:, j]
 
@@ -43,6 +45,7 @@ def test_every_entry_becomes_the_best_value_it_may_have(m, n, block_size, seed):
     weight, start, gram = problem(m, n, seed)
     values = torch.tensor([-1.5, -0.4, 0.3, 1.1])
 
+    @by_column
     def plan(block):
         return lambda j: values[(block.weight[:, j, None] - values).abs().argmin(dim=1)]
 
@@ -58,9 +61,7 @@ def test_free_entries_descend_to_the_weight(block_size):
     weight, start, gram = problem(3, 20, 0)
     before, approximation = error(weight, start, gram), start
     for _ in range(200):
-        approximation = descent_sweep(
-            weight, approximation, gram, lambda block: lambda j: block.weight[:, j], block_size
-        )
+        approximation = descent_sweep(weight, approximation, gram, as_it_is, block_size)
         after = error(weight, approximation, gram)
         assert after <= before * (1 + 1e-5) + 1e-6
         before = after
@@ -71,6 +72,7 @@ def test_what_a_difference_costs():
     weight, start, gram = problem(2, 10, 1)
     costs = {}
 
+    @by_column
     def plan(block):
         costs[block.start] = (block.weight[:, 0] - start[:, block.start]).square() / block.diagonal[0] ** 2
         return lambda j: block.weight[:, j] if j == 0 else start[:, block.start + j]

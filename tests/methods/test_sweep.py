@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods import METHODS, LayerStats, sweep
-from slablm.methods.sweep import Block, column_sweep, inverse_factor, positive
+from slablm.methods.sweep import Block, by_column, column_sweep, inverse_factor, positive
 
 
 def correlated_gram(n, seed):
@@ -21,6 +21,7 @@ def damped(gram, damping):
     return gram.double() + damping * gram.double().diagonal().mean() * torch.eye(len(gram), dtype=torch.float64)
 
 
+@by_column
 def as_it_is(block):
     return lambda j: block.weight[:, j]
 
@@ -33,6 +34,7 @@ def test_free_columns_are_the_least_squares_answer_to_the_fixed_ones(m, n, block
     seed = data.draw(st.integers(0, 1000))
     gram, weight = correlated_gram(n, seed), torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
 
+    @by_column
     def plan(block):
         return lambda j: block.weight[:, j] * (0.25 if block.start + j < fixed else 1)
 
@@ -49,6 +51,7 @@ def test_block_size_only_delays_the_updates(block_size):
     gram, weight = correlated_gram(150, 0), torch.randn(3, 150, generator=torch.Generator().manual_seed(0))
     mask = torch.rand(3, 150, generator=torch.Generator().manual_seed(1)) < 0.5
 
+    @by_column
     def plan(block):
         return lambda j: block.weight[:, j] * mask[:, block.start + j]
 
@@ -62,6 +65,7 @@ def test_plan_sees_blocks_that_carry_the_errors_so_far():
     seen: list[Block] = []
     first_columns = []
 
+    @by_column
     def plan(block):
         seen.append(block)
 
@@ -96,7 +100,7 @@ def test_keeping_everything_changes_nothing_and_spares_the_callers_weight(shape)
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     before = weight.clone()
     assert torch.equal(column_sweep(weight, correlated_gram(shape[1], 0), as_it_is), before)
-    column_sweep(weight, correlated_gram(shape[1], 0), lambda block: lambda j: torch.zeros(shape[0]))
+    column_sweep(weight, correlated_gram(shape[1], 0), by_column(lambda block: lambda j: torch.zeros(shape[0])))
     assert torch.equal(weight, before)
 
 
@@ -105,6 +109,7 @@ def test_dead_inputs_start_as_zero_and_disturb_nobody():
     gram[2], gram[:, 2] = 0, 0
     weight = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
 
+    @by_column
     def plan(block):
         return lambda j: block.weight[:, j] / 2
 
@@ -128,6 +133,7 @@ def test_scale_of_the_gram_matrix_does_not_matter():
     gram[5], gram[:, 5] = 0, 0
     weight = torch.randn(3, 20, generator=torch.Generator().manual_seed(4))
 
+    @by_column
     def plan(block):
         return lambda j: block.weight[:, j].round()
 

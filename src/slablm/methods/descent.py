@@ -12,8 +12,8 @@ with all others known. It needs no factor of H, and it needs a good start, which
 When column j changes by −δ, t of another column l changes by δ H_jl / H_ll, and its own not at all. As in `sweep`, that
 is applied at once to the rest of a block of columns, and to all columns behind it by one matrix product.
 
-The caller's plan is the same as there: in a `Block`, `weight` is t, and `diagonal` 1 / √H_jj, so that (difference /
-diagonal)² is what a difference to t costs.
+The caller's plan is the same as there: in a `Block`, `weight` is t, `before` is Ŵ, and `diagonal` 1 / √H_jj, so that
+(difference / diagonal)² is what a difference to t costs.
 """
 
 from __future__ import annotations
@@ -43,16 +43,13 @@ def descent_sweep(
     columns = approximation.T.clone(memory_format=torch.contiguous_format)
     pull = gram @ (weight.T - columns)
     diagonal = gram.diagonal()
-    changes = columns.new_empty(block_size, len(weight))
     for start in range(0, len(columns), block_size):
         stop = min(start + block_size, len(columns))
         current = pull[start:stop].div_(diagonal[start:stop, None]).add_(columns[start:stop])
         coupling = gram[start:stop, start:stop] / diagonal[start:stop, None]
-        replace = plan(Block(current.T, diagonal[start:stop].rsqrt(), start))
-        for j in range(stop - start):
-            column = replace(j)
-            torch.sub(columns[start + j], column, out=changes[j])
-            columns[start + j] = column
-            current[j + 1 :].addr_(coupling[j + 1 :, j], changes[j])
-        pull[stop:].addmm_(gram[stop:, start:stop], changes[: stop - start])
+        ones = torch.ones_like(diagonal[start:stop])
+        cost = diagonal[start:stop].rsqrt()
+        block = Block(current.T, cost, start, -coupling.T, ones, columns[start:stop])
+        columns[start:stop], changes = plan(block)
+        pull[stop:].addmm_(gram[stop:, start:stop], changes)
     return columns.T.contiguous()

@@ -24,15 +24,13 @@ group, on the weights as they are then, with columns in their own order and a hu
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from slablm.config import CompressionConfig
 from slablm.methods.decomposition import LayerStats
 from slablm.methods.results import QuantizedWeight
-from slablm.methods.sweep import BLOCK_SIZE, Block, column_sweep, required_gram
+from slablm.methods.sweep import BLOCK_SIZE, Block, Replace, by_column, column_sweep, required_gram
 from slablm.methods.trials import output_error, trial_rows
 from slablm.methods.uniform import (
     Grids,
@@ -157,7 +155,8 @@ def swept(
     scales, zeros = (per_group[:, order // config.group_size] for per_group in grids)
     codes = torch.empty_like(zeros)
 
-    def plan(block: Block) -> Callable[[int], Tensor]:
+    @by_column
+    def plan(block: Block) -> Replace:
         def replace(j: int) -> Tensor:
             at = slice(block.start + j, block.start + j + 1)
             codes[:, at] = quantize(block.weight[:, j : j + 1], scales[:, at], zeros[:, at], config.value_bits)
@@ -185,7 +184,8 @@ def gptq_plain(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> 
     codes: list[Tensor] = []
     grids: list[Grids] = []
 
-    def plan(block: Block) -> Callable[[int], Tensor]:
+    @by_column
+    def plan(block: Block) -> Replace:
         def replace(j: int) -> Tensor:
             if j % group_size == 0:
                 grids.append(min_max_grid(block.weight[:, j : j + group_size], bits))

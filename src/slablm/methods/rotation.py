@@ -27,10 +27,10 @@ import math
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-
-_WORD = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Rotation:
     def __post_init__(self) -> None:
         if self.block < 1 or self.block & (self.block - 1) or self.size % self.block:
             raise ValueError(f"a block of {self.block} is no power of two that divides {self.size} columns")
-        if not 0 <= self.seed <= _WORD:
+        if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed {self.seed} does not fit into 64 bits")
 
     @cached_property
     def signs(self) -> Tensor:
         """The diagonal of D, ±1, [n] float32 on the CPU."""
-        minus = [splitmix64(self.seed, j) >> 63 for j in range(self.size)]
-        return 1.0 - 2.0 * torch.tensor(minus, dtype=torch.float32)
+        minus = splitmix64(self.seed, self.size) >> 63
+        return torch.from_numpy(1 - 2 * minus.astype(np.float32))
 
     def rotate(self, rows: Tensor) -> Tensor:
         """Rᵀ of every row: of inputs, and of a weight W, which becomes W R.
@@ -78,12 +78,12 @@ class Rotation:
         return (rotated + rotated.T) / 2
 
 
-def splitmix64(seed: int, index: int) -> int:
-    """Output `index` of the generator in the module's text, 0 to 2⁶⁴ − 1."""
-    z = (seed + (index + 1) * 0x9E3779B97F4A7C15) & _WORD
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _WORD
-    return z ^ (z >> 31)
+def splitmix64(seed: int, count: int) -> npt.NDArray[np.uint64]:
+    """The first outputs of the generator in the module's text, [count]."""
+    z = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
 
 
 def largest_block(size: int, cap: int | None = None) -> int:

@@ -18,7 +18,6 @@ better: on those tokens feedback never does harm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,12 +25,13 @@ from torch import Tensor
 
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods.alphabet import Alphabet, SymbolWeight, nearest_level, written
+from slablm.methods.alphabet import Alphabet, SymbolWeight, written
 from slablm.methods.alphabet_fit import fit_alphabet
 from slablm.methods.alphabet_refit import Draft, Problem, drafted, refit
 from slablm.methods.budget import symbol_budget
 from slablm.methods.decomposition import LayerStats
 from slablm.methods.descent import descent_sweep
+from slablm.methods.nearest_columns import nearest_columns
 from slablm.methods.rotation import Rotation, largest_block
 from slablm.methods.sweep import (
     BLOCK_SIZE,
@@ -185,22 +185,27 @@ def descent(problem: Problem, draft: Draft) -> Draft:
 
 
 def _plan(alphabet: Alphabet, order: Tensor) -> Plan:
-    """What a column becomes in either sweep: entry by entry the nearest value.
+    """What the columns become in either sweep: entry by entry the nearest value.
 
     Args:
         alphabet: u, v, s and a.
         order: the column of the weight behind each column of the sweep, [n].
     """
-    scales, levels = alphabet.scales.T.contiguous(), alphabet.levels
-    groups, right = alphabet.groups()[order].tolist(), alphabet.right[order].tolist()
+    scales, groups, right = alphabet.scales.T.contiguous(), alphabet.groups()[order], alphabet.right[order]
 
-    def plan(block: Block) -> Callable[[int], Tensor]:
-        def replace_column(j: int) -> Tensor:
-            column, at = block.weight[:, j], block.start + j
-            background = alphabet.left * right[at]
-            keep, _, kept = nearest_level(column.abs(), background, scales[groups[at]], levels)
-            return torch.where(keep, kept, background).copysign_(column)
-
-        return replace_column
+    def plan(block: Block) -> tuple[Tensor, Tensor]:
+        own = slice(block.start, block.start + len(block.divisors))
+        settled: tuple[Tensor, Tensor] = nearest_columns(
+            block.weight.T,
+            block.before,
+            block.coefficients,
+            block.divisors,
+            alphabet.left,
+            right[own],
+            scales,
+            groups[own],
+            alphabet.levels,
+        )
+        return settled
 
     return plan

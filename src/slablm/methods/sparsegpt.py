@@ -14,8 +14,6 @@ The total is m · k entries, exactly that of Wanda at the same ratio; each block
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -24,7 +22,7 @@ from slablm.methods.budget import kept_per_row
 from slablm.methods.decomposition import LayerStats
 from slablm.methods.results import PrunedWeight
 from slablm.methods.select import group_mask, top_k_mask
-from slablm.methods.sweep import BLOCK_SIZE, Block, Plan, column_sweep, required_gram
+from slablm.methods.sweep import BLOCK_SIZE, Block, Plan, Replace, by_column, column_sweep, required_gram
 
 
 def sparsegpt(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> PrunedWeight:
@@ -56,7 +54,8 @@ def _block_plan(mask: Tensor, k: int, pattern: Pattern | None) -> Plan:
     """Settle the mask of a block when the sweep reaches it; fills `mask`, [m, n], on the way."""
     m, n = mask.shape
 
-    def plan(block: Block) -> Callable[[int], Tensor]:
+    @by_column
+    def plan(block: Block) -> Replace:
         stop = block.start + block.weight.shape[1]
         # Differences of running totals, so that the blocks add up to m · k.
         kept = m * k * stop // n - m * k * block.start // n
@@ -72,7 +71,8 @@ def _block_plan(mask: Tensor, k: int, pattern: Pattern | None) -> Plan:
 def _group_plan(mask: Tensor, pattern: Pattern) -> Plan:
     """Settle the mask of a group of M columns when the sweep reaches it; fills `mask`, [m, n], on the way."""
 
-    def plan(block: Block) -> Callable[[int], Tensor]:
+    @by_column
+    def plan(block: Block) -> Replace:
         chosen = mask[:, block.start : block.start + block.weight.shape[1]]
 
         def replace(j: int) -> Tensor:

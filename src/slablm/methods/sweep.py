@@ -19,9 +19,8 @@ in exact arithmetic.
 The papers get U from Cholesky, inverse, Cholesky. We take H = R Rᵀ with R upper triangular (Cholesky in reversed
 column order), so that U = R⁻¹: the same matrix with half the work and no second factorisation that could fail.
 
-What a column becomes is the caller's affair. A *plan* is called at the start of every block and returns a function
-that gives the new value of each column. Both see the block as it is at that moment, all errors so far fed into it, so
-a mask can be settled per block, a scale per group, a code per column.
+What the columns become is the caller's affair. A *plan* settles block after block, each as it is with all errors so far
+fed into it: so a mask can be settled per block, a scale per group, a code per column (`by_column`).
 """
 
 from __future__ import annotations
@@ -43,20 +42,69 @@ DAMPING_STEPS = (1, 10, 100)
 
 @dataclass(frozen=True)
 class Block:
-    """The columns the sweep is working on.
+    """The columns the sweep is working on, and how one of them that becomes q_j moves those to its right.
+
+    e_j = (before_j − q_j) / divisors_j, and then w_l ← w_l − coefficients_jl · e_j for all l > j.
 
     Attributes:
-        weight: current weights, [m, b]. A live view: columns right of the one being replaced receive its error.
-        diagonal: U_jj of these columns, [b]. (weight / diagonal)² is what setting an entry to zero costs.
+        weight: current weights, [m, b].
+        diagonal: [b]. (difference / diagonal)² is what a difference to a current weight costs.
         start: index of the first of these columns in the whole weight.
+        coefficients: [b, b], of which only what is above the diagonal counts.
+        divisors: [b].
+        before: what the new columns are compared with, [b, m]; None for the current weights.
     """
 
     weight: Tensor
     diagonal: Tensor
     start: int
+    coefficients: Tensor
+    divisors: Tensor
+    before: Tensor | None = None
 
 
-Plan = Callable[[Block], Callable[[int], Tensor]]
+# Gives the new columns of a block, and their errors e, both [b, m].
+Plan = Callable[[Block], tuple[Tensor, Tensor]]
+Replace = Callable[[int], Tensor]
+
+
+def by_column(plan: Callable[[Block], Replace]) -> Plan:
+    """A plan that settles column after column.
+
+    Args:
+        plan: called with every block in order; returns the function that maps j, counted within the block, to the new
+            column [m]. That function is called once for each j in ascending order. `Block.weight` is a live view:
+            columns right of the one being replaced receive its error.
+    """
+
+    def settle(block: Block) -> tuple[Tensor, Tensor]:
+        return fed_forward(block.weight.T, block.before, block.coefficients, block.divisors, plan(block))
+
+    return settle
+
+
+def fed_forward(
+    current: Tensor, before: Tensor | None, coefficients: Tensor, divisors: Tensor, replace: Replace
+) -> tuple[Tensor, Tensor]:
+    """Replace column after column of a block; see `Block`.
+
+    Args:
+        current: current weights, [b, m]; they are moved.
+        before: as in `Block`.
+        coefficients: as in `Block`.
+        divisors: as in `Block`.
+        replace: see `by_column`.
+
+    Returns:
+        The new columns, and their errors, both [b, m].
+    """
+    before = current if before is None else before
+    columns, errors = torch.empty_like(current), torch.empty_like(current)
+    for j in range(len(current)):
+        columns[j] = replace(j)
+        torch.sub(before[j], columns[j], out=errors[j]).div_(divisors[j])
+        current[j + 1 :].addr_(coefficients[j, j + 1 :], errors[j], alpha=-1)
+    return columns, errors
 
 
 def column_sweep(
@@ -69,8 +117,7 @@ def column_sweep(
     Args:
         weight: W, [m, n]; computed in float32 whatever its dtype.
         gram: XᵀX up to a factor, [n, n].
-        plan: called with every block in order; returns the function that maps j, counted within the block, to the new
-            column [m]. That function is called once for each j in ascending order.
+        plan: settles the blocks; called with each in order.
         block_size: columns per block.
         damping: λ as a share of the mean diagonal: H = XᵀX + λ · mean(diag) · I.
 
@@ -82,21 +129,16 @@ def column_sweep(
     """
     gram = gram.to(weight.device, torch.float32)
     factor = inverse_factor(gram, damping)
-    m, n = weight.shape
+    n = weight.shape[1]
     # Transposed, a column is contiguous. clone: the caller's weight must survive, also where .T is a plain view.
     columns = weight.float().T.clone(memory_format=torch.contiguous_format)
     columns[gram.diagonal() == 0] = 0
-    errors = columns.new_empty(block_size, m)
     for start in range(0, n, block_size):
         stop = min(start + block_size, n)
-        current, inner = columns[start:stop], factor[start:stop, start:stop]
-        replace = plan(Block(current.T, inner.diagonal(), start))
-        for j in range(stop - start):
-            column = replace(j)
-            torch.sub(current[j], column, out=errors[j]).div_(inner[j, j])
-            current[j] = column
-            current[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors[: stop - start], alpha=-1)
+        inner = factor[start:stop, start:stop]
+        block = Block(columns[start:stop].T, inner.diagonal(), start, inner, inner.diagonal())
+        columns[start:stop], errors = plan(block)
+        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
     return columns.T.contiguous()
 
 
