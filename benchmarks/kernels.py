@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional
 
 from slablm.methods import Decomposition
-from slablm.methods.alphabet import Alphabet, SymbolWeight, level_count
+from slablm.methods.alphabet import Alphabet, SymbolWeight, level_count, on_grid
 from slablm.methods.budget import overhead
 from slablm.methods.rotation import Rotation, largest_block
 from slablm.packing import PackedWeight, pack
@@ -58,7 +58,9 @@ def random_symbols(m: int, n: int, bits: int) -> PackedSymbols:
     """A weight in symbols, all equally frequent, with a scale for every 128 columns and rotated inputs."""
     levels = level_count(bits)
     scales = torch.rand(m, -(-n // 128)).half()
-    alphabet = Alphabet(torch.rand(m).half(), torch.rand(n).half(), scales, torch.rand(levels).half().sort()[0], 128)
+    alphabet = Alphabet(
+        torch.rand(m).half(), torch.rand(n).half(), scales, on_grid(torch.rand(levels).sort()[0]).half(), 128
+    )
     codes = torch.randint(0, levels + 1, (m, n), dtype=torch.uint8)
     return pack_symbols(SymbolWeight(codes, torch.rand(m, n) < 0.5, alphabet, Rotation(n, largest_block(n), 0)))
 

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -47,7 +48,7 @@ main()
 
 def generate(folder: Path, layers: int, options: argparse.Namespace) -> int:
     """Write a random Llama in shards, one shard in memory at a time; returns the bytes of its tensors."""
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
     config = LlamaConfig(
@@ -62,7 +63,7 @@ def generate(folder: Path, layers: int, options: argparse.Namespace) -> int:
         dtype="float16",
     )
     config.save_pretrained(folder)
-    _tokenizer(PreTrainedTokenizerFast).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     with torch.device("meta"):
         shapes = {name: tuple(tensor.shape) for name, tensor in LlamaForCausalLM(config).state_dict().items()}
     limit, shards, filled = parse_bytes(options.shard_size, "--shard-size"), [[]], 0
@@ -85,13 +86,15 @@ def generate(folder: Path, layers: int, options: argparse.Namespace) -> int:
     return total
 
 
-def _tokenizer(kind: type) -> object:
+def byte_tokenizer() -> Any:
+    """A tokenizer of the 256 bytes, with ``<s>`` as BOS."""
     from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(["<s>", *alphabet])}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return kind(tokenizer_object=tokenizer, bos_token="<s>")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 
 def _bytes(shape: tuple[int, ...]) -> int:

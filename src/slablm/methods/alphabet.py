@@ -10,8 +10,8 @@ rotated inputs (`rotation`) it is W R that is written so.
 
 u, v, s and a are FP16 and not negative. Levels lie on a grid, a_c = q_c a_L / T with integers q_c and T ≤ `MOST_STEPS`,
 so that kernels can look them up as bytes: of all T from half of that on the one that moves them least is taken. (A
-reader needs no grid: FORMAT.md asks for levels that ascend, no more.) A product of two FP16 numbers has at most 22 significant bits, so it is exact
-in float32: Ŵ (before it is rotated back) is the same to the last bit on every machine.
+reader needs no grid: FORMAT.md asks for levels that ascend, no more.) A product of two FP16 numbers has at most 22
+significant bits, so it is exact in float32: Ŵ (before it is rotated back) is the same to the last bit on every machine.
 """
 
 from __future__ import annotations

@@ -260,7 +260,7 @@ def test_forward_and_backward_run_on_the_kernels(monkeypatch):
 @pytest.mark.parametrize("tokens", [1, 20])
 def test_opcheck(tokens):
     weight = random_symbols(20, 192, 4, 64, Rotation(192, 64, 2**63))
-    arguments = symbols._arguments(weight)
+    arguments = symbols._arguments(weight, None)
     inputs = inputs_of(tokens, 192).requires_grad_()
     torch.library.opcheck(torch.ops.slablm.symbols_linear.default, (inputs, *arguments))
     torch.library.opcheck(torch.ops.slablm.symbols_linear_gradient.default, (inputs_of(tokens, 20), *arguments))

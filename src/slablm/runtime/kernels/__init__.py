@@ -4,7 +4,7 @@
   GPU); `from_runtime` is its inverse.
 - `linear(inputs, weight)` applies it, `dense_linear` does so for a dense 16-bit weight.
 - `symbols_linear(inputs, weight)` applies a weight in symbols as it is stored: there is no other layout.
-- `explain(device)` says what code runs, and why.
+- `explain(device)` says what code runs, and why; `explain_symbols(device)` that for weights in symbols.
 """
 
 from slablm.runtime.kernels.dispatch import (
@@ -14,6 +14,7 @@ from slablm.runtime.kernels.dispatch import (
     check_inputs,
     dense_linear,
     explain,
+    explain_symbols,
     linear,
     to_runtime,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "check_inputs",
     "dense_linear",
     "explain",
+    "explain_symbols",
     "from_runtime",
     "linear",
     "symbols_linear",

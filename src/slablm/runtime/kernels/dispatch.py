@@ -91,6 +91,16 @@ def explain(device: torch.device | str = "cpu") -> str:
     return f"{chosen.name}: {chosen.reason}"
 
 
+def explain_symbols(device: torch.device | str = "cpu") -> str:
+    """As `explain`, of layers in symbols.
+
+    Args:
+        device: where the weights are.
+    """
+    chosen = symbols_backend(device)
+    return f"{chosen.name}: {chosen.reason}"
+
+
 @cache
 def _cpu_backend(forced: str) -> Backend:
     library = native.load()

@@ -26,10 +26,10 @@ from torch.nn import functional
 from slablm.methods.rotation import Rotation
 from slablm.packing.planes import pack_bits
 from slablm.packing.symbols import PackedSymbols
-from slablm.packing.tiles import TILE_COLUMNS, padded_columns
+from slablm.packing.tiles import PLANES, TILE_COLUMNS
 from slablm.system import cuda
 
-FEW_TOKENS = 64
+FEW_TOKENS = 32
 # Tokens of one product, rounded up to one of these; the last is what fits into registers.
 _TOKENS = (1, 2, 4, 8, 16)
 # Of levels on no grid: 14 bits.
@@ -57,9 +57,9 @@ def reads(weight: PackedSymbols) -> bool:
 def linear(inputs: Tensor, weight: PackedSymbols, steps: int | None) -> Tensor:
     """Ŵ applied to [t, n] → [t, m], in the inputs' dtype.
 
-    Up to `FEW_TOKENS` tokens inputs are rounded to 16 bits per 128 columns and levels on no grid to 14, and products are
-    summed in integers (relative error about 1e-4); above it both are rounded to the inputs' dtype. A token that is not finite
-    comes out as NaN where its inputs are rotated or few.
+    Up to `FEW_TOKENS` tokens, inputs are rounded to 16 bits per 128 columns, levels to their grid or else to 14 bits,
+    and products are summed in integers (relative error 1e-4, with a grid up to the 5e-4 of FP16); above it inputs and
+    levels are rounded to the inputs' dtype. A token that is not finite comes out as NaN.
 
     Args:
         inputs: float32, float16 or bfloat16, contiguous, on the weight's device.
@@ -100,39 +100,32 @@ def rotate(inputs: Tensor, rotation: Rotation) -> Tensor:
 def unpack(weight: PackedSymbols, begin: int, end: int, dtype: torch.dtype) -> Tensor:
     """Rows begin … end of the matrix for rotated inputs, [end − begin, n] in `dtype`."""
     outputs = torch.empty(end - begin, weight.in_features, dtype=dtype, device=weight.device)
-    words = (end - begin) * 16 * -(-padded_columns(weight.in_features) // TILE_COLUMNS)
+    words = 16 * _tiles_of(weight.in_features)
     parts = (weight.symbols, weight.scales, weight.levels, weight.left, weight.right)
-    arguments = (*parts, outputs, *_integers(weight.in_features, begin, end - begin))
-    _kernel("unpack", outputs, weight).launch((-(-words // _THREADS),), _THREADS, arguments)
+    grid = (-(-words // _THREADS), end - begin)
+    _kernel("unpack", outputs, weight).launch(grid, _THREADS, (*parts, outputs, *_integers(weight.in_features, begin)))
     return outputs
 
 
 def _few(inputs: Tensor, weight: PackedSymbols, steps: int | None, outputs: Tensor) -> None:
     """At most 16 tokens, into `outputs`."""
     m, n = weight.spec.out_features, weight.in_features
-    tokens = next(tokens for tokens in _TOKENS if tokens >= inputs.shape[0])
-    columns, tiles = padded_columns(n), -(-n // TILE_COLUMNS)
-    shape = _shape(m, n, tokens, steps is None)
-    record = 256 * (8 if tokens >= 4 else 2 * tokens) + 32
-    operand = torch.empty(-(-tokens // 4) * tiles * record, dtype=torch.int8, device=inputs.device)
+    shape = _shape(weight, inputs.shape[0], steps is None)
+    operand = torch.empty(_quads(shape.tokens) * _tiles_of(n) * shape.record, dtype=torch.int8, device=inputs.device)
     levels = torch.empty(_LEVELS_BYTES, dtype=torch.int8, device=inputs.device)
     rotation = weight.spec.rotation
     size, block = (_PIECE, 0) if rotation is None else (_piece(rotation), rotation.block)
     minus = ctypes.c_void_p() if rotation is None else _minus(rotation, inputs.device)
     parts = (inputs, minus, weight.right, weight.levels, operand, levels)
     prepare, product = (_kernel(name, inputs, weight, shape) for name in ("quantize", "matvec"))
-    grid = (-(-n // size) + 1, inputs.shape[0])
-    prepare.launch(grid, min(512, size // 8), (*parts, *_integers(n, size, block, steps or _FINE_STEPS)), _shared(size) + 2 * size)
+    numbers = _integers(n, size, block, steps or _FINE_STEPS)
+    # A half for every column beside the columns; one block of threads for the levels.
+    shared, grid = _shared(size) + 2 * size, (-(-n // size) + 1, inputs.shape[0])
+    prepare.launch(grid, size // 8 if size <= _PIECE * 4 else 512, (*parts, *numbers), shared, after=True)
     parts = (weight.symbols, weight.scales, weight.left, operand, levels, outputs)
-    span = -(-columns // 128 // shape.k_warps) + 2
-    stage = 1024 * shape.fragments * (1 + weight.spec.bits % 2)
-    ring = shape.k_warps * shape.depth * (-(-tokens // 4) * record + shape.row_warps * stage)
-    scales = 32 * shape.fragments * shape.row_warps * shape.k_warps * span
-    sums = 64 * shape.fragments * shape.row_warps * shape.k_warps * tokens
-    rows = 16 * shape.fragments * shape.row_warps
-    threads = 32 * shape.k_warps * shape.row_warps
-    numbers = _integers(m, n, inputs.shape[0], span)
-    product.launch((-(-m // rows),), threads, (*parts, *numbers), max(ring + scales, sums), after=True)
+    numbers = _integers(m, n, inputs.shape[0], shape.span(n))
+    shared, grid = shape.shared(weight), (-(-m // shape.rows),)
+    product.launch(grid, 32 * shape.k_warps * shape.row_warps, (*parts, *numbers), shared, after=True)
 
 
 def _many(inputs: Tensor, weight: PackedSymbols) -> Tensor:
@@ -171,10 +164,10 @@ class Shape:
 
     Attributes:
         tokens: at most.
-        k_warps: warps that share the columns.
+        k_warps: warps of a block that share the columns.
         row_warps: warps that share the operand, for other rows.
         fragments: of 16 rows per warp.
-        depth: tiles that are loaded at a time.
+        depth: stages of the ring of tiles.
         blocks: on a multiprocessor at a time, by registers.
         fine: whether levels lie on no grid.
     """
@@ -183,19 +176,67 @@ class Shape:
     k_warps: int = 8
     row_warps: int = 1
     fragments: int = 1
-    depth: int = 3
+    depth: int = 4
     blocks: int = 2
     fine: bool = False
 
+    @property
+    def rows(self) -> int:
+        """Of a block."""
+        return 16 * self.fragments * self.row_warps
 
-def _shape(m: int, n: int, tokens: int, fine: bool) -> Shape:
-    if tokens > 8:
-        return Shape(tokens, 4, 1, 2, 2, 2, fine)
-    if tokens > 2:
-        k = 4 if m > 8192 else 8
-        return Shape(tokens, k, 1, 2, 2, 8 // k, fine)
-    k = 4 if m > 8192 else 8
-    return Shape(tokens, k, 1, 1, 4, 16 // k, fine)
+    @property
+    def record(self) -> int:
+        """Bytes of four tokens' operand for a tile: two kinds of two bytes for each column, and units."""
+        return 256 * min(8, 2 * self.tokens) + 32
+
+    def span(self, n: int) -> int:
+        """Tiles of a warp, at most: its share of the whole ones, and half a one."""
+        return -(-n // TILE_COLUMNS // self.k_warps) + 1
+
+    def shared(self, weight: PackedSymbols) -> int:
+        """Bytes of shared memory: the ring and the scales of its rows, and in the end the sums in their place."""
+        planes = len(PLANES[weight.spec.bits])
+        tiles = 1024 * planes * self.fragments * self.row_warps
+        stage = self.k_warps * (_quads(self.tokens) * self.record + tiles)
+        scales = 2 * self.k_warps * self.rows * self.span(weight.in_features)
+        return max(self.depth * stage + scales, 4 * self.k_warps * self.rows * self.tokens)
+
+
+# By tokens, in order of speed on an H200 (experiments/gpu): k_warps, row_warps, fragments, depth, blocks, for weights
+# with many rows and with fewer. What does not fit into the shared memory of a device is passed over.
+_MANY_ROWS = 8192
+_SHAPES = {
+    1: (((4, 1, 1, 4, 5), (4, 1, 1, 2, 4)), ((8, 1, 1, 4, 2), (8, 1, 1, 2, 2))),
+    4: (((4, 1, 2, 3, 2), (4, 1, 2, 2, 2)), ((8, 1, 2, 3, 1), (4, 1, 2, 2, 2))),
+    8: (((4, 1, 2, 3, 2), (4, 1, 2, 2, 2)), ((8, 1, 2, 3, 1), (8, 1, 2, 2, 1), (4, 1, 2, 2, 2))),
+    16: (((4, 1, 2, 3, 2), (4, 1, 2, 2, 2), (2, 1, 2, 2, 2)), ((8, 1, 2, 2, 1), (4, 1, 2, 3, 2), (2, 1, 2, 2, 2))),
+}
+
+
+def _shape(weight: PackedSymbols, count: int, fine: bool) -> Shape:
+    """The fastest shape for so many tokens that fits."""
+    tokens = next(tokens for tokens in _TOKENS if tokens >= count)
+    tabled = next(most for most in _SHAPES if most >= tokens)
+    shapes = _SHAPES[tabled][0 if weight.spec.out_features > _MANY_ROWS else 1]
+    room = _shared_room(weight.device)
+    tried = (Shape(tokens, *numbers, fine) for numbers in shapes)
+    return next(shape for shape in tried if shape.shared(weight) <= room)
+
+
+@cache
+def _shared_room(device: torch.device) -> int:
+    """Bytes of shared memory that a block of threads can have."""
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+
+
+def _quads(tokens: int) -> int:
+    """Groups of four tokens."""
+    return -(-tokens // 4)
+
+
+def _tiles_of(n: int) -> int:
+    return -(-n // TILE_COLUMNS)
 
 
 def _kernel(name: str, inputs: Tensor, weight: PackedSymbols | None = None, shape: Shape = Shape()) -> cuda.Kernel:
