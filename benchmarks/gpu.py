@@ -284,12 +284,18 @@ def main() -> None:
             "decomposition_seconds": lambda: decomposition_table(shapes),
         }
         if options.all:
-            parts["model"] = lambda: model_table(options.rounds, options.calibration)
+            parts["model"] = lambda: outside_inference_mode(options)
             parts["compute-sanitizer"] = sanitize
         for name, part in parts.items():
             result[name] = part()
             result["clocks_after"] = device_line()["nvidia-smi"]
             keep(result, options.out)
+
+
+def outside_inference_mode(options: argparse.Namespace) -> Row:
+    """The whole model; compressing it is what the command does, and that knows no inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        return model_table(options.rounds, options.calibration)
 
 
 def keep(result: Row, out: Path | None) -> None:
