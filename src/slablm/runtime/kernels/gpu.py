@@ -34,7 +34,7 @@ _SMALLEST_MATMUL = 16  # rows and tokens of a tensor core tile
 _MATMUL_WARPS = 4
 _UNPACK_ROWS, _UNPACK_GROUPS, _UNPACK_WARPS = 8, 64, 4
 # Bytes of one unpacked tile: enough rows for an efficient product, and it still fits into the L2 cache of large GPUs.
-_TILE_BYTES = 32 << 20
+_TILE_BYTES = 256 << 20
 
 
 def linear(inputs: Tensor, weight: GpuWeight) -> Tensor:

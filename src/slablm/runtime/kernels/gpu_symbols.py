@@ -41,7 +41,7 @@ _THREADS = 256
 _PIECE, _LARGEST_PIECE = 1024, 16384
 _LEVELS_BYTES = 64
 # Bytes of one unpacked tile: enough rows for an efficient product, and it still fits into the L2 cache of large GPUs.
-_TILE_BYTES = 32 << 20
+_TILE_BYTES = 256 << 20
 # As bytes of memory are read 16 at a time.
 _ALIGNMENT = 16
 
