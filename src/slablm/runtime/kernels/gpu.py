@@ -4,7 +4,6 @@
 fixed sequence of launches; nothing is read back from the device.
 
 - up to `MATVEC_TOKENS`: `matvec`, straight from the planes;
-- up to `MATMUL_TOKENS`: `matmul`, the same on tensor cores, all tokens in one tile;
 - more: rows of Ŵ are unpacked into a scratch tile, which the vendor's library multiplies.
 """
 
@@ -25,15 +24,12 @@ from slablm.runtime.kernels.gpu_layout import WORD_COLUMNS, GpuWeight
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 MATVEC_TOKENS = 8
-MATMUL_TOKENS = 64
 
 # A warp takes 32 groups of 4 columns. More rows per program share what is loaded of the inputs, fewer fill the device.
 _MATVEC_WARPS = 4
 _MATVEC_ROWS = ((4096, 8), (2048, 4), (0, 2))
-_SMALLEST_MATMUL = 16  # rows and tokens of a tensor core tile
-_MATMUL_WARPS = 4
 _UNPACK_ROWS, _UNPACK_GROUPS, _UNPACK_WARPS = 8, 64, 4
-# Bytes of one unpacked tile: enough rows for an efficient product, and it still fits into the L2 cache of large GPUs.
+# Bytes of one unpacked tile, at most. With 32 MiB the products of wide weights had too few rows to fill an H100.
 _TILE_BYTES = 256 << 20
 
 
@@ -67,8 +63,6 @@ def run(
         return inputs.new_empty(0, weight.out_features)
     if tokens <= MATVEC_TOKENS:
         return _matvec(inputs, weight)
-    if tokens <= MATMUL_TOKENS:
-        return _matmul(inputs, weight)
     step = max(1, _TILE_BYTES // (inputs.shape[1] * inputs.element_size()))
     begins = range(0, weight.out_features, step)
     tiles = (unpack(weight, begin, min(begin + step, weight.out_features), inputs.dtype) for begin in begins)
@@ -162,28 +156,6 @@ def _matvec(inputs: Tensor, weight: GpuWeight) -> Tensor:
         ROWS=rows,
         GROUPS=32 * _MATVEC_WARPS,
         num_warps=_MATVEC_WARPS,
-    )
-    return outputs
-
-
-def _matmul(inputs: Tensor, weight: GpuWeight) -> Tensor:
-    tokens, m = inputs.shape[0], weight.out_features
-    # As many rows as tokens: the inputs are then read from the cache as often as a dense weight would be from memory.
-    side = max(_SMALLEST_MATMUL, _power_of_two(tokens))
-    outputs = inputs.new_empty(tokens, m)
-    wrap_triton(triton_kernels.matmul)[(_ceil_divide(m, side),)](
-        inputs,
-        outputs,
-        *_tensors(weight),
-        tokens,
-        m,
-        *_sizes(weight),
-        **_flags(weight),
-        TOKENS=side,
-        ROWS=side,
-        GROUPS=16 if inputs.dtype == torch.float32 else 32,
-        WIDEN=INTERPRETED,
-        num_warps=_MATMUL_WARPS,
     )
     return outputs
 

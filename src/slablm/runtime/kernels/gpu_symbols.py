@@ -40,7 +40,7 @@ _THREADS = 256
 # Columns of a piece that one block of threads rotates, at least, and at most, so that they fit into shared memory.
 _PIECE, _LARGEST_PIECE = 1024, 16384
 _LEVELS_BYTES = 64
-# Bytes of one unpacked tile: enough rows for an efficient product, and it still fits into the L2 cache of large GPUs.
+# Bytes of one unpacked tile, at most. With 32 MiB the products of wide weights had too few rows to fill an H100.
 _TILE_BYTES = 256 << 20
 # As bytes of memory are read 16 at a time.
 _ALIGNMENT = 16

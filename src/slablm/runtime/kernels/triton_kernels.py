@@ -1,4 +1,4 @@
-"""The Triton kernels: three loops around one decoder.
+"""The Triton kernels: two loops around one decoder.
 
 A *group* is four consecutive columns of a row, one thread's work at a time: it reads the word that holds the group's
 bits, counts the kept columns of the word in front of it, and so knows where the values of the group begin. `_decode`
@@ -10,7 +10,6 @@ in float32. Neighbouring threads take neighbouring groups, so words, values and 
 of a word (14 of 32 at 50 %) lie in one or two cache lines.
 
 - `matvec`: a few tokens. Every thread keeps a sum per row and token; one reduction when the rows are done.
-- `matmul`: more tokens, on tensor cores. Ŵ is rounded to the inputs' type, as the reference does.
 - `unpack`: rows of Ŵ into a buffer, for the vendor's matrix product.
 
 Sizes are in columns or groups; n and the width of `right` are multiples of nothing, or of a word (32 columns).
@@ -199,66 +198,6 @@ def matvec(
 def _tile(w0, w1, w2, w3, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Four tensors [R, G], one per column of the groups, side by side in column order: [R, 4 G]."""
     return tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [ROWS, COLUMNS])
-
-
-@triton.jit
-def matmul(
-    inputs,
-    outputs,
-    values,
-    scales,
-    planes,
-    offsets,
-    left,
-    right,
-    tokens,
-    m,
-    n,
-    row_kept,
-    words,
-    RANK: tl.constexpr,
-    SIGNS: tl.constexpr,
-    SCALED: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
-    """As `matvec`, on tensor cores: Ŵ is rounded to the inputs' type, sums are float32.
-
-    WIDEN is for the interpreter, which takes bfloat16 for integers in a product.
-    """
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    inside = tl.minimum(rows, m - 1)
-    token = tl.arange(0, TOKENS)
-    scale, shrink, u = _scale_and_left(scales, left, inside, RANK, SCALED)
-    sums = tl.zeros([ROWS, TOKENS], tl.float32)
-    for start in range(0, words * 8, GROUPS):
-        group = start + tl.arange(0, GROUPS)
-        w0, w1, w2, w3 = _decode(
-            values,
-            planes,
-            offsets,
-            left,
-            right,
-            inside,
-            group,
-            u,
-            shrink,
-            row_kept,
-            words,
-            RANK,
-            SIGNS,
-        )
-        weight = _tile(w0, w1, w2, w3, ROWS, 4 * GROUPS) * scale[:, None]
-        column = start * 4 + tl.arange(0, 4 * GROUPS)
-        mask = (column < n)[:, None] & (token < tokens)[None, :]
-        x = tl.load(inputs + token[None, :] * n + column[:, None], mask=mask, other=0.0)
-        weight = weight.to(x.dtype)
-        if WIDEN:
-            weight, x = weight.to(tl.float32), x.to(tl.float32)
-        sums = tl.dot(weight, x, sums, input_precision="ieee")
-    tl.store(outputs + token[None, :] * m + rows[:, None], sums, mask=(token < tokens)[None, :] & (rows < m)[:, None])
 
 
 @triton.jit
