@@ -40,7 +40,7 @@ from slablm.config import CompressionConfig
 from slablm.dense.targets import Targets, find_blocks
 from slablm.errors import SlabError
 from slablm.methods import LayerStats
-from slablm.methods.allocation import Demand, allot, log_error
+from slablm.methods.allocation import Allowance, Demand, log_error
 from slablm.packing import Packed
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.replace_module import replace_module
@@ -95,6 +95,7 @@ def compress_blocks(
     _, blocks = find_blocks(model)
     total = sum(len(names) for names in targets.names)
     reports: list[LayerReport] = []
+    allowance = None if config.bits_per_weight is None else Allowance(config.bits_per_weight)
     count = iter(range(1, total + 1))
 
     def note(report: LayerReport) -> None:
@@ -123,9 +124,12 @@ def compress_blocks(
             calibrated.propagate_dense(index)
             layers = {name: layer for name, layer in layers.items() if name in stats}
             with mapped_apart(above=_HEAP_PIECE):
-                configs = world.tell(_layer_configs(layers, stats, sensitivity, config))
+                configs = world.tell(_layer_configs(layers, stats, sensitivity, config, allowance))
                 finished = _compress_layers(layers, stats, configs, note, world)
         reports += finished.reports
+        if allowance is not None:
+            weights = sum(layers[name].weight.numel() for name in finished.packed)
+            allowance.spend(weights, 8 * sum(packed.nbytes for packed in finished.packed.values()))
         if calibrated is not None:
             _round_unreached(model, set(targets.names[index]) - {report.name for report in finished.reports}, config)
             calibrated.propagate(index)
@@ -157,11 +161,14 @@ def _round_unreached(model: nn.Module, names: Collection[str], config: Compressi
 
 
 def _layer_configs(
-    layers: dict[str, nn.Linear], stats: dict[str, LayerStats], sensitivity: dict[str, float], config: CompressionConfig
+    layers: dict[str, nn.Linear],
+    stats: dict[str, LayerStats],
+    sensitivity: dict[str, float],
+    config: CompressionConfig,
+    allowance: Allowance | None,
 ) -> dict[str, CompressionConfig]:
-    """Settings of each layer of a block: a budget in true bits is the most that they get together."""
-    budget = config.bits_per_weight
-    if budget is None:
+    """Settings of each layer of a block; of a budget in true bits each has its part."""
+    if allowance is None:
         return dict.fromkeys(layers, config)
     known = [math.log2(value) for value in sensitivity.values()]
     unknown = sum(known) / len(known) if known else 0.0
@@ -174,7 +181,7 @@ def _layer_configs(
         demands.append(Demand.of((layer.out_features, layer.in_features), config.group_size, importance))
     return {
         name: replace(config, bits_per_weight=demand.sizes[chosen])
-        for name, demand, chosen in zip(layers, demands, allot(budget, demands), strict=True)
+        for name, demand, chosen in zip(layers, demands, allowance.allot(demands), strict=True)
     }
 
 

@@ -14,6 +14,7 @@ formula, with H damped as the sweep has it, predicts the measured error of a blo
 What an error does to the block is its sensitivity s (`slablm.calibration.sensitivity`). Σ s D is to be as small as
 possible within a total Σ m n b. Symbols have whole numbers of bits, and each bit helps less than the one before: so
 layers begin with the fewest, and whichever gains most per bit that it takes gets one more, until nothing fits any more.
+Blocks come one after the other; what one of them leaves over, because no step fits any more, the next one may have.
 """
 
 from __future__ import annotations
@@ -85,6 +86,35 @@ def allot(budget: float, demands: Sequence[Demand]) -> list[int]:
         left -= cost(best)
         chosen[best] += 1
     return chosen
+
+
+class Allowance:
+    """A budget of a model, handed out block by block.
+
+    Args:
+        budget: the most bits per weight that all blocks up to any of them may have together.
+    """
+
+    def __init__(self, budget: float) -> None:
+        self.budget = budget
+        self._saved = 0.0
+
+    def allot(self, demands: Sequence[Demand]) -> list[int]:
+        """As the function: sizes of a block's layers. `spend` must follow before the next block's turn.
+
+        Raises:
+            SlabError: even the smallest sizes are too large.
+        """
+        return allot(self.budget + self._saved / max(1, sum(d.weights for d in demands)), demands)
+
+    def spend(self, weights: int, bits: float) -> None:
+        """Note what a block took.
+
+        Args:
+            weights: of its layers.
+            bits: that they are stored in.
+        """
+        self._saved += self.budget * weights - bits
 
 
 def log_error(weight: Tensor, gram: Tensor) -> float:

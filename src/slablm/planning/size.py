@@ -24,7 +24,7 @@ from slablm.dense.opening import tensor_names
 from slablm.dense.targets import Targets, find_blocks
 from slablm.errors import SlabError
 from slablm.methods import RowBudget, SymbolBudget, get_method, storage
-from slablm.methods.allocation import Demand, allot
+from slablm.methods.allocation import Allowance, Demand
 from slablm.methods.drift import Drift
 from slablm.packing import PackedSpec, SymbolSpec
 from slablm.runtime.linear import SlabLinear
@@ -61,10 +61,12 @@ def budgets(model: nn.Module, targets: Targets, config: CompressionConfig) -> tu
     """What every layer stores, see `storage`; and one line per shape for which the settings are impossible."""
     found: dict[str, Stored] = {}
     problems: dict[tuple[tuple[int, int], ...], str] = {}
+    symbols = get_method(config.method).takes_true_bits and config.bits_per_weight is not None
+    allowance = Allowance(config.bits_per_weight or 0.0) if symbols else None
     for names in filter(None, targets.names):
         shapes = [_shape(model, name) for name in names]
         try:
-            configs = _even(shapes, config)
+            configs = [config] * len(shapes) if allowance is None else _even(shapes, config, allowance)
         except SlabError as error:
             problems.setdefault(tuple(shapes), f"{names[0]} and the other layers of its block: {error}")
             continue
@@ -76,13 +78,14 @@ def budgets(model: nn.Module, targets: Targets, config: CompressionConfig) -> tu
     return found, list(problems.values())
 
 
-def _even(shapes: list[tuple[int, int]], config: CompressionConfig) -> list[CompressionConfig]:
+def _even(shapes: list[tuple[int, int]], config: CompressionConfig, allowance: Allowance) -> list[CompressionConfig]:
     """Settings of the layers of a block that is as sensitive to each of them."""
-    if not get_method(config.method).takes_true_bits or config.bits_per_weight is None:
-        return [config] * len(shapes)
     demands = [Demand.of(shape, config.group_size) for shape in shapes]
-    chosen = allot(config.bits_per_weight, demands)
-    return [replace(config, bits_per_weight=d.sizes[i]) for d, i in zip(demands, chosen, strict=True)]
+    sizes = [demand.sizes[chosen] for demand, chosen in zip(demands, allowance.allot(demands), strict=True)]
+    allowance.spend(
+        sum(d.weights for d in demands), sum(d.weights * size for d, size in zip(demands, sizes, strict=True))
+    )
+    return [replace(config, bits_per_weight=size) for size in sizes]
 
 
 def plan_size(

@@ -124,8 +124,8 @@ def _few(inputs: Tensor, weight: PackedSymbols, steps: int | None, outputs: Tens
     prepare.launch(grid, size // 8 if size <= _PIECE * 4 else 512, (*parts, *numbers), shared, after=True)
     parts = (weight.symbols, weight.scales, weight.left, operand, levels, outputs)
     numbers = _integers(m, n, inputs.shape[0], shape.span(n))
-    shared, grid = shape.shared(weight), (-(-m // shape.rows),)
-    product.launch(grid, 32 * shape.k_warps * shape.row_warps, (*parts, *numbers), shared, after=True)
+    threads, blocks = 32 * shape.k_warps * shape.row_warps, -(-m // shape.rows)
+    product.launch((blocks,), threads, (*parts, *numbers), shape.shared(weight), after=True)
 
 
 def _many(inputs: Tensor, weight: PackedSymbols) -> Tensor:
@@ -227,7 +227,8 @@ def _shape(weight: PackedSymbols, count: int, fine: bool) -> Shape:
 @cache
 def _shared_room(device: torch.device) -> int:
     """Bytes of shared memory that a block of threads can have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 def _quads(tokens: int) -> int:
