@@ -40,6 +40,8 @@ ENVIRONMENT_VARIABLE = "SLABLM_KERNEL"
 REFERENCE = "reference"
 TRITON = "triton"
 CUDA = "cuda"
+# Of GPUs with the instructions that the kernels for symbols use: Ampere and later.
+_OLDEST_CAPABILITY = 8
 
 # Up to so many tokens the planes are read once per `native.MAX_TOKENS` tokens, beyond it tiles are unpacked.
 DECODE_TOKENS = 16
@@ -141,14 +143,14 @@ def symbols_backend(device: torch.device | str = "cpu") -> Backend:
     Args:
         device: where the weights are.
     """
-    kind = device.type if isinstance(device, torch.device) else torch.device(device).type
-    if kind != "cuda":
-        return backend(device)
-    return _symbols_gpu_backend(os.environ.get(ENVIRONMENT_VARIABLE, ""))
+    place = torch.device(device)
+    if place.type != "cuda":
+        return backend(place)
+    return _symbols_gpu_backend(os.environ.get(ENVIRONMENT_VARIABLE, ""), place)
 
 
 @cache
-def _symbols_gpu_backend(forced: str) -> Backend:
+def _symbols_gpu_backend(forced: str, device: torch.device) -> Backend:
     if forced == REFERENCE:
         return Backend(REFERENCE, f"forced by {ENVIRONMENT_VARIABLE}")
     reason = cuda.missing()
@@ -156,7 +158,11 @@ def _symbols_gpu_backend(forced: str) -> Backend:
         return Backend(REFERENCE, f"{reason}: plain torch, no speed-up")
     if not torch.cuda.is_available():
         return Backend(REFERENCE, "torch sees no GPU")
-    return Backend(CUDA, f"compiled for {torch.cuda.get_device_name()}")
+    name, (major, minor) = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    if major < _OLDEST_CAPABILITY:
+        reason = f"{name} has compute capability {major}.{minor}, the kernels need {_OLDEST_CAPABILITY}.0"
+        return Backend(REFERENCE, f"{reason}: plain torch, no speed-up")
+    return Backend(CUDA, f"compiled for {name}")
 
 
 def to_runtime(packed: PackedWeight, value_bits: int = 16, name: str = "weight") -> NativeWeight | GpuWeight:
