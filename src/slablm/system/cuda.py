@@ -217,6 +217,7 @@ def _keep(code: bytes, path: Path) -> None:
     """Write as a whole or not at all; a folder that cannot be written to only costs time."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        Path(file.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # goes away whatever happens
+            draft = Path(folder) / path.name
+            draft.write_bytes(code)
+            draft.replace(path)
