@@ -1,10 +1,11 @@
 // symbols.cu for a CPU: a block of threads as fibers that take turns on one thread, and the instructions that
 // symbols.cu asks for. Include it before the text, and put LAUNCHER(name) for each kernel behind it.
 //
-// A fiber runs until it has to wait for others. In one of two orders, `adverse`, fibers run from the last to the first,
-// and copies to shared memory happen at once; in the other they happen as late as the waits allow. Where a barrier or a
-// wait is missing, one of the two gives something else. Shared memory holds NaN in the beginning of every block, and
-// a kernel that writes behind what was asked for is found out.
+// A fiber runs until it has to wait for others, and a warp until all of it waits for other warps, so that these are as
+// far behind as they can be. In one of two orders, `adverse`, the last comes first and copies to shared memory happen at
+// once; in the other they happen as late as the waits allow. Where a barrier or a wait is missing, one of the two gives
+// something else. Shared memory holds NaN in the beginning of every block, and a kernel that writes behind what was
+// asked for is found out.
 
 #include <ucontext.h>
 
@@ -198,23 +199,34 @@ static void start_fiber(Fiber& fiber) {
     makecontext(&fiber.context, run_fiber, 0);
 }
 
+static void resume(int thread) {
+    if (fibers[thread].done) return;
+    running = thread, threadIdx = {(unsigned)thread, 0, 0};
+    swapcontext(&scheduler, &fibers[thread].context);
+}
+
+// All threads from `first` on, again and again until each is at its end or waits for others than these.
+static void run_warp(int first, int count) {
+    for (long before = -1; before != steps_taken;) {
+        before = steps_taken;
+        for (int k = 0; k < count; k++) resume(first + (adverse ? count - 1 - k : k));
+    }
+}
+
 // Whether all threads of a block come to their end. If all wait, nobody takes a step.
 static bool run_block(int threads) {
     blocks_meeting = {}, std::fill_n(warps_meetings, MOST_THREADS / WARP, Meeting()), std::fill_n(barriers, 16, Meeting());
     std::fill_n(turns, threads, 0);
     std::for_each(fibers, fibers + threads, start_fiber);
-    for (int left = threads; left;) {
-        const long before = steps_taken;
-        for (int k = 0; k < threads; k++) {
-            running = adverse ? threads - 1 - k : k;
-            if (fibers[running].done) continue;
-            threadIdx = {(unsigned)running, 0, 0};
-            swapcontext(&scheduler, &fibers[running].context);
-            left -= fibers[running].done;
+    const int warps = (threads + WARP - 1) / WARP;
+    for (long before = -1; before != steps_taken;) {
+        before = steps_taken;
+        for (int k = 0; k < warps; k++) {
+            const int first = WARP * (adverse ? warps - 1 - k : k);
+            run_warp(first, min<int>(WARP, threads - first));
         }
-        if (before == steps_taken) return false;
     }
-    return true;
+    return std::all_of(fibers, fibers + threads, [](const Fiber& fiber) { return fiber.done; });
 }
 
 template <typename T>

@@ -46,6 +46,9 @@ DECODE_TOKENS = 16
 # Bytes of one unpacked tile: large enough for an efficient matrix product, small enough to stay in the cache.
 _TILE_BYTES = 4 << 20
 
+# Compute capability from which on GPUs have the instructions of the kernels for symbols: that of an A100.
+_OLDEST = (8, 0)
+
 # What the kernels of the CPU and the GPU take.
 KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -156,6 +159,8 @@ def _symbols_gpu_backend(forced: str) -> Backend:
         return Backend(REFERENCE, f"{reason}: plain torch, no speed-up")
     if not torch.cuda.is_available():
         return Backend(REFERENCE, "torch sees no GPU")
+    if torch.cuda.get_device_capability() < _OLDEST:
+        return Backend(REFERENCE, f"{torch.cuda.get_device_name()} is older than the kernels: plain torch, no speed-up")
     return Backend(CUDA, f"compiled for {torch.cuda.get_device_name()}")
 
 

@@ -124,7 +124,7 @@ def _few(inputs: Tensor, weight: PackedSymbols, steps: int | None, outputs: Tens
     prepare.launch(grid, size // 8 if size <= _PIECE * 4 else 512, (*parts, *numbers), shared, after=True)
     parts = (weight.symbols, weight.scales, weight.left, operand, levels, outputs)
     numbers = _integers(m, n, inputs.shape[0], shape.span(n))
-    shared, grid = shape.shared(weight), (-(-m // shape.rows),)
+    shared, grid = shape.shared(weight), (-(-m // shape.rows), 1)
     product.launch(grid, 32 * shape.k_warps * shape.row_warps, (*parts, *numbers), shared, after=True)
 
 
@@ -216,18 +216,24 @@ _SHAPES = {
 
 def _shape(weight: PackedSymbols, count: int, fine: bool) -> Shape:
     """The fastest shape for so many tokens that fits."""
+    room = _shared_room(weight.device)
+    tried = shapes(weight.spec.out_features, count, fine)
+    return next(shape for shape in tried if shape.shared(weight) <= room)
+
+
+def shapes(rows: int, count: int, fine: bool) -> Iterator[Shape]:
+    """Those for a weight with so many rows and for so many tokens, the fastest first."""
     tokens = next(tokens for tokens in _TOKENS if tokens >= count)
     tabled = next(most for most in _SHAPES if most >= tokens)
-    shapes = _SHAPES[tabled][0 if weight.spec.out_features > _MANY_ROWS else 1]
-    room = _shared_room(weight.device)
-    tried = (Shape(tokens, *numbers, fine) for numbers in shapes)
-    return next(shape for shape in tried if shape.shared(weight) <= room)
+    for numbers in _SHAPES[tabled][0 if rows > _MANY_ROWS else 1]:
+        yield Shape(tokens, *numbers, fine)
 
 
 @cache
 def _shared_room(device: torch.device) -> int:
     """Bytes of shared memory that a block of threads can have."""
-    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
+    properties = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 def _quads(tokens: int) -> int:
