@@ -306,7 +306,7 @@ def random_weight(m, n, bits, group_size, block, seed, fine):
 def gpu_weights(draw):
     n = draw(st.integers(1, 3000) | st.sampled_from([64, 128, 192, 1024, 2048, 4096]))
     block = draw(st.none() | st.sampled_from([2**k for k in range(13) if n % 2**k == 0]))
-    shape = draw(st.integers(1, 300)), n, draw(st.integers(2, 5)), draw(st.sampled_from([128, 256, 384]))
+    shape = draw(st.integers(32, 300)), n, draw(st.integers(2, 5)), draw(st.sampled_from([128, 256, 384]))
     return random_weight(*shape, block, draw(st.integers(0, 2**31)), draw(st.booleans()))
 
 
