@@ -2,9 +2,9 @@
 
     python benchmarks/gpu_instructions.py
 
-Compiles the Triton kernels for one architecture, disassembles them, and divides the instructions of the loop over the
-columns by the weights that it handles. This is no time. But a multiprocessor starts four warp instructions per clock,
-so at its best a GPU needs
+Compiles the Triton kernels and those for symbols for one architecture, disassembles them, and divides the instructions
+of the loop over the columns by the weights that it handles. This is no time. But a multiprocessor starts four warp
+instructions per clock, so at its best a GPU needs
 
     weights x instructions per weight / (32 lanes x 4 x multiprocessors x clock)
 
@@ -15,26 +15,30 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
-import subprocess
 import sys
-import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "0"
 
 import triton
+from gpu_loops import WARP, loops_of, symbols_loop
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 
-from slablm.runtime.kernels import triton_kernels
+from slablm.runtime.kernels import gpu_symbols, triton_kernels
 
 POINTERS = {"scales": "fp32", "planes": "i64", "offsets": "i16", "left": "fp32", "right": "fp32"}
-WARP = 32
 GROUP = 4  # columns per thread and step
 SHOWN = 8
+CLASSES = {
+    "look-up": {"PRMT"},
+    "tensor cores": {"IMMA"},
+    "shared memory": {"LDS", "LDGSTS", "LDGDEPBAR", "DEPBAR", "STS"},
+    "float": {"FADD", "FMUL", "FFMA", "HADD2"},
+    "integer, moves": {"IMAD", "IADD3", "SHF", "LOP3", "MOV", "VIADD", "LEA", "SEL", "ISETP", "UIADD3", "ULEA", "UMOV"},
+    "spilled": {"LDL", "STL"},
+}
 
 
 def compiled(kernel: Any, capability: int, inputs: str, values: str, warps: int, **constants: int) -> CompiledKernel:
@@ -62,46 +66,50 @@ def compiled(kernel: Any, capability: int, inputs: str, values: str, warps: int,
     return triton.compile(source, target=GPUTarget("cuda", capability, WARP), options={"num_warps": warps})
 
 
-def loop_of(machine_code: bytes) -> list[str]:
-    """Names of the instructions of the longest loop."""
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(machine_code)
-        file.flush()
-        text = subprocess.run([tools / "nvdisasm", "-c", file.name], capture_output=True, text=True, check=True).stdout
-    labels: dict[str, int] = {}
-    names: list[str] = []
-    longest: list[str] = []
-    for line in text.splitlines():
-        if label := re.match(r"(\.L_x_\d+):", line):
-            labels[label[1]] = len(names)
-        if found := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", line):
-            names.append(found[1])
-            jump = re.search(r"`\((\.L_x_\d+)\)", line)
-            if found[1] == "BRA" and jump and jump[1] in labels and len(names) - labels[jump[1]] > len(longest):
-                longest = names[labels[jump[1]] :]
-    return longest
-
-
-def main() -> None:
-    """One line per kernel and variant."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--capability", type=int, default=90, help="80: A100, 90: H100")
-    options = parser.parse_args()
+def print_triton(capability: int) -> None:
+    """One line per Triton kernel and variant."""
     from slablm.runtime.kernels import gpu
 
     rows, warps = gpu._MATVEC_ROWS[0][1], gpu._MATVEC_WARPS
     variants = [(triton_kernels.matvec, tokens, rows, WARP * warps, {}) for tokens in (1, 2, 4, 8)]
     variants += [(triton_kernels.matmul, tokens, tokens, 32, {"WIDEN": False}) for tokens in (16, 64)]
-    print(f"compute capability {options.capability}, triton {triton.__version__}, bfloat16 inputs, rank 1, signs")
+    print(f"compute capability {capability}, triton {triton.__version__}, bfloat16 inputs, rank 1, signs")
     for kernel, tokens, rows, groups, more in variants:
         for values in ("bf16", "i8"):
             sizes = {"RANK": 1, "TOKENS": tokens, "ROWS": rows, "GROUPS": groups, **more}
-            built = compiled(kernel, options.capability, "bf16", values, warps, **sizes)
-            loop = loop_of(built.asm["cubin"])
+            built = compiled(kernel, capability, "bf16", values, warps, **sizes)
+            loop = max(loops_of(built.asm["cubin"]), key=len)
             weights = rows * groups * GROUP / (WARP * warps)
             most = ", ".join(f"{name} {count / weights:.1f}" for name, count in Counter(loop).most_common(SHOWN))
             print(f"{kernel.__name__:<7}{tokens:>3} token(s), {values:<5}{len(loop) / weights:6.1f} per weight: {most}")
+
+
+def class_of(name: str) -> str:
+    """What an instruction is for."""
+    return next((kind for kind, names in CLASSES.items() if name in names), "other")
+
+
+def print_symbols(capability: int) -> None:
+    """One line per kind of symbol and number of tokens: the shape for weights with many rows."""
+    print("symbols, levels on a grid and on none")
+    for bits in (2, 3, 4, 5):
+        for tokens in (1, 4, 8, 16):
+            for fine in (False, True):
+                shape = next(gpu_symbols.shapes(1 << 16, tokens, fine))
+                loop, weights = symbols_loop(bits, shape, f"sm_{capability}")
+                counts = Counter(map(class_of, loop))
+                listed = ", ".join(f"{kind} {counts[kind] / weights:.2f}" for kind in (*CLASSES, "other"))
+                levels = "none" if fine else "grid"
+                print(f"{bits} bits{tokens:>3} token(s), {levels}{len(loop) / weights:6.2f} per weight: {listed}")
+
+
+def main() -> None:
+    """Both tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--capability", type=int, default=90, help="80: A100, 90: H100")
+    options = parser.parse_args()
+    print_triton(options.capability)
+    print_symbols(options.capability)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 
 from slablm.cli import main
+from slablm.runtime import kernels
 
 
 def slablm(*arguments):
@@ -259,8 +260,11 @@ def test_doctor_says_what_runs_and_why(monkeypatch):
     assert facts["cpu_kernels_reason"]
     assert facts["gpu_kernels"] in {"triton", "reference"}
     assert facts["gpu_kernels_reason"]
+    assert facts["gpu_symbols"] in {"cuda", "reference"}
+    assert f"{facts['gpu_symbols']}: {facts['gpu_symbols_reason']}" == kernels.explain_symbols("cuda")
     monkeypatch.setenv("SLABLM_KERNEL", "reference")
-    assert "forced by SLABLM_KERNEL" in slablm("doctor").stdout
+    forced = [line for line in slablm("doctor").stdout.splitlines() if line.endswith("forced by SLABLM_KERNEL")]
+    assert [line.split(" reason")[0] for line in forced] == ["cpu kernels", "gpu kernels", "gpu symbols"]
     monkeypatch.setenv("SLABLM_KERNEL", "abacus")
     refused(slablm("doctor"), "SLABLM_KERNEL=abacus cannot be used")
 

@@ -42,7 +42,7 @@ def test_a_model_without_weights_on_80_columns(monkeypatch):
         "mlp.down_proj 80 8192×28672",
         "4 bits",
         "true bits per weight (headers included) 4.200",
-        "compression ratio (paper, positions not counted) 0.74",
+        "compression ratio (paper, positions not counted) 0.7375",
         "hidden states of all windows 100 MB",
         "buffers of the largest matrix",
         "no weights here",

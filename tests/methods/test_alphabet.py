@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slablm.errors import SlabError
-from slablm.methods.alphabet import Alphabet, SymbolWeight, level_count, written
+from slablm.methods.alphabet import MOST_STEPS, Alphabet, SymbolWeight, grid_steps, level_count, on_grid, written
 from slablm.methods.rotation import Rotation
 
 SHAPES = st.tuples(st.integers(1, 6), st.integers(1, 20))
@@ -156,3 +156,59 @@ def test_what_is_not_in_the_form_is_refused(changes, message):
     assert isinstance(weight, SymbolWeight)
     with pytest.raises(ValueError, match=message):
         broken(weight, **changes)
+
+
+def random_levels(bits, seed):
+    return torch.rand(level_count(bits), generator=torch.Generator().manual_seed(seed)).sort().values
+
+
+@given(st.integers(2, 5), st.integers(0, 1000), st.floats(-4, 4))
+def test_stored_levels_lie_on_the_grid_that_is_told(bits, seed, exponent):
+    """What kernels make of them, the nearest step, is what was written but for FP16."""
+    alphabet = replace(random_alphabet(3, 8, bits, 4, seed), levels=random_levels(bits, seed) * 10**exponent)
+    levels = alphabet.stored().levels
+    steps = grid_steps(levels.half())
+    assert steps is not None
+    assert 1 <= steps <= MOST_STEPS
+    places = (levels / levels[-1] * steps).round()
+    torch.testing.assert_close(places / steps * levels[-1], levels, rtol=2**-10, atol=0)
+
+
+@given(st.integers(2, 5), st.integers(0, 1000))
+def test_levels_move_less_than_half_a_step_of_any_grid(bits, seed):
+    levels = random_levels(bits, seed)
+    moved = on_grid(levels)
+    assert moved[-1] == levels[-1]
+    assert (moved.diff() >= 0).all()
+    # Of all grids the best: no worse than the finest alone.
+    finest = (levels / levels[-1] * MOST_STEPS).round() / MOST_STEPS * levels[-1]
+    assert (moved - levels).norm() <= (finest - levels).norm() * (1 + 1e-5) + 1e-7
+
+
+@given(st.integers(2, 5), st.integers(0, 1000))
+def test_what_lies_on_a_grid_stays(bits, seed):
+    moved = on_grid(random_levels(bits, seed))
+    torch.testing.assert_close(on_grid(moved), moved, rtol=1e-6, atol=1e-7)
+    # Rounded to FP16 another grid may be the nearest, by less than the rounding.
+    stored = random_alphabet(3, 8, bits, 4, seed).stored()
+    torch.testing.assert_close(stored.stored().levels, stored.levels, rtol=2**-10, atol=0)
+
+
+def test_levels_between_the_steps_of_all_grids_lie_on_none():
+    for places in ([0.5, 1, 127], [1, 50.5, 127], [3, 64.4, 126.7], [0.01, 0.02, 127]):
+        assert grid_steps(torch.tensor(places).half()) is None
+    assert grid_steps(torch.tensor([1.0, 2.0, 127.0]).half()) == 127
+    assert grid_steps(torch.tensor([0.0, 2.0, 6.0]).half()) == 3  # the coarsest
+
+
+@pytest.mark.parametrize("level", [1.0, 0.1, 6e-8, 65504.0])
+def test_one_level_is_on_a_grid_of_one_step(level):
+    levels = torch.tensor([level])
+    assert torch.equal(on_grid(levels), levels)
+    assert grid_steps(levels.half()) == 1
+
+
+def test_levels_of_nothing_are_on_no_grid():
+    levels = torch.zeros(3)
+    assert torch.equal(on_grid(levels), levels)
+    assert grid_steps(levels.half()) is None

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from slablm.errors import SlabError
+from slablm.methods.alphabet import grid_steps
 from slablm.packing.symbols import pack_symbols
+from slablm.runtime import kernels
 from slablm.runtime.linear import SlabLinear
 from tests.packing.test_symbols import random_symbols
 
@@ -57,6 +59,39 @@ def test_it_loads_parts(assign):
     assert torch.equal(model(INPUTS), native_layer(OTHER, 2 * BIAS)(INPUTS))
     missing, _ = model.load_state_dict({}, strict=False)
     assert len(missing) == len(PACKED.parts()) + 1
+
+
+def of_levels(*levels):
+    """`PACKED` with other levels in front of its largest ones."""
+    return replace(PACKED, levels=torch.tensor([0.0] * (len(PACKED.levels) - len(levels)) + [*levels]).half())
+
+
+GRID, COARSE, FREE = of_levels(1, 2, 127), of_levels(1, 2, 4), of_levels(1, 50.5, 127)
+
+
+@pytest.mark.parametrize(("packed", "steps"), [(GRID, 127), (COARSE, 4), (FREE, None)])
+def test_the_grid_is_known_once_kernels_run(packed, steps):
+    layer = copy.deepcopy(SlabLinear.from_packed(packed))
+    assert layer.steps is None  # nothing was read from the levels
+    layer.use_native()
+    assert layer.steps == steps == grid_steps(packed.levels)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_the_grid_of_other_levels_is_found_anew(assign):
+    """With the old one a GPU would round the levels to steps that they do not lie on."""
+    layer = native_layer(GRID, bias=None)
+    for packed in (COARSE, FREE, GRID):
+        layer.load_state_dict(SlabLinear.from_packed(packed).state_dict(), assign=assign)
+        assert layer.steps == grid_steps(packed.levels)
+
+
+def test_the_grid_is_told_to_the_kernels(monkeypatch):
+    told = []
+    monkeypatch.setattr(kernels, "symbols_linear", lambda inputs, packed, steps: told.append(steps) or inputs)
+    for packed in (GRID, FREE):
+        native_layer(packed, bias=None)(INPUTS)
+    assert told == [127, None]
 
 
 def test_a_cast_leaves_the_stored_weight_alone():

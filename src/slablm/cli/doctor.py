@@ -26,6 +26,8 @@ def doctor(json: Json = False) -> None:
         "cpu_kernels_reason": kernels.backend().reason,
         "gpu_kernels": kernels.backend("cuda").name,
         "gpu_kernels_reason": kernels.backend("cuda").reason,
+        "gpu_symbols": kernels.symbols_backend("cuda").name,
+        "gpu_symbols_reason": kernels.symbols_backend("cuda").reason,
     }
     if json:
         print_json(facts)

@@ -153,7 +153,7 @@ def compiled(source: str, architecture: str) -> bytes:
     try:
         if status:
             log = _text(library.nvrtcGetProgramLogSize, library.nvrtcGetProgramLog, program)
-            raise SlabError(f"NVRTC does not accept a kernel for {architecture}: {log.decode(errors='replace')}")
+            raise SlabError(f"NVRTC does not accept a kernel for {architecture}: {_line(log)}")
         return _text(library.nvrtcGetCUBINSize, library.nvrtcGetCUBIN, program)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
@@ -175,8 +175,9 @@ def _nvrtc() -> ctypes.CDLL | str:
         names += sorted(map(str, folder.glob("nvidia/*/lib/libnvrtc.so.*")), reverse=True)
     for name in names:
         with suppress(OSError):
-            for part in Path(name).parent.glob("libnvrtc-builtins.so.*"):
-                ctypes.CDLL(str(part))  # which NVRTC would look for elsewhere
+            if Path(name).is_absolute():  # NVRTC would look elsewhere for its other half
+                for part in Path(name).parent.glob("libnvrtc-builtins.so.*"):
+                    ctypes.CDLL(str(part))
             return ctypes.CDLL(name)
     return "NVRTC, which compiles the kernels, is not there (pip install nvidia-cuda-nvrtc)"
 
@@ -192,6 +193,10 @@ def _text(size_of: Any, content_of: Any, program: ctypes.c_void_p) -> bytes:
     buffer = ctypes.create_string_buffer(size.value)
     content_of(program, buffer)
     return buffer.raw
+
+
+def _line(log: bytes) -> str:
+    return log.decode(errors="replace").rstrip("\0\n ")
 
 
 def _check(status: int, what: str) -> None:
@@ -217,6 +222,7 @@ def _keep(code: bytes, path: Path) -> None:
     """Write as a whole or not at all; a folder that cannot be written to only costs time."""
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(code)
-        Path(file.name).replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:  # goes away whatever happens
+            draft = Path(folder) / path.name
+            draft.write_bytes(code)
+            draft.replace(path)

@@ -16,6 +16,7 @@ from slablm.runtime.kernels.dispatch import (
     explain,
     explain_symbols,
     linear,
+    symbols_backend,
     to_runtime,
 )
 from slablm.runtime.kernels.gpu_layout import GpuWeight, to_gpu
@@ -35,6 +36,7 @@ __all__ = [
     "explain_symbols",
     "from_runtime",
     "linear",
+    "symbols_backend",
     "symbols_linear",
     "to_gpu",
     "to_native",

@@ -49,9 +49,11 @@ _ALIGNMENT = 16
 def reads(weight: PackedSymbols) -> bool:
     """Whether the kernels have code for a weight."""
     spec = weight.spec
-    block = 1 if spec.rotation is None else spec.rotation.block
+    piece = _PIECE if spec.rotation is None else _piece(spec.rotation)
     aligned = weight.symbols.data_ptr() % _ALIGNMENT == 0
-    return spec.group_size % TILE_COLUMNS == 0 and block <= _LARGEST_PIECE and aligned
+    # The last is asked of a device, so only where all else is well.
+    known = spec.group_size % TILE_COLUMNS == 0 and piece <= _LARGEST_PIECE and aligned
+    return known and _prepared(piece) <= _shared_room(weight.device)
 
 
 def linear(inputs: Tensor, weight: PackedSymbols, steps: int | None) -> Tensor:
@@ -91,7 +93,7 @@ def rotate(inputs: Tensor, rotation: Rotation) -> Tensor:
     """Rᵀ of every row of [t, n], in the inputs' dtype, computed in float32."""
     outputs = torch.empty_like(inputs)
     size = _piece(rotation)
-    grid = (-(-rotation.size // size), inputs.shape[0])
+    grid = (inputs.shape[0], -(-rotation.size // size))
     arguments = (inputs, _minus(rotation, inputs.device), outputs, *_integers(rotation.size, size, rotation.block))
     _kernel("rotate", inputs).launch(grid, _THREADS, arguments, _shared(size))
     return outputs
@@ -102,7 +104,7 @@ def unpack(weight: PackedSymbols, begin: int, end: int, dtype: torch.dtype) -> T
     outputs = torch.empty(end - begin, weight.in_features, dtype=dtype, device=weight.device)
     words = 16 * _tiles_of(weight.in_features)
     parts = (weight.symbols, weight.scales, weight.levels, weight.left, weight.right)
-    grid = (-(-words // _THREADS), end - begin)
+    grid = (end - begin, -(-words // _THREADS))
     _kernel("unpack", outputs, weight).launch(grid, _THREADS, (*parts, outputs, *_integers(weight.in_features, begin)))
     return outputs
 
@@ -119,9 +121,8 @@ def _few(inputs: Tensor, weight: PackedSymbols, steps: int | None, outputs: Tens
     parts = (inputs, minus, weight.right, weight.levels, operand, levels)
     prepare, product = (_kernel(name, inputs, weight, shape) for name in ("quantize", "matvec"))
     numbers = _integers(n, size, block, steps or _FINE_STEPS)
-    # A half for every column beside the columns; one block of threads for the levels.
-    shared, grid = _shared(size) + 2 * size, (-(-n // size) + 1, inputs.shape[0])
-    prepare.launch(grid, size // 8 if size <= _PIECE * 4 else 512, (*parts, *numbers), shared, after=True)
+    grid = (-(-n // size) + 1, inputs.shape[0])  # one block of threads more, for the levels
+    prepare.launch(grid, min(512, size // 8), (*parts, *numbers), _prepared(size), after=True)
     parts = (weight.symbols, weight.scales, weight.left, operand, levels, outputs)
     numbers = _integers(m, n, inputs.shape[0], shape.span(n))
     threads, blocks = 32 * shape.k_warps * shape.row_warps, -(-m // shape.rows)
@@ -152,6 +153,11 @@ def _piece(rotation: Rotation) -> int:
 def _shared(size: int) -> int:
     """Bytes of shared memory for so many columns; a gap after every 8."""
     return 4 * (size + size // 8)
+
+
+def _prepared(size: int) -> int:
+    """The same for `quantize`, with a half of v for every column."""
+    return _shared(size) + 2 * size
 
 
 def _integers(*numbers: int) -> tuple[ctypes.c_int, ...]:
@@ -216,12 +222,17 @@ _SHAPES = {
 
 def _shape(weight: PackedSymbols, count: int, fine: bool) -> Shape:
     """The fastest shape for so many tokens that fits."""
+    room = _shared_room(weight.device)
+    tried = shapes(weight.spec.out_features, count, fine)
+    return next(shape for shape in tried if shape.shared(weight) <= room)
+
+
+def shapes(rows: int, count: int, fine: bool) -> Iterator[Shape]:
+    """Those for a weight with so many rows and for so many tokens, the fastest first."""
     tokens = next(tokens for tokens in _TOKENS if tokens >= count)
     tabled = next(most for most in _SHAPES if most >= tokens)
-    shapes = _SHAPES[tabled][0 if weight.spec.out_features > _MANY_ROWS else 1]
-    room = _shared_room(weight.device)
-    tried = (Shape(tokens, *numbers, fine) for numbers in shapes)
-    return next(shape for shape in tried if shape.shared(weight) <= room)
+    for numbers in _SHAPES[tabled][0 if rows > _MANY_ROWS else 1]:
+        yield Shape(tokens, *numbers, fine)
 
 
 @cache

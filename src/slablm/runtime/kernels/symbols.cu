@@ -30,11 +30,59 @@
 
 typedef unsigned short half_bits;
 
+// Single instructions. Tests without a GPU have their own in C++, and compile all the rest as it is.
+#ifdef __CUDACC__
 __device__ __forceinline__ float from_half(half_bits bits) {
     float value;
     asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
     return value;
 }
+__device__ __forceinline__ half_bits to_half(float value) {
+    half_bits bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+__device__ __forceinline__ half_bits to_bfloat16(float value) {
+    half_bits bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+// Global to shared memory, without registers and without waiting.
+template <int BYTES>
+__device__ __forceinline__ void fetch(u8* to, const u8* from) {
+    const u32 address = (u32)__cvta_generic_to_shared(to);
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
+}
+__device__ __forceinline__ void close_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// For all stages that were closed but the last `LEFT`.
+template <int LEFT>
+__device__ __forceinline__ void wait_for_stages() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+__device__ __forceinline__ void wait_for_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Of so many threads, in whole warps; `index` 1 to 15, for each group of them.
+template <int THREADS>
+__device__ __forceinline__ void barrier(int index) {
+    asm volatile("bar.sync %0, %1;" ::"r"(index), "n"(THREADS) : "memory");
+}
+
+// 16 x 32 times 32 x 8 bytes with signs: sums that start anew, and that go on.
+__device__ __forceinline__ void multiply_first(int* sums, const u32* a, u32 b0, u32 b1, int start) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(start));
+}
+__device__ __forceinline__ void multiply_next(int* sums, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
 
 #if TYPE == 0
 typedef float scalar;
@@ -43,19 +91,11 @@ __device__ __forceinline__ scalar narrow(float value) { return value; }
 #elif TYPE == 1
 typedef half_bits scalar;
 __device__ __forceinline__ float widen(scalar value) { return from_half(value); }
-__device__ __forceinline__ scalar narrow(float value) {
-    scalar bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
+__device__ __forceinline__ scalar narrow(float value) { return to_half(value); }
 #else
 typedef half_bits scalar;
 __device__ __forceinline__ float widen(scalar value) { return __uint_as_float((u32)value << 16); }
-__device__ __forceinline__ scalar narrow(float value) {
-    scalar bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
+__device__ __forceinline__ scalar narrow(float value) { return to_bfloat16(value); }
 #endif
 
 // Integers of the levels, and what one of them is worth.
@@ -165,12 +205,12 @@ __device__ __forceinline__ void rotated(
     }
 }
 
-// Grid: pieces of `size` columns, tokens.
+// Grid: tokens, pieces of `size` columns.
 extern "C" __global__ void rotate(
     const scalar* inputs, const u32* minus, scalar* outputs, int n, int size, int block) {
     extern __shared__ float columns[];
-    const int start = blockIdx.x * size;
-    const long long token = blockIdx.y;
+    const int start = blockIdx.y * size;
+    const long long token = blockIdx.x;
     rotated(columns, inputs + token * n, minus, n, start, size, block);
     for (int k = threadIdx.x; k < size && start + k < n; k += blockDim.x)
         outputs[token * n + start + k] = narrow(columns[place(k)]);
@@ -183,7 +223,8 @@ __device__ __forceinline__ float integers(const float* values, u32* high, u32* l
 #pragma unroll
     for (int k = 0; k < 4; k++) bits = max(bits, __float_as_uint(fabsf(values[k])));
     bits = __reduce_max_sync(~0u, bits);
-    const float most = 127 * 256 + 127, largest = __uint_as_float(bits), scale = largest > 0 ? most / largest : 0.f;
+    const float most = 127 * 256 + 127, largest = __uint_as_float(bits);
+    const float scale = largest > 1e-30f ? most / largest : 0.f;  // of what is smaller the scale would not be finite
     *high = *low = 0;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -262,38 +303,10 @@ extern "C" __global__ void __launch_bounds__(512) quantize(
 
 // ---------------------------------------------------------------------------------------------------------- product
 
-// Global to shared memory, without registers and without waiting.
-template <int BYTES>
-__device__ __forceinline__ void fetch(u8* to, const u8* from) {
-    const u32 address = (u32)__cvta_generic_to_shared(to);
-    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
-}
-__device__ __forceinline__ void close_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-__device__ __forceinline__ void wait_for_stage() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(DEPTH - 2) : "memory");
-}
-__device__ __forceinline__ void wait_for_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-
 // Of the warps that share a span.
 __device__ __forceinline__ void meet(int span) {
     if (ROW_WARPS == 1) __syncwarp();
-    else asm volatile("bar.sync %0, %1;" ::"r"(1 + span), "n"(32 * ROW_WARPS) : "memory");
-}
-
-// Sums start at MAGIC in the first of a tile's steps.
-template <bool FIRST>
-__device__ __forceinline__ void multiply(int* sums, const u32* a, u32 b0, u32 b1) {
-    if (FIRST)
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%10, %10, %10, %10};"
-            : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(MAGIC));
-    else
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-            "{%0, %1, %2, %3};"
-            : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else barrier<32 * ROW_WARPS>(1 + span);
 }
 
 #define PLANES (SIGN_PLANE ? 2 : 1)
@@ -395,8 +408,8 @@ __device__ __forceinline__ void add(
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
         const u32* const b = piece.operand[q][kind][step / 2] + step % 2 * 2;
-        if (step == 0) multiply<true>(sums[q], a, b[0], b[1]);
-        else multiply<false>(sums[q], a, b[0], b[1]);
+        if (step == 0) multiply_first(sums[q], a, b[0], b[1], MAGIC);
+        else multiply_next(sums[q], a, b[0], b[1]);
     }
 }
 
@@ -496,7 +509,7 @@ extern "C" __global__ void __launch_bounds__(32 * K_WARPS * ROW_WARPS, BLOCKS) m
     int stage = 0, free = DEPTH - 1;
     for (int tile = begin; tile < end; tile++) {
         Piece<4> piece;
-        wait_for_stage();
+        wait_for_stages<DEPTH - 2>();
         meet(k_warp);
         read(piece, ring + stage * STAGE_BYTES, records + stage * OPERAND_BYTES, own_scales + tile - begin, span, lane);
         if (tile + DEPTH - 1 < end) {  // what all have read before they met
@@ -561,7 +574,7 @@ __device__ __forceinline__ void write_four(scalar* to, const float* values, int 
     for (int k = 0; k < 4 && k < count; k++) to[k] = narrow(values[k]);
 }
 
-// Rows begin ... of the matrix for rotated inputs. Grid: words of eight symbols in a row, sixteen per tile; rows.
+// Rows begin ... of the matrix for rotated inputs. Grid: rows; words of eight symbols in a row, sixteen per tile.
 extern "C" __global__ void unpack(
     const u8* symbols, const half_bits* scales, const half_bits* levels, const half_bits* left, const half_bits* right,
     scalar* outputs, int n, int begin) {
@@ -571,16 +584,16 @@ extern "C" __global__ void unpack(
         threadIdx.x && threadIdx.x <= count ? from_half(levels[threadIdx.x - 1]) : 0.f;
     __syncthreads();
     const int tiles = tiles_of(n), halves = halves_of(n);
-    const int index = blockIdx.x * blockDim.x + threadIdx.x, word = index % 16, tile = index / 16;
+    const int index = blockIdx.y * blockDim.x + threadIdx.x, word = index % 16, tile = index / 16;
     if (tile >= tiles) return;
-    const int W = 2 * tile + 2 <= halves ? 4 : 2, row = begin + blockIdx.y, t = word / W, i = word % W;
+    const int W = 2 * tile + 2 <= halves ? 4 : 2, row = begin + blockIdx.x, t = word / W, i = word % W;
     if (t >= 4) return;
     const u8* const from = symbols + (long long)(row / 4) * halves * tile_bytes(2) + tile * tile_bytes(4);
     const u32 low = __ldg((const u32*)(from + low_offset(W, row % 4, t)) + i);
     const u32 signs = SIGN_PLANE ? __ldg((const u32*)(from + sign_offset(W, row % 4)) + i) : 0;
     const int groups = (tiles + TILES_PER_GROUP - 1) / TILES_PER_GROUP;
     const float scale = from_half(scales[(long long)row * groups + tile / TILES_PER_GROUP]), u = from_half(left[row]);
-    scalar* const to = outputs + (long long)blockIdx.y * n;
+    scalar* const to = outputs + (long long)blockIdx.x * n;
     const u32 sign = signs << (3 - t), nibbles = selectors(low, signs, t).low;
 #pragma unroll
     for (int part = 0; part < 2; part++) {  // columns c ... c + 3, and those w/2 behind them
