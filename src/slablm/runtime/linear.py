@@ -182,14 +182,10 @@ class SlabLinear(nn.Module):
 
 
 class SymbolLinear(SlabLinear):
-    """A layer with one symbol per weight: what a file holds is what the kernels read.
-
-    Attributes:
-        steps: of the grid its levels lie on, if they do, as kernels are told; known from `use_native` on.
-    """
+    """A layer with one symbol per weight: what a file holds is what the kernels read."""
 
     spec: SymbolSpec
-    steps: int | None = None
+    steps: int | None = None  # of the grid its levels lie on, if they do: what `use_native` tells kernels
 
     @property
     def packed(self) -> PackedSymbols:

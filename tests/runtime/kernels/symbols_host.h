@@ -1,5 +1,5 @@
-// symbols.cu for a CPU: a block of threads as fibers that take turns on one thread, and the instructions that
-// symbols.cu asks for. Include it before the text, and put LAUNCHER(name) for each kernel behind it.
+// The CUDA text for a CPU: a block of threads as fibers that take turns on one thread, and the instructions that
+// the text asks for. Include it before the text, and put LAUNCHER(name) for each kernel behind it.
 //
 // A fiber runs until it has to wait for others, and a warp until all of it waits for other warps, so that these are as
 // far behind as they can be. In one of two orders, `adverse`, the last comes first and copies to shared memory happen at

@@ -1,4 +1,4 @@
-"""symbols.cu on a CPU: the kernels of `gpu_symbols` compiled as C++, launched with the very arguments of a GPU."""
+"""The CUDA text on a CPU: the kernels of `gpu_symbols` compiled as C++, launched with the very arguments of a GPU."""
 
 import ctypes
 import shutil

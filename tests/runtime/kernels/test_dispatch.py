@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from slablm.errors import SlabError
 from slablm.packing import PackedSpec
 from slablm.runtime import kernels
-from slablm.runtime.kernels import dispatch, native, reference, to_native
+from slablm.runtime.kernels import backends, dispatch, native, reference, to_native
 from tests.runtime.kernels.weights import error_bound, random_packed, specs
 
 LIBRARY = native.load()
@@ -16,16 +16,16 @@ WEIGHT = to_native(random_packed(PackedSpec(20, 130, 50, 1, True, torch.float16)
 
 @pytest.fixture
 def no_library(monkeypatch):
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(native, "load", lambda: "slablm was installed without its compiled kernels")
-    dispatch._cpu_backend.cache_clear()
+    backends._cpu_backend.cache_clear()
     yield
-    dispatch._cpu_backend.cache_clear()
+    backends._cpu_backend.cache_clear()
 
 
 @pytest.fixture(params=BACKENDS)
 def forced(request, monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, request.param)
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, request.param)
     return request.param
 
 
@@ -88,21 +88,21 @@ def test_without_a_library_the_reference_runs_and_says_so(no_library):
 
 
 def test_forcing_a_set_without_a_library_is_refused(no_library, monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "portable")
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "portable")
     with pytest.raises(SlabError, match="SLABLM_KERNEL=portable cannot be used: slablm was installed without"):
         kernels.backend()
 
 
 @pytest.mark.skipif(isinstance(LIBRARY, str), reason="no compiled kernels")
 def test_forcing_an_unknown_set_is_refused(monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "sse9")
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "sse9")
     with pytest.raises(SlabError, match="SLABLM_KERNEL=sse9 cannot be used on this machine: choose one of .*reference"):
         kernels.backend()
 
 
 @pytest.mark.skipif(isinstance(LIBRARY, str), reason="no compiled kernels")
 def test_explain_names_the_fastest_set(monkeypatch):
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
     assert kernels.explain() == f"{LIBRARY.supported[0]}: the fastest instruction set of this CPU"
 
 
@@ -125,14 +125,14 @@ def test_compiles_without_graph_breaks(backend):
 @pytest.fixture
 def fresh(monkeypatch):
     """Decisions about the GPU are made anew, and forgotten afterwards."""
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
-    dispatch._gpu_backend.cache_clear()
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
+    backends._gpu_backend.cache_clear()
     yield
-    dispatch._gpu_backend.cache_clear()
+    backends._gpu_backend.cache_clear()
 
 
 def test_without_triton_gpus_get_the_reference(fresh, monkeypatch):
-    monkeypatch.setattr(dispatch, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "find_spec", lambda name: None)
     assert kernels.explain("cuda") == (
         "reference: triton is missing (pip install 'slablm[triton]'): plain torch, no speed-up"
     )

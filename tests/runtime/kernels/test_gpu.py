@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from slablm.packing import PackedSpec, PackedWeight
 from slablm.runtime import kernels
-from slablm.runtime.kernels import dispatch, reference, to_gpu
+from slablm.runtime.kernels import backends, dispatch, reference, to_gpu
 from slablm.runtime.linear import SlabLinear
 from tests.runtime.kernels.weights import random_packed, specs
 
@@ -121,7 +121,7 @@ def test_gradients_flow_through_the_reference():
 
 
 def test_the_reference_can_be_forced(monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
     monkeypatch.setattr(gpu, "linear", None)
     assert kernels.explain("cuda") == "reference: forced by SLABLM_KERNEL"
     inputs = inputs_of(1, 130)

@@ -10,7 +10,7 @@ import torch
 from slablm.methods.rotation import Rotation
 from slablm.packing.symbols import SymbolSpec
 from slablm.runtime import kernels
-from slablm.runtime.kernels import dispatch, gpu_symbols
+from slablm.runtime.kernels import backends, gpu_symbols
 from slablm.runtime.kernels.gpu_symbols import FEW_TOKENS, Shape, source
 from slablm.system import cuda
 
@@ -179,14 +179,14 @@ def test_bits_of_signs():
 @pytest.fixture
 def gpu(monkeypatch):
     """A pretended H100; decisions are made anew, and forgotten afterwards."""
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(cuda, "missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    dispatch._symbols_gpu_backend.cache_clear()
+    backends._symbols_gpu_backend.cache_clear()
     yield monkeypatch
-    dispatch._symbols_gpu_backend.cache_clear()
+    backends._symbols_gpu_backend.cache_clear()
 
 
 def test_a_gpu_has_kernels(gpu):
@@ -212,7 +212,7 @@ def test_gpus_without_the_instructions_get_the_reference(gpu):
 
 
 def test_the_reference_can_be_forced(gpu):
-    gpu.setenv(dispatch.ENVIRONMENT_VARIABLE, "reference")
+    gpu.setenv(backends.ENVIRONMENT_VARIABLE, "reference")
     assert kernels.explain_symbols("cuda") == "reference: forced by SLABLM_KERNEL"
 
 

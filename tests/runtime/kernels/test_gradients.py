@@ -6,7 +6,7 @@ from torch import nn
 
 from slablm.packing import PackedSpec
 from slablm.runtime import kernels
-from slablm.runtime.kernels import dispatch, native, reference, to_gpu, to_native
+from slablm.runtime.kernels import backends, dispatch, native, reference, to_gpu, to_native
 from slablm.runtime.linear import SlabLinear
 from tests.runtime.kernels.weights import random_packed
 
@@ -19,7 +19,7 @@ BOUNDS = {torch.float64: 1e-6, torch.float32: 1e-6, torch.float16: 2e-3, torch.b
 
 @pytest.fixture(params=BACKENDS)
 def forced(request, monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, request.param)
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, request.param)
 
 
 def inputs_of(*shape, dtype=torch.float32):
@@ -66,7 +66,7 @@ def test_in_several_tiles(monkeypatch):
 
 @pytest.mark.skipif(isinstance(LIBRARY, str), reason="no compiled kernels")
 def test_forward_and_backward_run_on_the_kernels(monkeypatch):
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(reference, "linear", None)
     monkeypatch.setattr(reference, "unpack", None)
     weight = to_native(PACKED)

@@ -11,7 +11,7 @@ from slablm.methods.alphabet import Alphabet, SymbolWeight, level_count
 from slablm.methods.rotation import Rotation, largest_block
 from slablm.packing.symbols import pack_symbols
 from slablm.runtime import kernels
-from slablm.runtime.kernels import dispatch, native, symbols
+from slablm.runtime.kernels import backends, dispatch, native, symbols
 from tests.runtime.kernels.weights import FIXED_POINT_STEPS
 
 LIBRARY = native.load()
@@ -87,7 +87,7 @@ def relative_error(outputs, truth):
 
 @pytest.fixture(params=BACKENDS)
 def forced(request, monkeypatch):
-    monkeypatch.setenv(dispatch.ENVIRONMENT_VARIABLE, request.param)
+    monkeypatch.setenv(backends.ENVIRONMENT_VARIABLE, request.param)
     return request.param
 
 
@@ -249,7 +249,7 @@ def test_gradients(forced, rotation, dtype, shape, monkeypatch):
 @needs_library
 def test_forward_and_backward_run_on_the_kernels(monkeypatch):
     weight = random_symbols(21, 192, 4, 64, Rotation(192, 64, 5))
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.delenv(backends.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(type(weight), "dense", None)
     for tokens in (1, 20):
         inputs = inputs_of(tokens, 192).requires_grad_()

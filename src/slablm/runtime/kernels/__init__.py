@@ -7,18 +7,8 @@
 - `explain(device)` says what code runs, and why; `explain_symbols(device)` that for weights in symbols.
 """
 
-from slablm.runtime.kernels.dispatch import (
-    REFERENCE,
-    Backend,
-    backend,
-    check_inputs,
-    dense_linear,
-    explain,
-    explain_symbols,
-    linear,
-    symbols_backend,
-    to_runtime,
-)
+from slablm.runtime.kernels.backends import REFERENCE, Backend, backend, explain, explain_symbols, symbols_backend
+from slablm.runtime.kernels.dispatch import check_inputs, dense_linear, linear, to_runtime
 from slablm.runtime.kernels.gpu_layout import GpuWeight, to_gpu
 from slablm.runtime.kernels.layout import NativeWeight, to_native
 from slablm.runtime.kernels.runtime_weight import from_runtime

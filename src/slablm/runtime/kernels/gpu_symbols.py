@@ -8,7 +8,7 @@ read back from the device.
 - more: the inputs are rotated, `rotate`, and rows of the matrix for rotated inputs unpacked into a scratch tile,
   `unpack`, which the vendor's library multiplies.
 
-The text of the kernels says how they work: ``symbols.cu`` and ``symbols_decode.cuh``.
+The text of the kernels says how they work: ``symbols_decode.cuh``, ``symbols_device.cuh`` and those behind them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _TOKENS = (1, 2, 4, 8, 16)
 # Of levels on no grid: 14 bits.
 _FINE_STEPS = 16383
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_TEXTS = ("symbols_decode.cuh", "symbols.cu")
+_TEXTS = tuple(f"symbols_{part}.cuh" for part in ("decode", "device", "inputs", "product", "unpack"))
 _THREADS = 256
 # Columns of a piece that one block of threads rotates, at least, and at most, so that they fit into shared memory.
 _PIECE, _LARGEST_PIECE = 1024, 16384

@@ -25,15 +25,13 @@ from slablm.methods.rotation import Rotation
 from slablm.packing.symbols import PackedSymbols, SymbolSpec
 from slablm.packing.tiles import TILE_ROWS
 from slablm.runtime.kernels import gpu_symbols, native
+from slablm.runtime.kernels.backends import CUDA, backend, symbols_backend
 from slablm.runtime.kernels.dispatch import (
-    CUDA,
     DECODE_TOKENS,
     KERNEL_DTYPES,
-    backend,
     check_inputs,
     needs_operator,
     sum_over_tiles,
-    symbols_backend,
     times_tiles,
 )
 

@@ -1,0 +1,121 @@
+// Weights in symbols on NVIDIA GPUs, as in slablm/runtime/kernels/gpu_symbols.py, where the constants in capitals and
+// the text of symbols_decode.cuh come from.
+//
+// A few tokens. `quantize` turns inputs, once rotated, into 16-bit integers with a scale per token and tile: q = 256 hi
+// + lo, two bytes. It does so twice, for x and for y = v x, which meets the background. `matvec` multiplies both, byte
+// by byte on tensor cores (m16n8k32): 16 rows of a weight in registers, and hi and lo of 4 tokens as the 8 columns of
+// the other factor. Levels that lie on a grid (see slablm/methods/alphabet.py) are integers of 7 bits, so that a tile
+// takes four products: the levels of positive and of negative symbols with x, and their backgrounds with y. Others
+// (FINE) are integers of 14 bits, a = (128 h + l) / 16383 of the largest, again two bytes, and take two products more.
+//
+// The sums of a tile start at MAGIC, the float 1.5 2^23: as long as they stay below 2^22 their bits are those of the
+// float MAGIC + sum, and the difference of a positive and a negative part is one subtraction of floats, no conversion.
+// 128 columns of at most 127 x 128 are 2^21.
+//
+// An operand has a record per tile and four tokens: its bytes in the order in which lanes read them, [kind: x, y][half of
+// the steps][column of the fragment][t][16 bytes], then its units, [token][kind].
+//
+// A block has K_WARPS times ROW_WARPS warps. Those of one K share a span of tiles and the operand's records of it, each
+// for 16 rows of the weight; in the end the sums of all spans are added. Tiles and records come to shared memory some
+// tiles ahead, in a ring of DEPTH stages.
+
+#define MAGIC 0x4B400000
+#define ROWS (16 * FRAGMENTS)
+#define BLOCK_ROWS (ROWS * ROW_WARPS)
+#define QUADS ((TOKENS + 3) / 4)
+#define COLUMNS (TOKENS >= 4 ? 8 : TOKENS >= 2 ? 4 : 2)
+#define TILE 128
+#define UNIT_BYTES 32
+#define RECORD_BYTES(W) (64 * (W) * COLUMNS + UNIT_BYTES)
+
+typedef unsigned short half_bits;
+
+// Single instructions. Tests without a GPU have their own in C++, and compile all the rest as it is.
+#ifdef __CUDACC__
+__device__ __forceinline__ float from_half(half_bits bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+}
+__device__ __forceinline__ half_bits to_half(float value) {
+    half_bits bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+__device__ __forceinline__ half_bits to_bfloat16(float value) {
+    half_bits bits;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+// Global to shared memory, without registers and without waiting.
+template <int BYTES>
+__device__ __forceinline__ void fetch(u8* to, const u8* from) {
+    const u32 address = (u32)__cvta_generic_to_shared(to);
+    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
+}
+__device__ __forceinline__ void close_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// For all stages that were closed but the last `LEFT`.
+template <int LEFT>
+__device__ __forceinline__ void wait_for_stages() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory");
+}
+__device__ __forceinline__ void wait_for_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
+// Of so many threads, in whole warps; `index` 1 to 15, for each group of them.
+template <int THREADS>
+__device__ __forceinline__ void barrier(int index) {
+    asm volatile("bar.sync %0, %1;" ::"r"(index), "n"(THREADS) : "memory");
+}
+
+// 16 x 32 times 32 x 8 bytes with signs: sums that start anew, and that go on.
+__device__ __forceinline__ void multiply_first(int* sums, const u32* a, u32 b0, u32 b1, int start) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%10, %10, %10, %10};"
+        : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(start));
+}
+__device__ __forceinline__ void multiply_next(int* sums, const u32* a, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(sums[0]), "+r"(sums[1]), "+r"(sums[2]), "+r"(sums[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+#endif
+
+#if TYPE == 0
+typedef float scalar;
+__device__ __forceinline__ float widen(scalar value) { return value; }
+__device__ __forceinline__ scalar narrow(float value) { return value; }
+#elif TYPE == 1
+typedef half_bits scalar;
+__device__ __forceinline__ float widen(scalar value) { return from_half(value); }
+__device__ __forceinline__ scalar narrow(float value) { return to_half(value); }
+#else
+typedef half_bits scalar;
+__device__ __forceinline__ float widen(scalar value) { return __uint_as_float((u32)value << 16); }
+__device__ __forceinline__ scalar narrow(float value) { return to_bfloat16(value); }
+#endif
+
+// Integers of the levels, and what one of them is worth.
+struct Levels {
+    Table high, low;
+    float unit;
+    u32 unused[7];
+};
+
+// The next launch may start before this one ends (programmatic dependent launch), and waits before it reads from it.
+__device__ __forceinline__ void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ int tiles_of(int n) { return (n + TILE - 1) / TILE; }
+__device__ __forceinline__ int halves_of(int n) { return (n + TILE / 2 - 1) / (TILE / 2); }
