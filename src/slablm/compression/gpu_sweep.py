@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,25 +48,15 @@ class Block(ctypes.Structure):
 
 
 @nearest_columns.register_kernel("cuda")
-def nearest_columns_on_gpu(
-    current: Tensor,
-    before: Tensor | None,
-    coefficients: Tensor,
-    divisors: Tensor,
-    left: Tensor,
-    right: Tensor,
-    scales: Tensor,
-    groups: Tensor,
-    levels: Tensor,
-) -> tuple[Tensor, Tensor]:
+def nearest_columns_on_gpu(current: Tensor, *others: Tensor | None) -> tuple[Tensor, Tensor]:
     """Arguments and results are those of `plain_nearest_columns`."""
-    given = (current, before, coefficients, divisors, left, right, scales, groups, levels)
+    given: Any = (current, *others)
     if cuda.missing() is not None:
         return plain_nearest_columns(*given)
     columns, rows = current.shape
     fresh, errors = (torch.empty(columns, rows, device=current.device) for _ in range(2))
     tensors = [part if part is None else part.contiguous() for part in (*given, fresh, errors)]
-    block = Block(*(None if part is None else part.data_ptr() for part in tensors), rows, columns, len(levels))
+    block = Block(*(None if part is None else part.data_ptr() for part in tensors), rows, columns, len(given[-1]))
     with torch.cuda.device(current.device):
         kernel = cuda.kernel(_source(), NAME, current.device)
         kernel.launch((-(-rows // _THREADS),), _THREADS, [block], _shared(columns))

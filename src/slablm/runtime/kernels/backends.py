@@ -40,6 +40,10 @@ class Backend:
     reason: str
     library: native.Library | None = None
 
+    def __str__(self) -> str:
+        """One line for people: the name and the reason."""
+        return f"{self.name}: {self.reason}"
+
 
 def backend(device: torch.device | str = "cpu") -> Backend:
     """The backend of this process, by ``SLABLM_KERNEL`` or else the fastest that the device can run.
@@ -63,8 +67,7 @@ def explain(device: torch.device | str = "cpu") -> str:
     Args:
         device: where the weights are.
     """
-    chosen = backend(device)
-    return f"{chosen.name}: {chosen.reason}"
+    return str(backend(device))
 
 
 def explain_symbols(device: torch.device | str = "cpu") -> str:
@@ -73,8 +76,7 @@ def explain_symbols(device: torch.device | str = "cpu") -> str:
     Args:
         device: where the weights are.
     """
-    chosen = symbols_backend(device)
-    return f"{chosen.name}: {chosen.reason}"
+    return str(symbols_backend(device))
 
 
 @cache
