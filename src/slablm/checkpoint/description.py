@@ -114,7 +114,6 @@ class ModuleSpec:
                 output_error=output_error,
                 unseen_error=unseen_error,
                 symbol_bits=spec.bits,
-                group_size=spec.group_size,
                 rotation=None if spec.rotation is None else spec.rotation.block,
                 seed=None if spec.rotation is None else spec.rotation.seed,
             )
@@ -138,20 +137,17 @@ class SymbolModule(ModuleSpec):
 
     Attributes:
         symbol_bits: bits of a symbol.
-        group_size: columns that share a scale.
         rotation: block of the rotation of the inputs; None if there is none.
         seed: of its signs.
     """
 
     symbol_bits: int
-    group_size: int
     rotation: int | None = None
     seed: int | None = None
 
     def _checks(self) -> dict[str, bool]:
         return {
             "symbol_bits": _is_int(self.symbol_bits) and FEWEST_BITS <= self.symbol_bits <= MOST_BITS,
-            "group_size": _is_int(self.group_size) and self.group_size >= 1,
             "rotation": self.rotation is None or (_is_int(self.rotation) and self.rotation >= 1),
             "seed": self.seed is None if self.rotation is None else _is_int(self.seed),
         }
@@ -161,7 +157,7 @@ class SymbolModule(ModuleSpec):
         rotation = None
         if self.rotation is not None and self.seed is not None:
             rotation = Rotation(in_features, self.rotation, self.seed)
-        return SymbolSpec(out_features, in_features, self.symbol_bits, self.group_size, rotation)
+        return SymbolSpec(out_features, in_features, self.symbol_bits, rotation)
 
 
 @dataclass(frozen=True, kw_only=True)

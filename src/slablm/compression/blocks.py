@@ -178,7 +178,7 @@ def _layer_configs(
         assert gram is not None
         importance = math.log2(sensitivity[name]) if name in sensitivity else unknown
         importance += log_error(layer.weight, gram / stats[name].tokens)
-        demands.append(Demand.of((layer.out_features, layer.in_features), config.group_size, importance))
+        demands.append(Demand.of((layer.out_features, layer.in_features), importance))
     return {
         name: replace(config, bits_per_weight=demand.sizes[chosen])
         for name, demand, chosen in zip(layers, demands, allowance.allot(demands), strict=True)

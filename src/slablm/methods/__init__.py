@@ -8,10 +8,10 @@ they also know their `true_bits`.
 May import: `slablm.config`, `slablm.errors`.
 """
 
-from slablm.methods.alphabet import SymbolWeight
 from slablm.methods.budget import RowBudget, SymbolBudget
 from slablm.methods.decomposition import Decomposition, LayerStats
 from slablm.methods.results import PrunedWeight, QuantizedWeight
+from slablm.methods.symbols import SymbolWeight
 from slablm.methods.table import METHODS, Method, Result, get_method, storage
 
 __all__ = [

@@ -49,10 +49,10 @@ class Demand:
     sizes: tuple[float, ...]
 
     @classmethod
-    def of(cls, shape: tuple[int, int], group_size: int, importance: float = 0.0) -> Demand:
+    def of(cls, shape: tuple[int, int], importance: float = 0.0) -> Demand:
         """Of a layer of shape (m, n)."""
         m, n = shape
-        sizes = tuple(8 * symbol_bytes(shape, bits, group_size) / (m * n) for bits in SYMBOL_BITS)
+        sizes = tuple(8 * symbol_bytes(shape, bits) / (m * n) for bits in SYMBOL_BITS)
         return cls(m * n, importance, sizes)
 
 

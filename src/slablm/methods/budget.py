@@ -7,10 +7,11 @@ At compression ratio CR with b-bit values, SLaB spends per weight (arXiv 2604.04
 of a dense b-bit weight. Positions are *not* counted. A pure pruner has no signs and no factors, so p = 1 − CR. The
 number of entries kept in each row of n is k = ⌊p n⌋.
 
-A weight with one symbol per entry (`alphabet`) has no positions. It takes, all counted,
+A weight with one symbol per entry (`symbols`) has no positions. It takes, all counted,
 
     p bits        of every entry, rows filled up to a multiple of 4 and columns to one of 64 (`slablm.packing.tiles`)
-    16 bits       of each of m ⌈n / group_size⌉ scales, 2^(p−1) − 1 levels, and m + n numbers of the factors
+    16 bits       of each of m scales
+    8 bits        of each of 2^p levels
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods.alphabet import FEWEST_BITS, MOST_BITS, level_count
+from slablm.methods.symbols import FEWEST_BITS, MOST_BITS
 
 PAPER_VALUE_BITS = 16
 SYMBOL_BITS = tuple(range(FEWEST_BITS, MOST_BITS + 1))
@@ -50,11 +51,9 @@ class SymbolBudget:
 
     Attributes:
         bits: p, bits of a symbol.
-        group_size: columns that share a scale.
     """
 
     bits: int
-    group_size: int
 
 
 def overhead(shape: tuple[int, int], rank: int, signs: bool) -> float:
@@ -103,37 +102,35 @@ def kept_per_row(shape: tuple[int, int], config: CompressionConfig, rank: int, s
     return k
 
 
-def symbol_bytes(shape: tuple[int, int], bits: int, group_size: int) -> int:
+def symbol_bytes(shape: tuple[int, int], bits: int) -> int:
     """Bytes in a file of a weight with one symbol per entry.
 
     Args:
         shape: (m, n).
         bits: p, bits of a symbol.
-        group_size: columns that share a scale.
     """
     m, n = shape
     tiles = -(-m // 4) * 4 * (-(-n // 64) * 64) * bits // 8
-    return tiles + 2 * (m * -(-n // group_size) + level_count(bits) + m + n)
+    return int(tiles + 2 * m + 2**bits)
 
 
-def symbol_budget(shape: tuple[int, int], bits_per_weight: float, group_size: int) -> SymbolBudget:
+def symbol_budget(shape: tuple[int, int], bits_per_weight: float) -> SymbolBudget:
     """The most bits of a symbol that a budget allows.
 
     Args:
         shape: (m, n).
         bits_per_weight: true bits per weight, file headers not counted.
-        group_size: columns that share a scale.
 
     Raises:
         SlabError: even the fewest are too many.
     """
     m, n = shape
     allowed = bits_per_weight * m * n * (1 + _ROUNDING)
-    fitting = [p for p in SYMBOL_BITS if 8 * symbol_bytes(shape, p, group_size) <= allowed]
+    fitting = [p for p in SYMBOL_BITS if 8 * symbol_bytes(shape, p) <= allowed]
     if not fitting:
-        least = 8 * symbol_bytes(shape, SYMBOL_BITS[0], group_size) / (m * n)
+        least = 8 * symbol_bytes(shape, SYMBOL_BITS[0]) / (m * n)
         raise SlabError(
             f"{bits_per_weight:g} bits per weight are too few for a weight with shape {m}x{n}: use at least "
             f"{math.ceil(100 * least) / 100}, or ignore this layer"
         )
-    return SymbolBudget(fitting[-1], group_size)
+    return SymbolBudget(fitting[-1])

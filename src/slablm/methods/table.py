@@ -10,7 +10,6 @@ from torch import Tensor
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods.ablation import LOWRANK_RANK, sparse, sparse_lowrank, sparse_scalar_binary
-from slablm.methods.alphabet import SymbolWeight
 from slablm.methods.awq import awq
 from slablm.methods.budget import RowBudget, SymbolBudget, kept_per_row, symbol_budget
 from slablm.methods.decomposition import Decomposition, LayerStats
@@ -20,6 +19,7 @@ from slablm.methods.results import PrunedWeight, QuantizedWeight
 from slablm.methods.slab import slab
 from slablm.methods.slab_plus import slab_plus
 from slablm.methods.sparsegpt import sparsegpt
+from slablm.methods.symbols import SymbolWeight
 
 Result = Decomposition | PrunedWeight | QuantizedWeight | SymbolWeight
 Budget = Callable[[tuple[int, int], CompressionConfig], RowBudget | SymbolBudget]
@@ -86,7 +86,7 @@ def _slab_rows(shape: tuple[int, int], config: CompressionConfig) -> RowBudget |
 
 def _slab_plus_symbols(shape: tuple[int, int], config: CompressionConfig) -> SymbolBudget:
     assert config.bits_per_weight is not None
-    return symbol_budget(shape, config.bits_per_weight, config.group_size)
+    return symbol_budget(shape, config.bits_per_weight)
 
 
 _PRUNED = _rows_of(0, signs=False)
@@ -133,7 +133,7 @@ def storage(shape: tuple[int, int], config: CompressionConfig) -> RowBudget | Sy
 
     Args:
         shape: (m, n) of the weight.
-        config: `method`, `ratio` or `bits_per_weight`, `pattern`, `rank` and `group_size`.
+        config: `method`, `ratio` or `bits_per_weight`, `pattern` and `rank`.
 
     Raises:
         SlabError: ratio or bits are too few, the pattern does not divide n, or the method is a yardstick.

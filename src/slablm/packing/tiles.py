@@ -20,7 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-TILE_ROWS, TILE_COLUMNS, HALF_TILE = 4, 128, 64
+from slablm.methods.symbols import TILE_ROWS
+
+TILE_COLUMNS, HALF_TILE = 128, 64
 # Bits of the planes, by the bits of a symbol.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1)}
 

@@ -80,7 +80,7 @@ def budgets(model: nn.Module, targets: Targets, config: CompressionConfig) -> tu
 
 def _even(shapes: list[tuple[int, int]], config: CompressionConfig, allowance: Allowance) -> list[CompressionConfig]:
     """Settings of the layers of a block that is as sensitive to each of them."""
-    demands = [Demand.of(shape, config.group_size) for shape in shapes]
+    demands = [Demand.of(shape) for shape in shapes]
     sizes = [demand.sizes[chosen] for demand, chosen in zip(demands, allowance.allot(demands), strict=True)]
     allowance.spend(
         sum(d.weights for d in demands), sum(d.weights * size for d, size in zip(demands, sizes, strict=True))
@@ -136,7 +136,7 @@ def _empty_layer(model: nn.Module, name: str, budget: Stored, dtype: torch.dtype
     if isinstance(budget, RowBudget):
         spec, kept = PackedSpec(m, n, budget.kept, budget.rank, budget.signs, dtype), budget.kept / n
     else:
-        spec, bits = SymbolSpec(m, n, budget.bits, budget.group_size), budget.bits
+        spec, bits = SymbolSpec(m, n, budget.bits), budget.bits
     bias = model.get_submodule(name).bias
     assert bias is None or isinstance(bias, Tensor)
     replace_module(model, name, SlabLinear.from_spec(spec, bias, "meta"))

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from slablm.errors import SlabError
-from slablm.methods.alphabet import grid_steps
 from slablm.packing import Packed, PackedSpec, PackedSymbols, PackedWeight, Spec, SymbolSpec
 from slablm.runtime import kernels
 
@@ -185,7 +184,6 @@ class SymbolLinear(SlabLinear):
     """A layer with one symbol per weight: what a file holds is what the kernels read."""
 
     spec: SymbolSpec
-    steps: int | None = None  # of the grid its levels lie on, if they do: what `use_native` tells kernels
 
     @property
     def packed(self) -> PackedSymbols:
@@ -197,7 +195,6 @@ class SymbolLinear(SlabLinear):
         if value_bits != 16:
             raise SlabError(f"{name} has symbols of {self.spec.bits} bits and no values to make {value_bits} bits of")
         self.packed.validate(name)
-        self.steps = grid_steps(self.packed.levels)
         self.runs_native = True
 
     def use_packed(self) -> None:
@@ -205,18 +202,12 @@ class SymbolLinear(SlabLinear):
         self.runs_native = False
 
     def _on_kernels(self, inputs: Tensor) -> Tensor:
-        return kernels.symbols_linear(inputs, self.packed, self.steps)
-
-    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, local: Any, *lists: Any) -> None:
-        """As every module; other levels may lie on another grid."""
-        super()._load_from_state_dict(state_dict, prefix, local, *lists)
-        if self.runs_native and not self.packed.levels.is_meta:
-            self.steps = grid_steps(self.packed.levels)
+        return kernels.symbols_linear(inputs, self.packed)
 
     def _form(self) -> str:
         spec = self.spec
         turned = "" if spec.rotation is None else f", rotation={spec.rotation.block}"
-        return f"symbol_bits={spec.bits}, group_size={spec.group_size}{turned}"
+        return f"symbol_bits={spec.bits}{turned}"
 
 
 class RowLinear(SlabLinear):

@@ -3,7 +3,7 @@
 `linear` is what layers call. On the CPU a few tokens are multiplied straight from the tiles (`native.symbols_matvec`).
 For more, the inputs are rotated, and rows of the matrix for rotated inputs are unpacked a tile at a time into a small
 buffer, which torch multiplies. Elsewhere the dense weight is made for the call: on other devices, without the compiled
-kernels, for types that they do not know, and for groups that are no multiple of 64 columns.
+kernels, and for types that they do not know.
 
 An infinity among inputs that are rotated would be one in all columns of its block, with either sign, and make NaN of
 every output. Such inputs go to the dense weight as well.
@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from slablm.methods.rotation import Rotation
+from slablm.methods.symbols import TILE_ROWS
 from slablm.packing.symbols import PackedSymbols, SymbolSpec
-from slablm.packing.tiles import TILE_ROWS
 from slablm.runtime.kernels import gpu_symbols, native
 from slablm.runtime.kernels.backends import CUDA, backend, symbols_backend
 from slablm.runtime.kernels.dispatch import (
@@ -41,7 +41,7 @@ _TILE_BYTES = 4 << 20
 _SEEDS = 2**64
 
 
-def linear(inputs: Tensor, weight: PackedSymbols, steps: int | None = None) -> Tensor:
+def linear(inputs: Tensor, weight: PackedSymbols) -> Tensor:
     """Ŵ applied to [..., n] → [..., m], in the inputs' dtype, accumulated in float32; differentiable in the inputs.
 
     Exact up to rounding, with one exception: for a few tokens the inputs are rounded to 14 bits on the CPU and to 16 on
@@ -50,23 +50,21 @@ def linear(inputs: Tensor, weight: PackedSymbols, steps: int | None = None) -> T
     Args:
         inputs: any float type, on the weight's device.
         weight: as it is stored.
-        steps: of the grid its levels lie on, `slablm.methods.alphabet.grid_steps`, if that is known: then GPUs have a
-            third less to look up.
 
     Raises:
         SlabError: inputs on another device, or of another width.
     """
     check_inputs(inputs, weight.device, weight.in_features)
     if needs_operator(inputs):
-        outputs: Tensor = _operator(inputs, *_arguments(weight, steps))
+        outputs: Tensor = _operator(inputs, *_arguments(weight))
         return outputs
-    return _run(inputs, weight, steps)
+    return _run(inputs, weight)
 
 
-def _run(inputs: Tensor, weight: PackedSymbols, steps: int | None) -> Tensor:
+def _run(inputs: Tensor, weight: PackedSymbols) -> Tensor:
     if _on_gpu(weight, inputs.dtype):
         with torch.cuda.device(weight.device):
-            rows = gpu_symbols.linear(inputs.reshape(-1, weight.in_features).contiguous(), weight, steps)
+            rows = gpu_symbols.linear(inputs.reshape(-1, weight.in_features).contiguous(), weight)
         return rows.view(*inputs.shape[:-1], weight.spec.out_features)
     chosen = _kernels(weight, inputs.dtype)
     if chosen is None:
@@ -150,27 +148,25 @@ def _run_gradient(gradient: Tensor, weight: PackedSymbols) -> Tensor:
     return result.to(gradient.dtype).view(*gradient.shape[:-1], weight.in_features)
 
 
-def _arguments(weight: PackedSymbols, steps: int | None) -> tuple[Any, ...]:
+def _arguments(weight: PackedSymbols) -> tuple[Any, ...]:
     """What the operator takes: all tensors, and the numbers that their shapes do not tell; 0 is none of a thing."""
     spec = weight.spec
     block, seed = (0, 0) if spec.rotation is None else (spec.rotation.block, spec.rotation.seed)
     signed = seed - _SEEDS if seed >= _SEEDS // 2 else seed
-    return *weight.parts().values(), [spec.in_features, spec.bits, spec.group_size, block, signed, steps or 0]
+    return *weight.parts().values(), [spec.in_features, block, signed]
 
 
 def _weight(
     symbols: Tensor,
     scales: Tensor,
     levels: Tensor,
-    left: Tensor,
-    right: Tensor,
     numbers: list[int],
 ) -> PackedSymbols:
     """Inverse of `_arguments`."""
-    in_features, bits, group_size, block, seed, _ = numbers
+    in_features, block, seed = numbers
     rotation = Rotation(in_features, block, seed % _SEEDS) if block else None
-    spec = SymbolSpec(left.shape[0], in_features, bits, group_size, rotation)
-    return PackedSymbols(spec, symbols, scales, levels, left, right)
+    spec = SymbolSpec(len(scales), in_features, len(levels).bit_length() - 1, rotation)
+    return PackedSymbols(spec, symbols, scales, levels)
 
 
 @torch.library.custom_op("slablm::symbols_linear", mutates_args=())
@@ -179,12 +175,10 @@ def _operator(
     symbols: Tensor,
     scales: Tensor,
     levels: Tensor,
-    left: Tensor,
-    right: Tensor,
     numbers: list[int],
 ) -> Tensor:
     """`linear` with the weight's tensors spelled out, for the compiler and for autograd."""
-    return _run(inputs, _weight(symbols, scales, levels, left, right, numbers), numbers[-1] or None)
+    return _run(inputs, _weight(symbols, scales, levels, numbers))
 
 
 @torch.library.custom_op("slablm::symbols_linear_gradient", mutates_args=())
@@ -193,24 +187,22 @@ def _gradient_operator(
     symbols: Tensor,
     scales: Tensor,
     levels: Tensor,
-    left: Tensor,
-    right: Tensor,
     numbers: list[int],
 ) -> Tensor:
     """Gradient of `_operator` with respect to its inputs."""
-    return _run_gradient(gradient, _weight(symbols, scales, levels, left, right, numbers))
+    return _run_gradient(gradient, _weight(symbols, scales, levels, numbers))
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     """What a backward needs of the forward's arguments: those behind the first, none of them a dense weight."""
-    ctx.save_for_backward(*inputs[1:6])
-    ctx.numbers = inputs[6]
+    ctx.save_for_backward(*inputs[1:4])
+    ctx.numbers = inputs[4]
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return _gradient_operator(gradient, *ctx.saved_tensors, ctx.numbers), *(None,) * 6
+    return _gradient_operator(gradient, *ctx.saved_tensors, ctx.numbers), *(None,) * 4
 
 
 _operator.register_autograd(_backward, setup_context=_keep_weight)
-_operator.register_fake(lambda x, symbols, scales, levels, left, *_: x.new_empty(*x.shape[:-1], left.shape[0]))
+_operator.register_fake(lambda x, symbols, scales, *_: x.new_empty(*x.shape[:-1], scales.shape[0]))
 _gradient_operator.register_fake(lambda gradient, *weight: gradient.new_empty(*gradient.shape[:-1], weight[-1][0]))
