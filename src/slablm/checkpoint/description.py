@@ -22,9 +22,9 @@ from slablm.checkpoint.guard import FIRST_WITH_FP16_GRID, FIRST_WITH_SYMBOLS, ch
 from slablm.checkpoint.shards import DTYPES, Piece
 from slablm.config import VALUE_DTYPES
 from slablm.errors import SlabError
-from slablm.methods.alphabet import FEWEST_BITS, MOST_BITS
 from slablm.methods.drift import Drift
 from slablm.methods.rotation import Rotation
+from slablm.methods.symbols import FEWEST_BITS, MOST_BITS
 from slablm.packing import GRID_DTYPE, CodedSpec, PackedSpec, Spec, SymbolSpec
 from slablm.packing.coded import LARGEST_BITS
 

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from slablm.methods.symbols import TILE_ROWS
 from slablm.methods.sweep import fed_forward
+from slablm.methods.symbols import TILE_ROWS
 
 # Parities of the four rows.
 _WAYS = tuple(itertools.product((0, 1), repeat=TILE_ROWS))

@@ -8,8 +8,8 @@ May import: `methods`.
 
 import torch
 
-from slablm.methods.alphabet import SymbolWeight
 from slablm.methods.decomposition import Decomposition
+from slablm.methods.symbols import SymbolWeight
 from slablm.packing.coded import GRID_DTYPE, CodedSpec
 from slablm.packing.packed import PackedSpec, PackedWeight, pack_rows
 from slablm.packing.symbols import PackedSymbols, SymbolSpec, pack_symbols
