@@ -8,13 +8,13 @@ fourth:
 
     τ_ij = −1 if the symbol of column j in the row above is odd, else +1
 
-So an entry has the levels a or −a to choose from, twice as many values as its bits can tell apart, and to choose one is
-to choose which set the entry below has: a trellis code with two states that ends where it began (`trellis`). For rotated
-inputs (`rotation`) it is W R that is written so.
+So an entry has the levels a or −a to choose from, twice as many values as its bits can tell apart, and to choose one
+is to choose which set the entry below has: a trellis code with two states that ends where it began (`trellis`). For
+rotated inputs (`rotation`) it is W R that is written so.
 
-Scales are FP16 and not negative. The q are integers of 8 bits; half a step is added so that −a is on the same grid, that
-of ~q = −q − 1. A scale has 11 significant bits and a level 8, so their product is exact in
-float32: Ŵ (before it is rotated back) is the same to the last bit on every machine.
+Scales are FP16 and not negative. The q are integers of 8 bits; half a step is added so that −a is on the same grid,
+that of ~q = −q − 1. A scale has 11 significant bits and a level 8, so their product is exact in float32: Ŵ (before it
+is rotated back) is the same to the last bit on every machine.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Levels and scales of a weight in symbols.
 
-**Before there are symbols**, by Lloyd's rounds (Lloyd 1982) on the entries, with h_j how much an error in column j counts.
-A round takes each part in turn with the others known, and none raises Σ h_j (W_ij − τ_ij s_i a_c)²:
+**Before there are symbols**, by Lloyd's rounds (Lloyd 1982) on the entries, with h_j how much an error in column j
+counts. A round takes each part in turn with the others known, and none raises Σ h_j (W_ij − τ_ij s_i a_c)²:
 
 - symbols:  those of every column that are nearest (`trellis`);
 - levels:   a_c = Σ h τ s W / Σ h s²  over the entries with symbol c, in the whole weight;
 - scales:   s_i = Σ h τ a W / Σ h a²  over the entries of a row.
 
-What has no entries keeps what it has. The levels to begin with are those whose union with their negatives lies evenly in
-quantiles of a normal distribution, and a fifth wider.
+What has no entries keeps what it has. The levels to begin with are those whose union with their negatives lies evenly
+in quantiles of a normal distribution, and a fifth wider.
 
 **With all symbols fixed** the output error tr (W − Ŵ) G (W − Ŵ)ᵀ, G = XᵀX, is a parabola in each scale. With p the row
 of τ a, its minimum is  s_i = (w G pᵀ) / (p G pᵀ).

@@ -7,15 +7,15 @@ cycle with two states, and the best of its 2⁴ ways
 
     min over parities π₀ … π₃ of  d₀(π₃, π₀) + d₁(π₀, π₁) + d₂(π₁, π₂) + d₃(π₂, π₃)
 
-is found by trying them all. This is trellis-coded quantization (Marcellin and Fischer 1990) with Ungerboeck's partition
-of an alphabet into alternate levels, on a cycle: for normally distributed numbers and 4 bits its squared error is a fifth
-below that of the best 16 levels, and a tile can be read without any other.
+is found by trying them all. This is trellis-coded quantization (Marcellin and Fischer 1990) with Ungerboeck's
+partition of an alphabet into alternate levels, on a cycle: for normally distributed numbers and 4 bits its squared
+error is a fifth below that of the best 16 levels, and a tile can be read without any other.
 
-The column may be one in a sweep (`sweep`, `descent`): an error in any row of a column counts alike, so there, too, the
-nearest symbols are the best. One column comes after the other, with many small steps of arithmetic each, most of whose
-time goes into starting them. So a block of columns is one operator. What is here is plain torch, and says what the result
-is; a device may have another implementation registered, which may choose otherwise where two ways are all but equally
-near.
+The column may be one in a sweep (`sweep`, `descent`): an error in any row of a column counts alike, so there, too,
+the nearest symbols are the best. One column comes after the other, with many small steps of arithmetic each, most of
+whose time goes into starting them. So a block of columns is one operator. What is here is plain torch, and says what
+the result is; a device may have another implementation registered, which may choose otherwise where two ways are all
+but equally near.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def nearest_codes(targets: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tens
 
 
 def _nearest_of_each(targets: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """For each parity above and each of its own the nearest symbol and its value, [2, 2, tiles, 4] uint8 and float32."""
+    """The nearest symbol of each parity under each, and its value, [above, own, tiles, 4] uint8 and float32."""
     relative = targets / scales.clamp_min(torch.finfo(torch.float32).tiny)
     codes = torch.empty(2, 2, *targets.shape, dtype=torch.uint8, device=targets.device)
     values = targets.new_empty(codes.shape)

@@ -1,4 +1,4 @@
-"""`SymbolWeight` ↔ packed tensors: symbols in tiles (`tiles`), scales in FP16, levels in 8 bits. The layout is in FORMAT.md.
+"""`SymbolWeight` ↔ packed tensors: symbols in tiles (`tiles`), scales in FP16, levels in 8 bits. See FORMAT.md.
 
 Nothing is rounded here: a `SymbolWeight` has the numbers that are stored.
 """
