@@ -7,12 +7,9 @@ import torch
 from slablm.config import CompressionConfig
 from slablm.methods import LayerStats
 from slablm.methods.allocation import Demand
-from slablm.methods.alphabet_fit import fit_alphabet
-from slablm.methods.alphabet_refit import Problem, drafted, refit
-from slablm.methods.slab_plus import descent, feedback, rounded, slab_plus
+from slablm.methods.slab_plus import descent, feedback, slab_plus
 from slablm.methods.sweep import damped
-
-GROUP = 16
+from slablm.methods.symbols_fit import Problem, fit_alphabet, nearest_symbols, refit
 
 
 def correlated(m=24, n=40, tokens=400, seed=0):
@@ -40,14 +37,13 @@ def wide():
     return weight, *(x.T @ x for x in inputs)
 
 
-def settings_for(shape, bits, group_size=GROUP, seed=0):
+def settings_for(shape, bits, seed=0):
     """Settings with just room for symbols of so many bits."""
-    budget = Demand.of(shape, group_size).sizes[bits - 2]
-    return CompressionConfig(bits_per_weight=budget, group_size=group_size, seed=seed)
+    return CompressionConfig(bits_per_weight=Demand.of(shape).sizes[bits - 2], seed=seed)
 
 
-def decomposed(weight, stats, bits, group_size=GROUP, seed=0):
-    return slab_plus(weight, stats, settings_for(weight.shape, bits, group_size, seed))
+def decomposed(weight, stats, bits, seed=0):
+    return slab_plus(weight, stats, settings_for(weight.shape, bits, seed))
 
 
 def slow_error(weight, approximation, gram):
@@ -56,8 +52,12 @@ def slow_error(weight, approximation, gram):
     return ((difference @ gram.double()) * difference).sum().item()
 
 
-def start_of(weight, gram, bits, group_size=GROUP):
-    return fit_alphabet(weight, gram.diagonal().sqrt(), bits, group_size).stored()
+def start_of(weight, gram, bits):
+    return fit_alphabet(weight, gram.diagonal().sqrt(), bits)
+
+
+def rounded(weight, alphabet):
+    return nearest_symbols(weight, alphabet.scales, alphabet.values())
 
 
 def by_hand(weight, gram, bits, rotation=None, damping=0.1, *, sweep=True, fit=True, descents=4):
@@ -66,14 +66,13 @@ def by_hand(weight, gram, bits, rotation=None, damping=0.1, *, sweep=True, fit=T
         weight, gram = rotation.rotate(weight), rotation.rotate_gram(gram)
     problem, alphabet = Problem(weight, damped(gram, damping)), start_of(weight, gram, bits)
 
-    def fitted(draft):
-        return refit(problem, draft) if fit else draft
+    def fitted():
+        return refit(problem, codes, alphabet) if fit else alphabet
 
-    start = feedback(weight, gram, alphabet, damping) if sweep else drafted(rounded(weight, alphabet), alphabet)
-    draft = fitted(start)
+    codes = feedback(weight, gram, alphabet, damping) if sweep else rounded(weight, alphabet)
+    alphabet = fitted()
     for _ in range(descents):
-        draft = fitted(descent(problem, draft))
-    return draft.dense() if rotation is None else rotation.restore(draft.dense())
-
-
-# The steps
+        codes = descent(problem, codes, alphabet)
+        alphabet = fitted()
+    dense = alphabet.dense(codes)
+    return dense if rotation is None else rotation.restore(dense)

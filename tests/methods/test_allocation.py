@@ -11,9 +11,9 @@ from slablm.methods.allocation import RATE, Demand, allot, log_error
 from slablm.methods.budget import SYMBOL_BITS, symbol_budget, symbol_bytes
 
 shapes = st.tuples(st.integers(16, 300), st.integers(64, 600))
-demand_lists = st.lists(st.builds(Demand.of, shapes, st.integers(16, 256), st.floats(-12, 12)), min_size=1, max_size=7)
+demand_lists = st.lists(st.builds(Demand.of, shapes, st.floats(-12, 12)), min_size=1, max_size=7)
 similar = st.lists(
-    st.builds(Demand.of, st.tuples(st.integers(100, 200), st.integers(256, 400)), st.just(64), st.floats(-5, 5)),
+    st.builds(Demand.of, st.tuples(st.integers(100, 200), st.integers(256, 400)), st.floats(-5, 5)),
     min_size=1,
     max_size=5,
 )
@@ -77,7 +77,7 @@ def test_no_choice_is_much_better_for_layers_of_similar_size(demands, share):
 @settings(max_examples=40)
 @given(st.lists(st.floats(-12, 12), min_size=1, max_size=4), st.floats(0, 1))
 def test_no_choice_is_better_for_layers_of_one_size(importances, share):
-    demands = [Demand.of((48, 256), 64, importance) for importance in importances]
+    demands = [Demand.of((48, 256), importance) for importance in importances]
     budget = budget_of(demands, share)
     assert loss(allot(budget, demands), demands) == pytest.approx(best_loss(budget, demands))
 
@@ -102,18 +102,18 @@ def test_only_differences_of_importance_matter(demands, share, shift):
 
 @given(st.integers(1, 6), st.floats(0, 1))
 def test_of_equal_demands_the_first_get_more(count, share):
-    demands = [Demand.of((48, 256), 64)] * count
+    demands = [Demand.of((48, 256))] * count
     chosen = allot(budget_of(demands, share), demands)
     assert chosen == sorted(chosen, reverse=True)
     assert chosen[0] - chosen[-1] <= 1
 
 
-@given(shapes, st.integers(16, 256), st.floats(2.2, 12))
-def test_a_layer_alone_gets_what_it_would_get_by_itself(shape, group_size, budget):
-    demand = Demand.of(shape, group_size)
+@given(shapes, st.floats(2.2, 12))
+def test_a_layer_alone_gets_what_it_would_get_by_itself(shape, budget):
+    demand = Demand.of(shape)
     assume(demand.sizes[0] <= budget)
     (index,) = allot(budget, [demand])
-    assert SYMBOL_BITS[index] == symbol_budget(shape, budget, group_size).bits
+    assert SYMBOL_BITS[index] == symbol_budget(shape, budget).bits
 
 
 def test_a_bit_goes_where_it_helps_most():
@@ -139,18 +139,18 @@ def test_too_small_a_budget_is_refused():
     assert allot(2.38, demands) == [0, 0]
 
 
-@given(shapes, st.integers(1, 900))
-def test_a_demand_has_the_sizes_of_files(shape, group_size):
-    demand = Demand.of(shape, group_size, 3.5)
+@given(shapes)
+def test_a_demand_has_the_sizes_of_files(shape):
+    demand = Demand.of(shape, 3.5)
     assert demand.weights == math.prod(shape)
     assert demand.importance == 3.5
     assert [size * demand.weights for size in demand.sizes] == pytest.approx(
-        [8 * symbol_bytes(shape, bits, group_size) for bits in (2, 3, 4, 5)]
+        [8 * symbol_bytes(shape, bits) for bits in (2, 3, 4, 5)]
     )
 
 
 def test_a_layer_of_zeros_gets_the_least():
-    demands = [Demand.of((64, 64), 64, log_error(torch.zeros(64, 64), torch.eye(64))), Demand.of((64, 64), 64)]
+    demands = [Demand.of((64, 64), log_error(torch.zeros(64, 64), torch.eye(64))), Demand.of((64, 64))]
     assert allot((demands[0].sizes[0] + demands[1].sizes[3]) / 2, demands) == [0, 3]
 
 

@@ -12,14 +12,14 @@ from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods import LayerStats, SymbolBudget, get_method, storage
 from slablm.methods.rotation import Rotation
-from slablm.methods.slab_plus import DAMPINGS, Trial, Way, rounded, slab_plus
+from slablm.methods.slab_plus import DAMPINGS, Trial, Way, slab_plus
 from slablm.methods.sweep import damped
 from slablm.methods.trials import SAMPLED_ROWS, trial_rows
 from tests.methods.problems import (
-    GROUP,
     by_hand,
     correlated,
     decomposed,
+    rounded,
     settings_for,
     slow_error,
     start_of,
@@ -55,7 +55,7 @@ def test_the_best_trial_is_the_result(inputs, bits):
         expected = {"same": (rotated, 0.01), "forgotten": (None, 0.1), "between": (rotated, 0.1)}
         assert (rotation, damping) == expected[inputs]
     whole = slow_error(weight, by_hand(weight, gram, bits, rotation, damping), held_out)
-    plain = slow_error(weight, Trial.of(weight, gram, Way(bits, GROUP, rotation)).plain().dense(), held_out)
+    plain = slow_error(weight, Trial.of(weight, gram, Way(bits, rotation)).plain().dense(), held_out)
     assert (plain < whole) == (inputs == "forgotten")
     result = decomposed(weight, stats_of(gram, held_out), bits, seed=7)
     assert result.rotation == rotation
@@ -70,7 +70,8 @@ def test_dampings_are_judged_on_held_out_tokens(bits):
         weight, gram, held_out = correlated(n=41, seed=seed, tokens=(46, 4000)[seed % 2])  # 41: no rotation
         errors = {d: slow_error(weight, by_hand(weight, gram, bits, None, d, descents=0), held_out) for d in DAMPINGS}
         damping = min(errors, key=errors.get)
-        finals = by_hand(weight, gram, bits, None, damping), rounded(weight, start_of(weight, gram, bits))
+        alphabet = start_of(weight, gram, bits)
+        finals = by_hand(weight, gram, bits, None, damping), alphabet.dense(rounded(weight, alphabet))
         result = decomposed(weight, stats_of(gram, held_out), bits)
         least = min(slow_error(weight, final, held_out) for final in finals)
         assert slow_error(weight, result.dense(), held_out) == pytest.approx(least, rel=1e-3)
@@ -84,25 +85,26 @@ def test_feedback_never_does_harm_on_held_out_tokens():
     _, other, _ = correlated(n=41, tokens=60, seed=7)
     held_out = torch.eye(41) + 1e-3 * other / other.diagonal().mean()
     result = decomposed(weight, stats_of(gram, held_out), 3)
-    assert torch.equal(result.dense(), rounded(weight, start_of(weight, gram, 3)))
+    alphabet = start_of(weight, gram, 3)
+    assert torch.equal(result.dense(), alphabet.dense(rounded(weight, alphabet)))
 
 
 def peaked_and_two_valued(m):
     """Weights that want a rotation of their 64 inputs, and weights that do not, for symbols of 2 bits.
 
-    Few large ones in every row: rotated they are all alike, as two magnitudes can have it. Two magnitudes as they are.
+    Few large columns: rotated they are all alike, as four levels can have it. Two values as they are.
     """
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(2, 300, 64, generator=generator)
-    peaked = torch.randn(m, 64, generator=generator) * (torch.rand(m, 64, generator=generator) ** 8)
+    peaked = torch.randn(m, 64, generator=generator) * torch.rand(64, generator=generator) ** 8
     two_valued = torch.where(torch.rand(m, 64, generator=generator) < 0.5, 1.0, -3.0)
     return peaked, two_valued, stats_of(*(x.T @ x for x in inputs))
 
 
 def test_rotation_is_chosen_where_it_helps_and_not_where_it_does_not():
     peaked, two_valued, stats = peaked_and_two_valued(32)
-    assert decomposed(peaked, stats, 2, 64, seed=1).rotation == Rotation(64, 64, 1)
-    assert decomposed(two_valued, stats, 2, 64, seed=1).rotation is None
+    assert decomposed(peaked, stats, 2, seed=1).rotation == Rotation(64, 64, 1)
+    assert decomposed(two_valued, stats, 2, seed=1).rotation is None
 
 
 @pytest.mark.parametrize("seed", [0, 5])
@@ -111,7 +113,7 @@ def test_the_rows_that_are_tried_decide(seed):
     tried = torch.zeros(len(peaked), 1, dtype=torch.bool)
     tried[trial_rows(len(peaked), seed)] = True
     weights = peaked.where(tried, two_valued), two_valued.where(tried, peaked)
-    results = [decomposed(weight, stats, 2, 64, seed) for weight in weights]
+    results = [decomposed(weight, stats, 2, seed) for weight in weights]
     assert [result.rotation for result in results] == [Rotation(64, 64, seed), None]
     assert all(result.shape == peaked.shape for result in results)
 
@@ -125,7 +127,7 @@ def test_without_held_out_tokens_nothing_is_chosen():
 
 @pytest.mark.parametrize(
     ("without", "factor"),
-    [({"sweep": False}, 0.87), ({"fit": False}, 0.87), ({"descents": 0}, 0.92)],  # measured: 0.78, 0.79, 0.85
+    [({"sweep": False}, 0.87), ({"fit": False}, 0.995), ({"descents": 0}, 0.95)],  # measured: 0.75, 0.990, 0.90
 )
 def test_no_step_can_be_left_out(without, factor):
     """On held-out tokens, against the same steps by hand without one of them."""
@@ -153,10 +155,10 @@ def test_clearly_better_than_slab_of_more_bits():
 @pytest.mark.parametrize("shape", [(1, 1), (3, 129), (130, 7), (5, 128), (4, 200)])
 def test_any_shape_and_the_same_bits_every_time(bits, shape):
     weight, gram, held_out = correlated(*shape, tokens=2 * shape[1] + 5)
-    first, second = (decomposed(weight, stats_of(gram, held_out), bits, 128) for _ in range(2))
+    first, second = (decomposed(weight, stats_of(gram, held_out), bits) for _ in range(2))
     assert first.symbol_bits == bits
     assert first.shape == shape
-    assert torch.equal(first.symbols(), second.symbols())
+    assert torch.equal(first.codes, second.codes)
     assert torch.equal(first.dense(), second.dense())
     assert torch.isfinite(first.dense()).all()
 
@@ -164,14 +166,14 @@ def test_any_shape_and_the_same_bits_every_time(bits, shape):
 def test_a_long_row_is_rotated_in_blocks():
     weight, gram, held_out = correlated(6, 96)
     rotation = Rotation(96, 32, 0)
-    result = Trial.of(weight, gram, Way(4, 128, rotation)).descended()
+    result = Trial.of(weight, gram, Way(4, rotation)).descended()
     assert result.rotation == rotation
     assert slow_error(weight, result.dense(), held_out) < 0.02 * slow_error(weight, torch.zeros(6, 96), held_out)
 
 
 def test_more_bits_are_better():
     weight, gram, held_out = correlated(48, 64)
-    results = [decomposed(weight, stats_of(gram, held_out), bits, 128).dense() for bits in (2, 3, 4, 5)]
+    results = [decomposed(weight, stats_of(gram, held_out), bits).dense() for bits in (2, 3, 4, 5)]
     errors = [slow_error(weight, dense, held_out) for dense in results]
     assert all(more < 0.5 * fewer for fewer, more in pairwise(errors))
 
@@ -183,7 +185,7 @@ def test_dead_inputs_and_rows_of_zeros(rotation):
         matrix[:, 5], matrix[5] = 0, 0
     weight[3] = 0
     zero = slow_error(weight, torch.zeros(24, 40), held_out)
-    trial = Trial.of(weight, gram, Way(4, GROUP, rotation))
+    trial = Trial.of(weight, gram, Way(4, rotation))
     for result in (trial.descended(), decomposed(weight, stats_of(gram, held_out), 4)):
         assert torch.equal(result.dense()[3], torch.zeros(40))
         assert slow_error(weight, result.dense(), held_out) < 0.02 * zero
@@ -230,11 +232,11 @@ def test_the_number_of_tokens_does_not_matter(scale):
 # Settings, and what is refused
 
 
-@given(st.integers(1, 9), st.integers(1, 40), st.floats(2.01, 9), st.integers(1, 100))
-def test_symbols_have_the_most_bits_that_the_budget_allows(tiles, columns, budget, group_size):
+@given(st.integers(1, 9), st.integers(1, 40), st.floats(2.01, 9))
+def test_symbols_have_the_most_bits_that_the_budget_allows(tiles, columns, budget):
     """What the method does is what `storage` tells others that it will do."""
     shape = 4 * tiles, 4 * columns
-    config = CompressionConfig(bits_per_weight=budget, group_size=group_size)
+    config = CompressionConfig(bits_per_weight=budget)
     weight, gram, _ = correlated(*shape, tokens=20)
     try:
         expected = storage(shape, config)
@@ -244,13 +246,13 @@ def test_symbols_have_the_most_bits_that_the_budget_allows(tiles, columns, budge
         return
     assert isinstance(expected, SymbolBudget)
     result = slab_plus(weight, stats_of(gram), config)
-    assert SymbolBudget(result.symbol_bits, result.alphabet.group_size) == expected
+    assert SymbolBudget(result.symbol_bits) == expected
     assert result.true_bits() <= budget * weight.numel()
 
 
 def test_the_seed_is_that_of_the_rotation():
     peaked, _, stats = peaked_and_two_valued(32)
-    config = settings_for(peaked.shape, 2, 64)
+    config = settings_for(peaked.shape, 2)
     seeds = [slab_plus(peaked, stats, replace(config, seed=seed)).rotation.seed for seed in (0, 3, -1, 2**62 - 1)]
     assert seeds == [0, 3, 2**64 - 1, 2**62 - 1]
 
@@ -280,6 +282,6 @@ def test_gram_is_needed():
 
 
 def test_a_budget_that_is_too_small_is_refused():
-    weight, gram, _ = correlated(4, 64)
-    with pytest.raises(SlabError, match="3 bits per weight are too few for a weight with shape 4x64"):
+    weight, gram, _ = correlated(4, 32)
+    with pytest.raises(SlabError, match="3 bits per weight are too few for a weight with shape 4x32"):
         slab_plus(weight, stats_of(gram), CompressionConfig(bits_per_weight=3))

@@ -8,7 +8,7 @@ counts. A round takes each part in turn with the others known, and none raises �
 - scales:   s_i = Σ h τ a W / Σ h a²  over the entries of a row.
 
 What has no entries keeps what it has. The levels to begin with are those whose union with their negatives lies evenly
-in quantiles of a normal distribution, and a fifth wider.
+in quantiles of a normal distribution √2 wider than the entries: of all widths tried, the one with the best end.
 
 **With all symbols fixed** the output error tr (W − Ŵ) G (W − Ŵ)ᵀ, G = XᵀX, is a parabola in each scale. With p the row
 of τ a, its minimum is  s_i = (w G pᵀ) / (p G pᵀ).
@@ -21,14 +21,12 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from slablm.errors import SlabError
 from slablm.methods.symbols import TILE_ROWS, level_values, on_grid, signs
-from slablm.methods.trellis import trellis_columns
+from slablm.methods.trellis import nearest_codes, trellis_columns
 
 ROUNDS = 10
-_WIDER = 1.2
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def fit_alphabet(weight: Tensor, importance: Tensor, bits: int) -> Alphabet:
     # Relative, so that its scale cannot overflow, nor change the result.
     importance = importance / importance.max()
     quantiles = (torch.arange(2**bits, device=weight.device) + 0.25) / 2**bits
-    levels = _WIDER * 2**0.5 * torch.erfinv(2 * quantiles - 1)
+    levels = 2 * torch.erfinv(2 * quantiles - 1)
     scales = weight.square().mean(dim=1).sqrt()
     for _ in range(ROUNDS):
         codes = nearest_symbols(weight, scales, levels)
@@ -114,12 +112,12 @@ def nearest_symbols(weight: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
         levels: a, [2^p] float32, those of either parity ascending.
     """
     m, n = weight.shape
-    # All columns at once are one column of as many tiles.
-    columns = functional.pad(weight.T, (0, -m % TILE_ROWS)).reshape(1, -1)
-    wide = functional.pad(scales, (0, -m % TILE_ROWS)).repeat(n)
-    one = columns.new_ones(1)
-    codes, _, _ = trellis_columns(columns, None, one[None], one, wide, levels)
-    return codes.view(n, -1)[:, :m].T.contiguous()
+    whole = m - m % TILE_ROWS
+    # All columns of whole tiles are one column of as many tiles more.
+    column, one = weight[:whole].T.reshape(1, -1), weight.new_ones(1)
+    codes, _, _ = trellis_columns(column, None, one[None], one, scales[:whole].repeat(n), levels)
+    rest, _ = nearest_codes(weight[whole:].T, scales[whole:], levels)
+    return torch.cat([codes.view(n, whole), rest], dim=1).T.contiguous()
 
 
 def _fitted_levels(signed: Tensor, importance: Tensor, codes: Tensor, scales: Tensor, levels: Tensor) -> Tensor:

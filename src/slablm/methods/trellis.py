@@ -37,33 +37,34 @@ def nearest_codes(targets: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tens
     """The symbols whose values have the smallest squared distance.
 
     Args:
-        targets: [m] float32.
+        targets: columns, each by itself, [..., m] float32.
         scales: s, [m] float32.
         levels: a, [2^p] float32, those of either parity ascending.
 
     Returns:
-        c, [m] uint8, and their values τ s a, [m] float32.
+        c, [..., m] uint8, and their values τ s a, [..., m] float32.
     """
-    m = len(targets)
-    padded = functional.pad(torch.stack([targets, scales]), (0, -m % TILE_ROWS)).view(2, -1, TILE_ROWS)
-    # [parity above, parity, tile, row]
-    codes, values = _nearest_of_each(*padded, levels)
-    distances = (values - padded[0]).square()
+    m = targets.shape[-1]
+    wide, tall = (
+        functional.pad(part, (0, -m % TILE_ROWS)).unflatten(-1, (-1, TILE_ROWS)) for part in (targets, scales)
+    )
+    codes, values = _nearest_of_each(wide, tall, levels)
+    distances = (values - wide).square()
     if m % TILE_ROWS:
         # Rows that are not there have symbols 0.
-        distances[:, 1, -1, m % TILE_ROWS :] = torch.inf
-        codes[:, 0, -1, m % TILE_ROWS :] = 0
-    row = distances.unbind(dim=3)
+        distances[:, 1, ..., -1, m % TILE_ROWS :] = torch.inf
+        codes[:, 0, ..., -1, m % TILE_ROWS :] = 0
+    row = distances.unbind(dim=-1)
     # A sum over two rows each, so that an infinity in one way is one in no other.
     ways = torch.stack([(row[0][d, a] + row[1][a, b]) + (row[2][b, c] + row[3][c, d]) for a, b, c, d in _WAYS])
     parities = torch.tensor(_WAYS, device=targets.device)[ways.argmin(dim=0)]
-    above = parities.roll(1, dims=1)
-    tiles, rows = torch.meshgrid(*(torch.arange(size, device=targets.device) for size in parities.shape), indexing="ij")
-    return tuple(part[above, parities, tiles, rows].flatten()[:m] for part in (codes, values))  # type: ignore[return-value]
+    chosen = (2 * parities.roll(1, dims=-1) + parities)[None]
+    best = (part.flatten(0, 1).gather(0, chosen)[0].flatten(-2)[..., :m] for part in (codes, values))
+    return next(best), next(best)
 
 
 def _nearest_of_each(targets: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest symbol of each parity under each, and its value, [above, own, tiles, 4] uint8 and float32."""
+    """The nearest symbol of each parity under each, and its value, [above, own, ..., tiles, 4] uint8 and float32."""
     relative = targets / scales.clamp_min(torch.finfo(torch.float32).tiny)
     codes = torch.empty(2, 2, *targets.shape, dtype=torch.uint8, device=targets.device)
     values = targets.new_empty(codes.shape)
