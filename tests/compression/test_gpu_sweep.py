@@ -1,96 +1,114 @@
-"""The CUDA text: as C++ on the CPU, as machine code that nobody runs, and on a GPU where there is one."""
+"""The CUDA text: as C++ on the CPU, as machine code that nobody runs, and on a GPU where there is one.
 
-import ctypes
-import shutil
-import subprocess
+On the CPU a block's threads are fibers (`symbols_host.h`), and Python launches them as it does those of a GPU.
+"""
+
+from contextlib import nullcontext
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from slablm.compression.gpu_sweep import NAME, SOURCE, Block, nearest_columns_on_gpu
-from slablm.methods import slab_plus
-from slablm.methods.nearest_columns import nearest_columns, plain_nearest_columns
+from slablm.compression.gpu_sweep import NAME, source, trellis_columns_on_gpu
+from slablm.methods import slab_plus, symbols_fit
+from slablm.methods.slab_plus import Trial, Way
+from slablm.methods.trellis import plain_trellis_columns, trellis_columns
 from slablm.system import cuda
 from tests.methods.blocks import blocks, check_settled, random_block
-from tests.methods.problems import decomposed, slow_error, stats_of, wide
+from tests.runtime.kernels import symbols_host
 
-COMPILER = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+needs_nvrtc = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+# What every thread of a warp gets from one of its own group of `width`.
+SHUFFLE = """
+static inline float __shfl_sync(unsigned, float value, int lane, int width) {
+    const unsigned brought = __float_as_uint(value);
+    int turn;
+    const auto all = exchange(&brought, 1, turn);
+    return __uint_as_float(all[threadIdx.x % WARP / width * width + lane][turn][0]);
+}
+"""
 
 
 @pytest.fixture(scope="module")
-def on_cpu(tmp_path_factory):
-    """The text as C++: the same arguments and results as `nearest_columns`."""
-    if COMPILER is None:
-        pytest.skip("no C++ compiler")
-    library = tmp_path_factory.mktemp("library") / "nearest_columns.so"
-    flags = ["-std=c++17", "-O2", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"]
-    subprocess.run([COMPILER, *flags, "-x", "c++", SOURCE, "-o", library], check=True)
-    function = getattr(ctypes.CDLL(str(library)), NAME)
-    function.argtypes, function.restype = [Block], None
+def emulated(tmp_path_factory):
+    """`trellis_columns_on_gpu` on the CPU; `adverse` is the order in which threads take turns."""
+    folder = tmp_path_factory.mktemp("libraries")
+    kernels = {}
+    for bits in range(2, 6):
+        text = f'#include "{symbols_host.HEADER}"\n{SHUFFLE}{source(bits)}LAUNCHER({NAME})\n'
+        kernels[source(bits)] = symbols_host.HostKernel(symbols_host.build(text, folder / f"{bits}.so"), NAME)
 
-    def settled(*arguments):
-        current, levels = arguments[0], arguments[-1]
-        columns, errors = torch.full_like(current, torch.nan), torch.full_like(current, torch.nan)
-        parts = [part if part is None else part.contiguous() for part in (*arguments, columns, errors)]
-        addresses = (None if part is None else part.data_ptr() for part in parts)
-        function(Block(*addresses, current.shape[1], current.shape[0], len(levels)))
-        return columns, errors
+    def settled(*arguments, adverse=False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cuda, "missing", lambda: None)
+            patch.setattr(cuda, "kernel", lambda text, name, device: kernels[text])
+            patch.setattr(torch.cuda, "device", nullcontext)
+            patch.setattr(symbols_host.HostKernel, "adverse", adverse)
+            return trellis_columns_on_gpu(*arguments)
 
     return settled
 
 
-@given(arguments=blocks)
-def test_the_text_gives_every_entry_its_nearest_value(on_cpu, arguments):
-    check_settled(arguments, *on_cpu(*arguments))
+@settings(max_examples=30)
+@given(arguments=blocks, adverse=st.booleans())
+def test_the_text_gives_every_tile_its_nearest_values(emulated, arguments, adverse):
+    check_settled(arguments, *emulated(*arguments, adverse=adverse))
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_the_text_chooses_as_plain_torch_does(on_cpu, apart):
-    """But for entries about halfway between two values, and what follows them."""
-    arguments = random_block(128, 300, 7, 2, apart=apart)
-    found, expected = on_cpu(*arguments), plain_nearest_columns(*arguments)
-    assert agreeing(found[0], expected[0]) > 0.99
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_the_text_chooses_as_plain_torch_does(emulated, bits):
+    """But for tiles with two ways all but equally near, and what follows them."""
+    arguments = random_block(40, 130, bits, apart=bits % 2 == 1)
+    found, expected = emulated(*arguments), plain_trellis_columns(*arguments)
+    assert agreeing(found[0], expected[0]) > 0.98
+    assert agreeing(found[1], expected[1]) > 0.98
 
 
-def test_slab_plus_is_as_good_with_the_text(on_cpu, monkeypatch):
-    weight, gram, held_out = wide()
+def test_slab_plus_is_as_good_with_the_text(emulated, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(18, 70, generator=generator), torch.randn(300, 70, generator=generator)
+    inputs = inputs + inputs.roll(1, dims=1)
 
     def error():
-        return slow_error(weight, decomposed(weight, stats_of(gram, held_out), bits=4).dense(), gram)
+        difference = weight - Trial.of(weight, inputs.T @ inputs, Way(3)).descended().dense()
+        return (inputs @ difference.T).square().sum().item()
 
     plain = error()
-    monkeypatch.setattr(slab_plus, "nearest_columns", on_cpu)
-    assert error() == pytest.approx(plain, rel=0.01)
+    for module in (slab_plus, symbols_fit):
+        monkeypatch.setattr(module, "trellis_columns", emulated)
+    assert error() == pytest.approx(plain, rel=0.02)
 
 
+@needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100"])
-@pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
-def test_the_text_compiles(architecture):
-    assert NAME.encode() in cuda.compiled(SOURCE.read_text(encoding="utf-8"), architecture)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_the_text_compiles(architecture, bits):
+    assert f".text.{NAME}\0".encode() in cuda.compiled(source(bits), architecture)
 
 
 def test_without_nvrtc_it_is_plain_torch(monkeypatch):
     monkeypatch.setattr(cuda, "missing", lambda: "not here")
-    arguments = random_block(9, 5, 3, 2, apart=True)
-    for found, expected in zip(nearest_columns_on_gpu(*arguments), plain_nearest_columns(*arguments), strict=True):
+    arguments = random_block(9, 5, 3, apart=True)
+    for found, expected in zip(trellis_columns_on_gpu(*arguments), plain_trellis_columns(*arguments), strict=True):
         assert torch.equal(found, expected)
 
 
 @needs_gpu
 @given(blocks)
-def test_a_gpu_gives_every_entry_its_nearest_value(arguments):
-    check_settled(arguments, *nearest_columns(*on_gpu(arguments)))
+def test_a_gpu_gives_every_tile_its_nearest_values(arguments):
+    check_settled(arguments, *trellis_columns(*on_gpu(arguments)))
 
 
 @needs_gpu
-@pytest.mark.parametrize("apart", [False, True])
-def test_a_gpu_chooses_as_plain_torch_does(apart):
-    arguments = random_block(128, 3000, 7, 2, apart=apart)
-    found, expected = nearest_columns(*on_gpu(arguments)), nearest_columns(*arguments)
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_a_gpu_chooses_as_plain_torch_does(bits):
+    arguments = random_block(128, 3001, bits, apart=bits % 2 == 1)
+    found, expected = trellis_columns(*on_gpu(arguments)), trellis_columns(*arguments)
     check_settled(arguments, *found)
-    assert agreeing(found[0].cpu(), expected[0]) > 0.99
+    assert agreeing(found[0].cpu(), expected[0]) > 0.98
 
 
 def on_gpu(arguments):
