@@ -5,6 +5,7 @@
 #include "kernels.h"
 #include "symbols.h"
 #include "tables.h"
+#include "trellis.h"
 
 namespace {
 
@@ -274,3 +275,4 @@ struct Avx2Symbols : Avx2 {
 }  // namespace
 
 const Kernels kAvx2Kernels = kernels_of<Avx2, Avx2Symbols>();
+const TrellisKernel kAvx2Trellis = settle_rows;

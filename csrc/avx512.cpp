@@ -3,6 +3,7 @@
 
 #include "kernels.h"
 #include "symbols.h"
+#include "trellis.h"
 
 namespace {
 
@@ -191,3 +192,4 @@ struct Avx512Symbols : Avx512 {
 }  // namespace
 
 const Kernels kAvx512Kernels = kernels_of<Avx512, Avx512Symbols>();
+const TrellisKernel kAvx512Trellis = settle_rows;

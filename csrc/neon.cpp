@@ -5,6 +5,7 @@
 #include "symbols.h"
 #include "symbols_plain.h"
 #include "tables.h"
+#include "trellis.h"
 
 namespace {
 
@@ -178,3 +179,4 @@ struct NeonSymbols : PlainSymbols<Neon> {
 }  // namespace
 
 const Kernels kNeonKernels = kernels_of<Neon, NeonSymbols>();
+const TrellisKernel kNeonTrellis = settle_rows;

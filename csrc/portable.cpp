@@ -2,6 +2,7 @@
 #include "kernels.h"
 #include "symbols.h"
 #include "symbols_plain.h"
+#include "trellis.h"
 
 namespace {
 
@@ -103,3 +104,4 @@ using PortableSymbols = PlainSymbols<Portable>;
 }  // namespace
 
 const Kernels kPortableKernels = kernels_of<Portable, PortableSymbols>();
+const TrellisKernel kPortableTrellis = settle_rows;

@@ -315,3 +315,44 @@ int32_t slablm_rotate(int32_t set, float* rows, int64_t count, int64_t columns, 
     }
     return 0;
 }
+
+namespace {
+
+TrellisKernel trellis_of(int32_t set) {
+    switch (set) {
+        case kPortable: return kPortableTrellis;
+#if defined(SLABLM_AVX2)
+        case kAvx2: return kAvx2Trellis;
+#endif
+#if defined(SLABLM_AVX512)
+        case kAvx512: return kAvx512Trellis;
+#endif
+#if defined(SLABLM_NEON)
+        case kNeon: return kNeonTrellis;
+#endif
+        default: return nullptr;
+    }
+}
+
+}  // namespace
+
+int32_t slablm_trellis_columns(int32_t set, const TrellisBlock* block, int32_t threads) {
+    constexpr int64_t kWeightsPerEntry = 100;  // of a product, which take as long
+    const TrellisKernel settle = trellis_of(set);
+    if (settle == nullptr || block == nullptr || block->rows < 0 || block->columns < 0) return -1;
+    if (block->bits < 2 || block->bits > 5) return -1;
+    std::atomic<bool> short_of_memory{false};
+    for_rows(0, block->rows, kWeightsPerEntry * block->columns, threads, [&](int64_t begin, int64_t end) {
+        static thread_local Scratch memory;
+        float* scratch;
+        try {
+            memory.start(static_cast<int64_t>(sizeof(float)) * kMostBatchRows * block->columns);
+        } catch (const std::exception&) {
+            short_of_memory = true;
+            return;
+        }
+        memory.take(kMostBatchRows * block->columns, scratch);
+        settle(*block, begin, end, scratch);
+    });
+    return short_of_memory ? -1 : 0;
+}

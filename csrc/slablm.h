@@ -143,3 +143,27 @@ struct Kernels {
 };
 
 extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kNeonKernels;
+
+// A block of columns that become trellis-coded symbols one after the other (slablm/methods/trellis.py). Everything is
+// row-major without gaps.
+struct TrellisBlock {
+    int64_t rows, columns, bits;  // of a symbol, 2 to 5
+    const float* current;         // [columns, rows]
+    const float* before;          // [columns, rows], or null
+    const float* coefficients;    // [columns, columns], transposed: row l is what moves column l
+    const float* divisors;        // [columns]
+    const float* scales;          // [rows]
+    const float* levels;          // [2^bits]
+    uint8_t* codes;               // these three are written, [columns, rows]
+    float* fresh;
+    float* errors;
+};
+
+constexpr int64_t kMostBatchRows = 64;  // rows that are settled together; scratch holds [columns, so many] floats
+
+// What one translation unit provides for it: those batches of rows that begin in [begin, end), in any order.
+using TrellisKernel = void (*)(const TrellisBlock& block, int64_t begin, int64_t end, float* scratch);
+extern const TrellisKernel kPortableTrellis, kAvx2Trellis, kAvx512Trellis, kNeonTrellis;
+
+// Returns 0, or -1 if the arguments are out of range or memory is short.
+SLABLM_API int32_t slablm_trellis_columns(int32_t set, const TrellisBlock* block, int32_t threads);

@@ -7,7 +7,8 @@ import time
 import torch
 from torch import Tensor
 
-import slablm.compression.gpu_sweep  # noqa: F401  # so that methods find it
+import slablm.compression.cpu_sweep
+import slablm.compression.gpu_sweep  # noqa: F401  # so that methods find them
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.stored import value_dtype
 from slablm.config import CompressionConfig

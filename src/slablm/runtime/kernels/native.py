@@ -298,3 +298,47 @@ def _check_readable(tensor: Tensor, columns: int, rows: int | None = None) -> No
 def _check(status: int) -> None:
     if status != 0:
         raise RuntimeError("a kernel refused its arguments, or memory is short; this is a bug in slablm")
+
+
+# `TrellisBlock` of csrc/slablm.h: rows, columns, bits, and pointers.
+_BLOCK = struct.Struct("@3q9P")
+
+
+def trellis_columns(
+    library: Library, instruction_set: str, current: Tensor, *others: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A block of columns becomes trellis-coded symbols, one column after the other.
+
+    Args:
+        library: from `load`.
+        instruction_set: one of `library.supported`.
+        current: as the others one of the arguments of `slablm.methods.trellis.plain_trellis_columns`, on the CPU.
+        others: all that follow it there.
+
+    Returns:
+        What that function returns.
+    """
+    before, coefficients, divisors, scales, levels = others
+    assert coefficients is not None
+    assert levels is not None
+    (b, m), bits = current.shape, len(levels).bit_length() - 1
+    codes = torch.empty(b, m, dtype=torch.uint8, device="cpu")
+    columns, errors = (torch.empty(b, m, dtype=torch.float32, device="cpu") for _ in range(2))
+    parts = (current, before, coefficients.T, divisors, scales, levels)
+    shapes = ((b, m), (b, m), (b, b), (b,), (m,), (2**bits,))
+    # They are to be held while C reads them.
+    given = [None if part is None else _float_array(part, shape) for part, shape in zip(parts, shapes, strict=True)]
+    addresses = (0 if part is None else part.data_ptr() for part in (*given, codes, columns, errors))
+    block = _BLOCK.pack(m, b, bits, *addresses)
+    _check(library.functions.slablm_trellis_columns(INSTRUCTION_SETS[instruction_set], block, torch.get_num_threads()))
+    return codes, columns, errors
+
+
+def _float_array(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The tensor, contiguous; what C would misread is refused."""
+    if not tensor.is_cpu or tensor.dtype != torch.float32 or tensor.shape != shape:
+        raise RuntimeError(
+            f"a kernel needs float32 numbers {list(shape)} on the CPU, got {tensor.dtype} {list(tensor.shape)} on "
+            f"{tensor.device}; this is a bug in slablm"
+        )
+    return tensor.contiguous()
