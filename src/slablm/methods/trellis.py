@@ -45,11 +45,11 @@ def nearest_codes(targets: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tens
         c, [..., m] uint8, and their values τ s a, [..., m] float32.
     """
     m = targets.shape[-1]
-    wide, tall = (
+    tiled, own_scales = (
         functional.pad(part, (0, -m % TILE_ROWS)).unflatten(-1, (-1, TILE_ROWS)) for part in (targets, scales)
     )
-    codes, values = _nearest_of_each(wide, tall, levels)
-    distances = (values - wide).square()
+    codes, values = _nearest_of_each(tiled, own_scales, levels)
+    distances = (values - tiled).square()
     if m % TILE_ROWS:
         # Rows that are not there have symbols 0.
         distances[:, 1, ..., -1, m % TILE_ROWS :] = torch.inf
