@@ -1,4 +1,4 @@
-// AVX-512 with BW, VL, VBMI2 (expand bytes and halves) and VNNI: Ice Lake, Zen 4 and later.
+// AVX-512 with BW, VL, VBMI (shuffles of bytes), VBMI2 (expand bytes and halves) and VNNI: Ice Lake, Zen 4 and later.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -89,72 +89,103 @@ struct Avx512 {
     }
 };
 
-// A table of 32 entries of 16 bits is one register, and its index the low 5 bits of a lane, whatever is above them.
+// How far each byte of a register is moved down, as vpmultishiftqb wants it: counted in its 8 bytes. By `start` bits, and
+// by `step` more for each `columns` bytes.
+struct Downs {
+    alignas(64) uint8_t bits[64];
+};
+
+constexpr Downs downs(int start, int step, int columns) {
+    Downs out = {};
+    for (int k = 0; k < 64; ++k) out.bits[k] = static_cast<uint8_t>((64 + k % 8 * 8 + start + k / columns * step) % 64);
+    return out;
+}
+
+// A table of 64 bytes is one register, and its index the low 6 bits of a byte, whatever is above them: a symbol, and
+// above it whether the symbol in the row above is odd.
 struct Avx512Symbols : Avx512 {
-    static constexpr float kBackgroundUnit = 1.0f;
-    static constexpr bool kWholeTiles = true;
+    static constexpr int64_t kChunk = 64;
     static constexpr int quick_rows(int tokens) { return tokens == 4 ? 2 : 4; }
-    static int64_t group(int64_t g) { return g; }
 
     struct Symbols {
-        __m512i low, high, top;  // a byte in each lane of 16 bits
+        __m512i low, top;
     };
-    using Index = __m512i;
-    struct Tables {
-        __m512i level, background;
+    struct Index {
+        __m512i symbol, odd;  // the low P bits count; bit P
     };
-    using Shorts = __m512i;
-    using Sums = __m512i;
-    struct Entries {
-        __m512 low, high;
+    using Table = __m512i;
+    using Bytes = __m512i;
+    struct Sums {
+        __m512i high, low;  // of products with the high 8 bits of inputs, and with the low 7
     };
 
-    static __m512i wide(const uint8_t* bytes) {
-        return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-    }
     template <int P>
     static Symbols load(const uint8_t* low, const uint8_t* top) {
         Symbols out{};
-        out.low = wide(low);
-        if (P >= 4) out.high = wide(low + 32);
-        if (P % 2 == 1) {
-            // Bit 2 h of byte k is the sign of column 32 h + k, the next bit that of column 32 h + 16 + k. Moved up so that
-            // sign h is bit P - 1 + 2 h: above its symbol, or with 5 bits and odd h two bits higher.
-            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(top));
-            const __m512i both = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(bytes));
-            constexpr int up = P - 1;
-            out.top = _mm512_sllv_epi16(both, _mm512_inserti64x4(_mm512_set1_epi16(up), _mm256_set1_epi16(up - 1), 1));
-        }
+        if (P >= 4) out.low = _mm512_loadu_si512(low);
+        // Of narrow planes all columns are in each part of the register, to be moved down by different amounts.
+        if (P < 4) out.low = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+        if (P % 2 == 1) out.top = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(top)));
         return out;
     }
-    // Signs are put above the other bits of their symbols before these are moved down.
+    static __m512i move_down(__m512i bytes, const Downs& by) {
+        return _mm512_multishift_epi64_epi8(_mm512_load_si512(by.bits), bytes);
+    }
     template <int P>
     static Index index(const Symbols& symbols, int64_t h) {
-        const unsigned down = static_cast<unsigned>(P >= 4 ? h / 2 * 4 : 2 * h);
-        __m512i bytes = P >= 4 && h % 2 == 1 ? symbols.high : symbols.low;
-        if (P % 2 == 1) {
-            const __m512i signs = P == 5 && h % 2 == 1 ? _mm512_srli_epi16(symbols.top, 2) : symbols.top;
-            const __m512i place = _mm512_set1_epi16(static_cast<int16_t>(1 << (P - 1 + down)));
-            bytes = _mm512_ternarylogic_epi32(place, signs, bytes, 0xCA);
+        static constexpr Downs kLow[2] = {downs(0, 2, 32), downs(4, 2, 32)};
+        static constexpr Downs kTop[2] = {downs(1 - P, 1, 16), downs(5 - P, 1, 16)};
+        __m512i symbol = symbols.low, odd;
+        if (P < 4) {
+            symbol = move_down(symbols.low, kLow[h]);
+            odd = _mm512_slli_epi16(symbol, P);
+        } else {
+            if (h == 1) symbol = _mm512_srli_epi16(symbol, 4);
+            odd = P == 4 && h == 1 ? symbols.low : _mm512_slli_epi16(symbols.low, h == 0 ? P : P - 4);
         }
-        return _mm512_srli_epi16(bytes, down);
+        if (P % 2 == 1) symbol = select_bits(1 << (P - 1), move_down(symbols.top, kTop[h]), symbol);
+        return {symbol, odd};
     }
-    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
-        return {_mm512_loadu_si512(levels), _mm512_loadu_si512(backgrounds)};
-    }
-    template <int P>
-    static Shorts levels(const Tables& tables, Index index) {
-        return _mm512_permutexvar_epi16(index, tables.level);
+    // Bits of `on` where the mask of each byte has one, else those of `off`.
+    static __m512i select_bits(int mask, __m512i on, __m512i off) {
+        return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(mask)), on, off, 0xCA);
     }
     template <int P>
-    static Shorts backgrounds(const Tables& tables, Index index) {
-        return _mm512_permutexvar_epi16(index, tables.background);
+    static Table table(const Levels& levels) {
+        uint8_t bytes[64];
+        for (int k = 0; k < 64; ++k) {
+            const uint8_t u = levels.byte[k % (1 << P)];
+            bytes[k] = k >> P & 1 ? static_cast<uint8_t>(255 - u) : u;
+        }
+        return _mm512_loadu_si512(bytes);
     }
-    static Sums no_sums() { return _mm512_setzero_si512(); }
-    static Sums dot(Sums sums, Shorts a, const int16_t* x) {
-        return _mm512_dpwssd_epi32(sums, a, _mm512_loadu_si512(x));
+    template <int P>
+    static Bytes look_up(Table table, const Index& above, const Index& own) {
+        return _mm512_permutexvar_epi8(select_bits((1 << P) - 1, own.symbol, above.odd), table);
     }
-    static Floats to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+    static Floats floats(Bytes bytes, int64_t i) {
+        const __m256i half = i < 2 ? _mm512_castsi512_si256(bytes) : _mm512_extracti64x4_epi64(bytes, 1);
+        const __m128i part = i % 2 == 0 ? _mm256_castsi256_si128(half) : _mm256_extracti128_si256(half, 1);
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part));
+    }
+
+    // An input is 128 times a signed byte plus 7 bits. Four products of bytes are summed at once.
+    static void arrange(const int16_t* fixed, int16_t* out) {
+        int8_t* bytes = reinterpret_cast<int8_t*>(out);
+        for (int64_t k = 0; k < kChunk; ++k) {
+            bytes[k] = static_cast<int8_t>(fixed[k] >> 6);
+            bytes[kChunk + k] = static_cast<int8_t>(2 * (fixed[k] & 63));
+        }
+    }
+    static int64_t lane(int64_t column) { return column / 4 % 16; }
+    static Sums start(const int32_t* starts) { return {_mm512_setzero_si512(), _mm512_loadu_si512(starts)}; }
+    static Sums dot(const Sums& sums, Bytes a, const int16_t* x) {
+        return {_mm512_dpbusd_epi32(sums.high, a, _mm512_loadu_si512(x)),
+                _mm512_dpbusd_epi32(sums.low, a, _mm512_loadu_si512(x + 32))};
+    }
+    static Floats to_floats(const Sums& sums) {
+        return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sums.high, 7), sums.low));
+    }
     // Four vectors together: in each 128 bits of a sum, lane i then belongs to vector i.
     template <int N>
     static void totals(const Floats (&a)[N], float (&out)[N]) {
@@ -166,20 +197,6 @@ struct Avx512Symbols : Avx512 {
             const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
             _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
         }
-    }
-
-    static Floats scaled(const float* levels, const float* backgrounds, float s, float u) {
-        return add(mul(load(levels), broadcast(s)), mul(load(backgrounds), broadcast(u)));
-    }
-    static Entries entries(const float* levels, const float* backgrounds, float s, float u) {
-        return {scaled(levels, backgrounds, s, u), scaled(levels + 16, backgrounds + 16, s, u)};
-    }
-    template <int P>
-    static Floats entry(const Entries& table, Index index, int64_t i, Floats right) {
-        const __m256i half = i == 0 ? _mm512_castsi512_si256(index) : _mm512_extracti64x4_epi64(index, 1);
-        const __m512i at = _mm512_cvtepu16_epi32(half);
-        const Floats out = _mm512_permutex2var_ps(table.low, at, table.high);
-        return _mm512_mask_mul_ps(out, _mm512_testn_epi32_mask(at, _mm512_set1_epi32((1 << (P - 1)) - 1)), out, right);
     }
     static Floats swap(Floats a, int s) {
         const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
