@@ -208,7 +208,7 @@ struct Avx2Symbols : Avx2 {
     static void arrange(const int16_t* fixed, int16_t* out) {
         for (int64_t k = 0; k < kChunk; ++k) out[k % 2 * 16 + k / 2] = static_cast<int16_t>(2 * fixed[k]);
     }
-    static int64_t lane(int64_t column) { return column / 4 % 8; }
+    static Bytes all(uint8_t byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
     static Sums start(const int32_t* starts) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts)); }
     static Sums dot(Sums sums, Bytes a, const int16_t* x) {
         const __m256i* from = reinterpret_cast<const __m256i*>(x);
@@ -217,6 +217,7 @@ struct Avx2Symbols : Avx2 {
                                                   _mm256_madd_epi16(odd, _mm256_loadu_si256(from + 1)));
         return _mm256_add_epi32(sums, products);
     }
+    static void save(Sums sums, int32_t* to) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), sums); }
     static Floats to_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
     // Two vectors together: in each 128 bits of a sum, even lanes belong to the first.
     template <int N>
@@ -233,6 +234,7 @@ struct Avx2Symbols : Avx2 {
         return _mm256_permutevar8x32_ps(a, _mm256_xor_si256(lanes, _mm256_set1_epi32(s)));
     }
     using Avx2::load;
+    using Avx2::save;
 };
 
 }  // namespace

@@ -89,20 +89,30 @@ struct Avx512 {
     }
 };
 
-// How far each byte of a register is moved down, as vpmultishiftqb wants it: counted in its 8 bytes. By `start` bits, and
-// by `step` more for each `columns` bytes.
-struct Downs {
-    alignas(64) uint8_t bits[64];
+// For vgf2p8affineqb, a matrix for each 8 bytes of a register: row 7 - i says which bits make bit i.
+struct Matrices {
+    alignas(64) uint8_t rows[8][8];
 };
 
-constexpr Downs downs(int start, int step, int columns) {
-    Downs out = {};
-    for (int k = 0; k < 64; ++k) out.bits[k] = static_cast<uint8_t>((64 + k % 8 * 8 + start + k / columns * step) % 64);
+// Bit i of a byte becomes its bit source(part, i), where the byte is in the given eighth of the register.
+template <class Source>
+constexpr Matrices moving(Source source) {
+    Matrices out = {};
+    for (int part = 0; part < 8; ++part) {
+        for (int i = 0; i < 8; ++i) out.rows[part][7 - i] = static_cast<uint8_t>(1 << source(part, i));
+    }
     return out;
 }
 
-// A table of 64 bytes is one register, and its index the low 6 bits of a byte, whatever is above them: a symbol, and
-// above it whether the symbol in the row above is odd.
+// Of planes of 2 bits and of 1 bit, that of the first 64 columns and of the others: fields at bit 0, 2, 4 and 6; all bits.
+constexpr Matrices kTwoBits[2] = {moving([](int part, int i) { return part / 4 * 2 + i % 2; }),
+                                  moving([](int part, int i) { return part / 4 * 2 + i % 2 + 4; })};
+constexpr Matrices kOneBit[2] = {moving([](int part, int) { return part / 2; }),
+                                 moving([](int part, int) { return part / 2 + 4; })};
+constexpr Matrices kHalvesSwapped = moving([](int, int i) { return (i + 4) % 8; });
+
+// A table of 64 bytes is one register, and its index the low 6 bits of a byte, whatever is above them. With Q bits in the
+// low plane these are the symbol's lowest Q bits, whether the symbol above is odd, and the symbol's top bit.
 struct Avx512Symbols : Avx512 {
     static constexpr int64_t kChunk = 64;
     static constexpr int quick_rows(int tokens) { return tokens == 4 ? 2 : 4; }
@@ -111,7 +121,8 @@ struct Avx512Symbols : Avx512 {
         __m512i low, top;
     };
     struct Index {
-        __m512i symbol, odd;  // the low P bits count; bit P
+        __m512i symbol;  // all bits but bit Q
+        __m512i odd;     // bit Q: whether the symbol is odd
     };
     using Table = __m512i;
     using Bytes = __m512i;
@@ -119,49 +130,51 @@ struct Avx512Symbols : Avx512 {
         __m512i high, low;  // of products with the high 8 bits of inputs, and with the low 7
     };
 
+    // Of narrow planes each part of the register has all columns: which of them it is for, the matrices say.
     template <int P>
     static Symbols load(const uint8_t* low, const uint8_t* top) {
         Symbols out{};
         if (P >= 4) out.low = _mm512_loadu_si512(low);
-        // Of narrow planes all columns are in each part of the register, to be moved down by different amounts.
         if (P < 4) out.low = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
         if (P % 2 == 1) out.top = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(top)));
         return out;
     }
-    static __m512i move_down(__m512i bytes, const Downs& by) {
-        return _mm512_multishift_epi64_epi8(_mm512_load_si512(by.bits), bytes);
+    static __m512i multiply(__m512i bytes, const Matrices& by) {
+        return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_load_si512(by.rows), 0);
     }
     template <int P>
     static Index index(const Symbols& symbols, int64_t h) {
-        static constexpr Downs kLow[2] = {downs(0, 2, 32), downs(4, 2, 32)};
-        static constexpr Downs kTop[2] = {downs(1 - P, 1, 16), downs(5 - P, 1, 16)};
-        __m512i symbol = symbols.low, odd;
+        Index out{};
         if (P < 4) {
-            symbol = move_down(symbols.low, kLow[h]);
-            odd = _mm512_slli_epi16(symbol, P);
+            out.symbol = out.odd = multiply(symbols.low, kTwoBits[h]);
         } else {
-            if (h == 1) symbol = _mm512_srli_epi16(symbol, 4);
-            odd = P == 4 && h == 1 ? symbols.low : _mm512_slli_epi16(symbols.low, h == 0 ? P : P - 4);
+            // Where one half of a byte is at bit 0, the lowest bit of the other one is at bit 4.
+            const __m512i swapped = multiply(symbols.low, kHalvesSwapped);
+            out.symbol = h == 0 ? symbols.low : swapped;
+            out.odd = h == 0 ? swapped : symbols.low;
         }
-        if (P % 2 == 1) symbol = select_bits(1 << (P - 1), move_down(symbols.top, kTop[h]), symbol);
-        return {symbol, odd};
+        if (P % 2 == 1) out.symbol = select((1 << low_bits(P)) - 1, out.symbol, multiply(symbols.top, kOneBit[h]));
+        return out;
     }
+    using Avx512::select;
     // Bits of `on` where the mask of each byte has one, else those of `off`.
-    static __m512i select_bits(int mask, __m512i on, __m512i off) {
+    static __m512i select(int mask, __m512i on, __m512i off) {
         return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(mask)), on, off, 0xCA);
     }
     template <int P>
     static Table table(const Levels& levels) {
+        constexpr int Q = low_bits(P);
         uint8_t bytes[64];
         for (int k = 0; k < 64; ++k) {
-            const uint8_t u = levels.byte[k % (1 << P)];
-            bytes[k] = k >> P & 1 ? static_cast<uint8_t>(255 - u) : u;
+            const int symbol = k % (1 << Q) | k >> (Q + 1) << Q;
+            const uint8_t u = levels.byte[symbol % (1 << P)];
+            bytes[k] = k >> Q & 1 ? static_cast<uint8_t>(255 - u) : u;
         }
         return _mm512_loadu_si512(bytes);
     }
     template <int P>
     static Bytes look_up(Table table, const Index& above, const Index& own) {
-        return _mm512_permutexvar_epi8(select_bits((1 << P) - 1, own.symbol, above.odd), table);
+        return _mm512_permutexvar_epi8(select(0xFF ^ 1 << low_bits(P), own.symbol, above.odd), table);
     }
     static Floats floats(Bytes bytes, int64_t i) {
         const __m256i half = i < 2 ? _mm512_castsi512_si256(bytes) : _mm512_extracti64x4_epi64(bytes, 1);
@@ -177,15 +190,15 @@ struct Avx512Symbols : Avx512 {
             bytes[kChunk + k] = static_cast<int8_t>(2 * (fixed[k] & 63));
         }
     }
-    static int64_t lane(int64_t column) { return column / 4 % 16; }
+    static Bytes all(uint8_t byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
     static Sums start(const int32_t* starts) { return {_mm512_setzero_si512(), _mm512_loadu_si512(starts)}; }
     static Sums dot(const Sums& sums, Bytes a, const int16_t* x) {
         return {_mm512_dpbusd_epi32(sums.high, a, _mm512_loadu_si512(x)),
                 _mm512_dpbusd_epi32(sums.low, a, _mm512_loadu_si512(x + 32))};
     }
-    static Floats to_floats(const Sums& sums) {
-        return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sums.high, 7), sums.low));
-    }
+    static __m512i whole(const Sums& sums) { return _mm512_add_epi32(_mm512_slli_epi32(sums.high, 7), sums.low); }
+    static void save(const Sums& sums, int32_t* to) { _mm512_storeu_si512(to, whole(sums)); }
+    static Floats to_floats(const Sums& sums) { return _mm512_cvtepi32_ps(whole(sums)); }
     // Four vectors together: in each 128 bits of a sum, lane i then belongs to vector i.
     template <int N>
     static void totals(const Floats (&a)[N], float (&out)[N]) {
@@ -203,6 +216,7 @@ struct Avx512Symbols : Avx512 {
         return _mm512_permutexvar_ps(_mm512_xor_si512(lanes, _mm512_set1_epi32(s)), a);
     }
     using Avx512::load;
+    using Avx512::save;
 };
 
 }  // namespace

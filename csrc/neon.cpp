@@ -170,6 +170,7 @@ struct NeonSymbols : PlainSymbols<Neon> {
     static void arrange(const int16_t* fixed, int16_t* out) {
         for (int64_t k = 0; k < kChunk; ++k) out[k] = static_cast<int16_t>(2 * fixed[k]);
     }
+    static Bytes all(uint8_t byte) { return vdupq_n_u8(byte); }
     static Sums start(const int32_t* starts) { return {vld1q_s32(starts), vld1q_s32(starts + 4)}; }
     static Sums dot(Sums sums, Bytes a, const int16_t* x) {
         for (int i = 0; i < 2; ++i) {
@@ -179,6 +180,11 @@ struct NeonSymbols : PlainSymbols<Neon> {
             sums.high = vmlal_s16(sums.high, vget_high_s16(u), vget_high_s16(from));
         }
         return sums;
+    }
+    using Neon::save;
+    static void save(const Sums& sums, int32_t* to) {
+        vst1q_s32(to, sums.low);
+        vst1q_s32(to + 4, sums.high);
     }
     static Floats to_floats(const Sums& sums) { return {vcvtq_f32_s32(sums.low), vcvtq_f32_s32(sums.high)}; }
 };

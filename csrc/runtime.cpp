@@ -51,7 +51,7 @@ bool cpu_has(int32_t set) {
             return cpu_has(kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                    __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-                   __builtin_cpu_supports("avx512vnni");
+                   __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
 #endif
         default: return true;  // compiled in means present: NEON belongs to every 64-bit ARM
     }

@@ -20,8 +20,8 @@
 //   arrange(fixed, x16)               a chunk of inputs, 14 bits each, as `dot` reads them, and twice as large
 //   Sums, start(int32_t[kLanes])      integers in lanes
 //   dot(Sums, Bytes, x16)             adds the products of a chunk
-//   lane(column)                      of a tile: in which lane its products are summed
-//   to_floats(Sums)
+//   all(u)                            Bytes that are all the same
+//   save(Sums, int32_t[kLanes]), to_floats(Sums)
 //   kQuickTokens                      up to so many tokens, fixed point is faster than floats
 //   quick_rows(T)                     rows of a tile read together with T tokens
 //   totals(Floats[N], float[N])       the sum over the lanes of each of N vectors

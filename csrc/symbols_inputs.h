@@ -15,8 +15,18 @@ inline bool all_finite(const float* x, int64_t count) {
     return is_finite(as_float(top));
 }
 
-// Returns whether fixed point can stand for the token. Inputs are stored twice as large: -127.5 times their sums are
-// integers then.
+// Where sums of products with a tile's inputs start, in lanes: -127.5 times the inputs' own sums. The inputs are stored
+// twice as large, so that these are integers.
+template <class Isa>
+void save_starts(const int16_t* x16, int32_t* starts) {
+    for (int64_t lane = 0; lane < Isa::kLanes; ++lane) starts[lane] = 0;
+    auto sums = Isa::start(starts);
+    for (int64_t at = 0; at < kTileColumns; at += Isa::kChunk) sums = Isa::dot(sums, Isa::all(255), x16 + at);
+    Isa::save(sums, starts);
+    for (int64_t lane = 0; lane < Isa::kLanes; ++lane) starts[lane] /= -2;
+}
+
+// Returns whether fixed point can stand for the token.
 template <class Isa>
 bool prepare_quick(SymbolActivations& act, int64_t token) {
     bool finite = true;
@@ -27,9 +37,7 @@ bool prepare_quick(SymbolActivations& act, int64_t token) {
         act.x_scales[tile] = unit / (2 * kSteps);
         finite &= is_finite(act.x_scales[tile]);
         for (int64_t h = 0; h < kTileColumns; h += Isa::kChunk) Isa::arrange(fixed + h, act.x16 + at + h);
-        int32_t* starts = act.starts + tile * Isa::kLanes;
-        for (int64_t lane = 0; lane < Isa::kLanes; ++lane) starts[lane] = 0;
-        for (int64_t k = 0; k < kTileColumns; ++k) starts[Isa::lane(k)] -= 255 * fixed[k];
+        save_starts<Isa>(act.x16 + at, act.starts + tile * Isa::kLanes);
     }
     return finite;
 }

@@ -10,10 +10,10 @@ template <class Base>
 struct PlainSymbols : Base {
     using Floats = typename Base::Floats;
     using Base::load;
+    using Base::save;
     static_assert(Base::kLanes == 8);
     static constexpr int64_t kChunk = 32;
     static constexpr int quick_rows(int) { return 1; }
-    static int64_t lane(int64_t column) { return column % 8; }
 
     struct Symbols {
         const uint8_t *low, *top;
@@ -64,15 +64,21 @@ struct PlainSymbols : Base {
     static void arrange(const int16_t* fixed, int16_t* out) {
         for (int64_t k = 0; k < kChunk; ++k) out[k] = static_cast<int16_t>(2 * fixed[k]);
     }
+    static Bytes all(uint8_t byte) {
+        Bytes out;
+        memset(out.lane, byte, sizeof out.lane);
+        return out;
+    }
     static Sums start(const int32_t* starts) {
         Sums out;
         memcpy(out.lane, starts, sizeof out.lane);
         return out;
     }
     static Sums dot(Sums sums, const Bytes& a, const int16_t* x) {
-        for (int64_t k = 0; k < kChunk; ++k) sums.lane[lane(k)] += a.lane[k] * x[k];
+        for (int64_t k = 0; k < kChunk; ++k) sums.lane[k % 8] += a.lane[k] * x[k];
         return sums;
     }
+    static void save(const Sums& sums, int32_t* to) { memcpy(to, sums.lane, sizeof sums.lane); }
     static Floats to_floats(const Sums& sums) {
         float out[8];
         for (int i = 0; i < 8; ++i) out[i] = static_cast<float>(sums.lane[i]);

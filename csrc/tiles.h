@@ -84,7 +84,8 @@ struct Levels {
     uint8_t byte[kTable];
 
     explicit Levels(const SlabSymbols& weight) {
-        for (int k = 0; k < kTable; ++k) byte[k] = static_cast<uint8_t>(weight.levels[k % (1 << weight.bits)] + 128);
+        const int64_t last = (1 << weight.bits) - 1;
+        for (int64_t k = 0; k < kTable; ++k) byte[k] = static_cast<uint8_t>(weight.levels[k & last] + 128);
     }
 };
 
