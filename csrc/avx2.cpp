@@ -140,31 +140,24 @@ struct Avx2 {
     }
 };
 
-// Tables of 16 entries, looked up by byte shuffles, 16-bit numbers as two tables of bytes. The symbols of 5 bits have an
-// index for all 16 and their sign beside it; the others have it in the index.
+// Tables of 16 bytes; of 5-bit symbols the top bit chooses between two of them.
 struct Avx2Symbols : Avx2 {
     static constexpr int64_t kQuickTokens = 4;
-    static constexpr float kBackgroundUnit = 256.0f;
-    static constexpr bool kWholeTiles = false;
-    static constexpr int quick_rows(int tokens) { return tokens == 1 ? 2 : 1; }
+    static constexpr int64_t kChunk = 32;
+    static constexpr int quick_rows(int tokens) { return tokens == 1 ? 4 : 2; }
 
     struct Symbols {
         __m256i low, high, top;
     };
     struct Index {
         __m256i bytes;  // below 16
-        __m256i minus;  // 5 bits: all ones where the sign is minus
+        __m256i top;    // 5 bits: all ones where the top bit is set
     };
-    struct Tables {
-        __m256i level_low, level_high, background;
+    struct Table {
+        __m256i low, high;
     };
-    struct Shorts {
-        __m256i low, high;  // even and odd groups of 8 columns, as in Avx2
-    };
+    using Bytes = __m256i;
     using Sums = __m256i;
-    struct Entries {
-        __m256 low, high;
-    };
 
     static __m256i twice(const void* from) {
         return _mm256_broadcastsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(from)));
@@ -188,48 +181,44 @@ struct Avx2Symbols : Avx2 {
         // Both halves of the register hold bytes 0 to 15: bit 2 h of them is of the first 16 columns, the next of the others.
         const __m128i bit = _mm_set1_epi8(static_cast<char>(1u << (2 * h)));
         const __m256i bits = _mm256_set_m128i(_mm_add_epi8(bit, bit), bit);
-        out.minus = _mm256_cmpeq_epi8(_mm256_and_si256(symbols.top, bits), bits);
-        if (P == 3) out.bytes = _mm256_or_si256(out.bytes, _mm256_and_si256(out.minus, _mm256_set1_epi8(4)));
+        out.top = _mm256_cmpeq_epi8(_mm256_and_si256(symbols.top, bits), bits);
+        if (P == 3) out.bytes = _mm256_or_si256(out.bytes, _mm256_and_si256(out.top, _mm256_set1_epi8(4)));
         return out;
+    }
+    template <int P>
+    static Table table(const Levels& levels) {
+        return {twice(levels.byte), twice(levels.byte + 16)};
+    }
+    template <int P>
+    static Bytes look_up(const Table& table, const Index& above, const Index& own) {
+        __m256i u = _mm256_shuffle_epi8(table.low, own.bytes);
+        if (P == 5) u = _mm256_blendv_epi8(u, _mm256_shuffle_epi8(table.high, own.bytes), own.top);
+        // Where the symbol above is odd, all bits turn.
+        return _mm256_xor_si256(u, _mm256_shuffle_epi8(_mm256_set1_epi16(static_cast<int16_t>(0xFF00)), above.bytes));
+    }
+    // Bytes 8 i ... of 32, in the lower half of the result.
+    static __m128i eight(__m256i bytes, int64_t i) {
+        const __m128i half = i < 2 ? _mm256_castsi256_si128(bytes) : _mm256_extracti128_si256(bytes, 1);
+        return i % 2 == 0 ? half : _mm_srli_si128(half, 8);
+    }
+    static Floats floats(Bytes bytes, int64_t i) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(eight(bytes, i)));
     }
 
-    static __m256i bytes_of(const int16_t* table, int shift) {
-        uint8_t bytes[16];
-        for (int k = 0; k < 16; ++k) bytes[k] = static_cast<uint8_t>(static_cast<uint16_t>(table[k]) >> shift);
-        return twice(bytes);
+    // Lanes of 16 bits hold two columns. The even ones come first, then the odd ones.
+    static void arrange(const int16_t* fixed, int16_t* out) {
+        for (int64_t k = 0; k < kChunk; ++k) out[k % 2 * 16 + k / 2] = static_cast<int16_t>(2 * fixed[k]);
     }
-    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
-        return {bytes_of(levels, 0), bytes_of(levels, 8), bytes_of(backgrounds, 0)};
-    }
-    template <int P>
-    static Shorts levels(const Tables& tables, const Index& index) {
-        const __m256i low = _mm256_shuffle_epi8(tables.level_low, index.bytes);
-        const __m256i high = _mm256_shuffle_epi8(tables.level_high, index.bytes);
-        Shorts out{_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
-        if (P == 5) {
-            const __m256i one = _mm256_set1_epi16(1);
-            const __m256i first = _mm256_unpacklo_epi8(index.minus, index.minus);
-            const __m256i second = _mm256_unpackhi_epi8(index.minus, index.minus);
-            out.low = _mm256_sign_epi16(out.low, _mm256_or_si256(first, one));
-            out.high = _mm256_sign_epi16(out.high, _mm256_or_si256(second, one));
-        }
-        return out;
-    }
-    // Bytes above a byte of zeros: 256 times the sign.
-    template <int P>
-    static Shorts backgrounds(const Tables& tables, const Index& index) {
-        const __m256i zero = _mm256_setzero_si256();
-        __m256i signs = _mm256_shuffle_epi8(tables.background, index.bytes);
-        if (P == 5) signs = _mm256_sign_epi8(signs, _mm256_or_si256(index.minus, _mm256_set1_epi8(1)));
-        return {_mm256_unpacklo_epi8(zero, signs), _mm256_unpackhi_epi8(zero, signs)};
-    }
-    static Sums no_sums() { return _mm256_setzero_si256(); }
-    static Sums dot(Sums sums, const Shorts& a, const int16_t* x) {
+    static Bytes all(uint8_t byte) { return _mm256_set1_epi8(static_cast<char>(byte)); }
+    static Sums start(const int32_t* starts) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(starts)); }
+    static Sums dot(Sums sums, Bytes a, const int16_t* x) {
         const __m256i* from = reinterpret_cast<const __m256i*>(x);
-        const __m256i low = _mm256_madd_epi16(a.low, _mm256_loadu_si256(from));
-        const __m256i high = _mm256_madd_epi16(a.high, _mm256_loadu_si256(from + 1));
-        return _mm256_add_epi32(_mm256_add_epi32(sums, low), high);
+        const __m256i even = _mm256_and_si256(a, _mm256_set1_epi16(0xFF)), odd = _mm256_srli_epi16(a, 8);
+        const __m256i products = _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_loadu_si256(from)),
+                                                  _mm256_madd_epi16(odd, _mm256_loadu_si256(from + 1)));
+        return _mm256_add_epi32(sums, products);
     }
+    static void save(Sums sums, int32_t* to) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), sums); }
     static Floats to_floats(Sums sums) { return _mm256_cvtepi32_ps(sums); }
     // Two vectors together: in each 128 bits of a sum, even lanes belong to the first.
     template <int N>
@@ -241,35 +230,12 @@ struct Avx2Symbols : Avx2 {
             _mm_storel_pi(reinterpret_cast<__m64*>(out + i), _mm_add_ps(half, _mm_movehl_ps(half, half)));
         }
     }
-
-    static Floats scaled(const float* levels, const float* backgrounds, float s, float u) {
-        return add(mul(load(levels), broadcast(s)), mul(load(backgrounds), broadcast(u)));
-    }
-    static Entries entries(const float* levels, const float* backgrounds, float s, float u) {
-        return {scaled(levels, backgrounds, s, u), scaled(levels + 8, backgrounds + 8, s, u)};
-    }
-    // Bytes 8 i ... of 32, in the lower half of the result.
-    static __m128i eight(__m256i bytes, int64_t i) {
-        const __m128i half = i < 2 ? _mm256_castsi256_si128(bytes) : _mm256_extracti128_si256(bytes, 1);
-        return i % 2 == 0 ? half : _mm_srli_si128(half, 8);
-    }
-    template <int P>
-    static Floats entry(const Entries& table, const Index& index, int64_t i, Floats right) {
-        const __m256i at = _mm256_cvtepu8_epi32(eight(index.bytes, i));
-        const Floats low = _mm256_permutevar8x32_ps(table.low, at), high = _mm256_permutevar8x32_ps(table.high, at);
-        Floats out = _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(at, 28)));
-        const __m256i code = _mm256_and_si256(at, _mm256_set1_epi32((1 << (P - 1)) - 1));
-        const __m256i none = _mm256_cmpeq_epi32(code, _mm256_setzero_si256());
-        out = _mm256_blendv_ps(out, mul(out, right), _mm256_castsi256_ps(none));
-        if (P < 5) return out;
-        const __m256i minus = _mm256_slli_epi32(_mm256_cvtepi8_epi32(eight(index.minus, i)), 31);
-        return _mm256_xor_ps(out, _mm256_castsi256_ps(minus));
-    }
     static Floats swap(Floats a, int s) {
         const __m256i lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
         return _mm256_permutevar8x32_ps(a, _mm256_xor_si256(lanes, _mm256_set1_epi32(s)));
     }
     using Avx2::load;
+    using Avx2::save;
 };
 
 }  // namespace

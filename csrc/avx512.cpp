@@ -1,4 +1,4 @@
-// AVX-512 with BW, VL, VBMI2 (expand bytes and halves) and VNNI: Ice Lake, Zen 4 and later.
+// AVX-512 with BW, VL, VBMI (shuffles of bytes), VBMI2 (expand bytes and halves) and VNNI: Ice Lake, Zen 4 and later.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -90,72 +90,116 @@ struct Avx512 {
     }
 };
 
-// A table of 32 entries of 16 bits is one register, and its index the low 5 bits of a lane, whatever is above them.
+// For vgf2p8affineqb, a matrix for each 8 bytes of a register: row 7 - i says which bits make bit i.
+struct Matrices {
+    alignas(64) uint8_t rows[8][8];
+};
+
+// Bit i of a byte becomes its bit source(part, i), where the byte is in the given eighth of the register.
+template <class Source>
+constexpr Matrices moving(Source source) {
+    Matrices out = {};
+    for (int part = 0; part < 8; ++part) {
+        for (int i = 0; i < 8; ++i) out.rows[part][7 - i] = static_cast<uint8_t>(1 << source(part, i));
+    }
+    return out;
+}
+
+// Of planes of 2 bits and of 1 bit, that of the first 64 columns and of the others: fields at bit 0, 2, 4 and 6; all bits.
+constexpr Matrices kTwoBits[2] = {moving([](int part, int i) { return part / 4 * 2 + i % 2; }),
+                                  moving([](int part, int i) { return part / 4 * 2 + i % 2 + 4; })};
+constexpr Matrices kOneBit[2] = {moving([](int part, int) { return part / 2; }),
+                                 moving([](int part, int) { return part / 2 + 4; })};
+constexpr Matrices kHalvesSwapped = moving([](int, int i) { return (i + 4) % 8; });
+
+// A table of 64 bytes is one register, and its index the low 6 bits of a byte, whatever is above them. With Q bits in the
+// low plane these are the symbol's lowest Q bits, whether the symbol above is odd, and the symbol's top bit.
 struct Avx512Symbols : Avx512 {
-    static constexpr float kBackgroundUnit = 1.0f;
-    static constexpr bool kWholeTiles = true;
+    static constexpr int64_t kChunk = 64;
     static constexpr int quick_rows(int tokens) { return tokens == 4 ? 2 : 4; }
-    static int64_t group(int64_t g) { return g; }
 
     struct Symbols {
-        __m512i low, high, top;  // a byte in each lane of 16 bits
+        __m512i low, top;
     };
-    using Index = __m512i;
-    struct Tables {
-        __m512i level, background;
+    struct Index {
+        __m512i symbol;  // all bits but bit Q
+        __m512i odd;     // bit Q: whether the symbol is odd
     };
-    using Shorts = __m512i;
-    using Sums = __m512i;
-    struct Entries {
-        __m512 low, high;
+    using Table = __m512i;
+    using Bytes = __m512i;
+    struct Sums {
+        __m512i high, low;  // of products with the high 8 bits of inputs, and with the low 7
     };
 
-    static __m512i wide(const uint8_t* bytes) {
-        return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
-    }
+    // Of narrow planes each part of the register has all columns: which of them it is for, the matrices say.
     template <int P>
     static Symbols load(const uint8_t* low, const uint8_t* top) {
         Symbols out{};
-        out.low = wide(low);
-        if (P >= 4) out.high = wide(low + 32);
-        if (P % 2 == 1) {
-            // Bit 2 h of byte k is the sign of column 32 h + k, the next bit that of column 32 h + 16 + k. Moved up so that
-            // sign h is bit P - 1 + 2 h: above its symbol, or with 5 bits and odd h two bits higher.
-            const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(top));
-            const __m512i both = _mm512_cvtepu8_epi16(_mm256_broadcastsi128_si256(bytes));
-            constexpr int up = P - 1;
-            out.top = _mm512_sllv_epi16(both, _mm512_inserti64x4(_mm512_set1_epi16(up), _mm256_set1_epi16(up - 1), 1));
-        }
+        if (P >= 4) out.low = _mm512_loadu_si512(low);
+        if (P < 4) out.low = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
+        if (P % 2 == 1) out.top = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(top)));
         return out;
     }
-    // Signs are put above the other bits of their symbols before these are moved down.
+    static __m512i multiply(__m512i bytes, const Matrices& by) {
+        return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_load_si512(by.rows), 0);
+    }
     template <int P>
     static Index index(const Symbols& symbols, int64_t h) {
-        const unsigned down = static_cast<unsigned>(P >= 4 ? h / 2 * 4 : 2 * h);
-        __m512i bytes = P >= 4 && h % 2 == 1 ? symbols.high : symbols.low;
-        if (P % 2 == 1) {
-            const __m512i signs = P == 5 && h % 2 == 1 ? _mm512_srli_epi16(symbols.top, 2) : symbols.top;
-            const __m512i place = _mm512_set1_epi16(static_cast<int16_t>(1 << (P - 1 + down)));
-            bytes = _mm512_ternarylogic_epi32(place, signs, bytes, 0xCA);
+        Index out{};
+        if (P < 4) {
+            out.symbol = out.odd = multiply(symbols.low, kTwoBits[h]);
+        } else {
+            // Where one half of a byte is at bit 0, the lowest bit of the other one is at bit 4.
+            const __m512i swapped = multiply(symbols.low, kHalvesSwapped);
+            out.symbol = h == 0 ? symbols.low : swapped;
+            out.odd = h == 0 ? swapped : symbols.low;
         }
-        return _mm512_srli_epi16(bytes, down);
+        if (P % 2 == 1) out.symbol = select((1 << low_bits(P)) - 1, out.symbol, multiply(symbols.top, kOneBit[h]));
+        return out;
     }
-    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
-        return {_mm512_loadu_si512(levels), _mm512_loadu_si512(backgrounds)};
+    using Avx512::select;
+    // Bits of `on` where the mask of each byte has one, else those of `off`.
+    static __m512i select(int mask, __m512i on, __m512i off) {
+        return _mm512_ternarylogic_epi32(_mm512_set1_epi8(static_cast<char>(mask)), on, off, 0xCA);
     }
     template <int P>
-    static Shorts levels(const Tables& tables, Index index) {
-        return _mm512_permutexvar_epi16(index, tables.level);
+    static Table table(const Levels& levels) {
+        constexpr int Q = low_bits(P);
+        uint8_t bytes[64];
+        for (int k = 0; k < 64; ++k) {
+            const int symbol = k % (1 << Q) | k >> (Q + 1) << Q;
+            const uint8_t u = levels.byte[symbol % (1 << P)];
+            bytes[k] = k >> Q & 1 ? static_cast<uint8_t>(255 - u) : u;
+        }
+        return _mm512_loadu_si512(bytes);
     }
     template <int P>
-    static Shorts backgrounds(const Tables& tables, Index index) {
-        return _mm512_permutexvar_epi16(index, tables.background);
+    static Bytes look_up(Table table, const Index& above, const Index& own) {
+        return _mm512_permutexvar_epi8(select(0xFF ^ 1 << low_bits(P), own.symbol, above.odd), table);
     }
-    static Sums no_sums() { return _mm512_setzero_si512(); }
-    static Sums dot(Sums sums, Shorts a, const int16_t* x) {
-        return _mm512_dpwssd_epi32(sums, a, _mm512_loadu_si512(x));
+    static Floats floats(Bytes bytes, int64_t i) {
+        const __m256i half = i < 2 ? _mm512_castsi512_si256(bytes) : _mm512_extracti64x4_epi64(bytes, 1);
+        const __m128i part = i % 2 == 0 ? _mm256_castsi256_si128(half) : _mm256_extracti128_si256(half, 1);
+        return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(part));
     }
-    static Floats to_floats(Sums sums) { return _mm512_cvtepi32_ps(sums); }
+
+    // An input is 128 times a signed byte plus 7 bits. Four products of bytes are summed at once.
+    static void arrange(const int16_t* fixed, int16_t* out) {
+        int8_t* bytes = reinterpret_cast<int8_t*>(out);
+        for (int64_t k = 0; k < kChunk; ++k) {
+            bytes[k] = static_cast<int8_t>(fixed[k] >> 6);
+            bytes[kChunk + k] = static_cast<int8_t>(2 * (fixed[k] & 63));
+        }
+    }
+    static Bytes all(uint8_t byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
+    static Sums start(const int32_t* starts) { return {_mm512_setzero_si512(), _mm512_loadu_si512(starts)}; }
+    static Sums dot(const Sums& sums, Bytes a, const int16_t* x) {
+        return {_mm512_dpbusd_epi32(sums.high, a, _mm512_loadu_si512(x)),
+                _mm512_dpbusd_epi32(sums.low, a, _mm512_loadu_si512(x + 32))};
+    }
+    static __m512i whole(const Sums& sums) { return _mm512_add_epi32(_mm512_slli_epi32(sums.high, 7), sums.low); }
+    static void save(const Sums& sums, int32_t* to) { _mm512_storeu_si512(to, whole(sums)); }
+    static Floats to_floats(const Sums& sums) { return _mm512_cvtepi32_ps(whole(sums)); }
     // Four vectors together: in each 128 bits of a sum, lane i then belongs to vector i.
     template <int N>
     static void totals(const Floats (&a)[N], float (&out)[N]) {
@@ -168,25 +212,12 @@ struct Avx512Symbols : Avx512 {
             _mm_storeu_ps(out + i, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
         }
     }
-
-    static Floats scaled(const float* levels, const float* backgrounds, float s, float u) {
-        return add(mul(load(levels), broadcast(s)), mul(load(backgrounds), broadcast(u)));
-    }
-    static Entries entries(const float* levels, const float* backgrounds, float s, float u) {
-        return {scaled(levels, backgrounds, s, u), scaled(levels + 16, backgrounds + 16, s, u)};
-    }
-    template <int P>
-    static Floats entry(const Entries& table, Index index, int64_t i, Floats right) {
-        const __m256i half = i == 0 ? _mm512_castsi512_si256(index) : _mm512_extracti64x4_epi64(index, 1);
-        const __m512i at = _mm512_cvtepu16_epi32(half);
-        const Floats out = _mm512_permutex2var_ps(table.low, at, table.high);
-        return _mm512_mask_mul_ps(out, _mm512_testn_epi32_mask(at, _mm512_set1_epi32((1 << (P - 1)) - 1)), out, right);
-    }
     static Floats swap(Floats a, int s) {
         const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         return _mm512_permutexvar_ps(_mm512_xor_si512(lanes, _mm512_set1_epi32(s)), a);
     }
     using Avx512::load;
+    using Avx512::save;
 };
 
 }  // namespace

@@ -123,55 +123,69 @@ struct Neon {
     }
 };
 
-// Symbols are told apart in plain C++, which compilers vectorize; tables are looked up as two tables of 32 bytes.
+// Bytes are looked up in tables of 32.
 struct NeonSymbols : PlainSymbols<Neon> {
-    struct Tables {
-        uint8x16x2_t level_low, level_high, background;
+    static constexpr int64_t kChunk = 16;
+    static constexpr int quick_rows(int tokens) { return 4 / tokens; }
+
+    struct Symbols {
+        const uint8_t* low;
+        uint8x16_t top;
     };
-    struct Shorts {
-        int16x8_t part[4];
-    };
+    using Index = uint8x16_t;
+    using Table = uint8x16x2_t;
+    using Bytes = uint8x16_t;
     struct Sums {
         int32x4_t low, high;
     };
 
-    static uint8x16x2_t bytes_of(const int16_t* table, int shift) {
-        uint8_t bytes[kTable];
-        for (int k = 0; k < kTable; ++k) bytes[k] = static_cast<uint8_t>(static_cast<uint16_t>(table[k]) >> shift);
-        return {{vld1q_u8(bytes), vld1q_u8(bytes + 16)}};
-    }
-    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
-        return {bytes_of(levels, 0), bytes_of(levels, 8), bytes_of(backgrounds, 0)};
+    template <int P>
+    static Symbols load(const uint8_t* low, const uint8_t* top) {
+        return {low, P % 2 == 1 ? vld1q_u8(top) : vdupq_n_u8(0)};
     }
     template <int P>
-    static Shorts levels(const Tables& tables, const Index& index) {
-        Shorts out;
-        for (int i = 0; i < 2; ++i) {
-            const uint8x16_t at = vld1q_u8(index.lane + 16 * i);
-            const uint8x16_t low = vqtbl2q_u8(tables.level_low, at), high = vqtbl2q_u8(tables.level_high, at);
-            out.part[2 * i] = vreinterpretq_s16_u8(vzip1q_u8(low, high));
-            out.part[2 * i + 1] = vreinterpretq_s16_u8(vzip2q_u8(low, high));
-        }
-        return out;
+    static Index index(const Symbols& symbols, int64_t h) {
+        constexpr int Q = low_bits(P);
+        constexpr int64_t kParts = low_stride(P) / kChunk;
+        const int8x16_t down = vdupq_n_s8(static_cast<int8_t>(-Q * (h / kParts)));
+        const uint8x16_t fields = vshlq_u8(vld1q_u8(symbols.low + h % kParts * kChunk), down);
+        const uint8x16_t symbol = vandq_u8(fields, vdupq_n_u8((1 << Q) - 1));
+        if (P % 2 == 0) return symbol;
+        const uint8x16_t top = vtstq_u8(symbols.top, vdupq_n_u8(static_cast<uint8_t>(1 << h)));
+        return vorrq_u8(symbol, vandq_u8(top, vdupq_n_u8(1 << Q)));
     }
     template <int P>
-    static Shorts backgrounds(const Tables& tables, const Index& index) {
-        Shorts out;
-        for (int i = 0; i < 2; ++i) {
-            const int8x16_t signs = vreinterpretq_s8_u8(vqtbl2q_u8(tables.background, vld1q_u8(index.lane + 16 * i)));
-            out.part[2 * i] = vmovl_s8(vget_low_s8(signs));
-            out.part[2 * i + 1] = vmovl_s8(vget_high_s8(signs));
-        }
-        return out;
+    static Table table(const Levels& levels) {
+        return {{vld1q_u8(levels.byte), vld1q_u8(levels.byte + 16)}};
     }
-    static Sums no_sums() { return {vdupq_n_s32(0), vdupq_n_s32(0)}; }
-    static Sums dot(Sums sums, const Shorts& a, const int16_t* x) {
-        for (int i = 0; i < 4; ++i) {
+    // Where the symbol above is odd, all bits turn.
+    template <int P>
+    static Bytes look_up(const Table& table, Index above, Index own) {
+        return veorq_u8(vqtbl2q_u8(table, own), vtstq_u8(above, vdupq_n_u8(1)));
+    }
+    static Floats floats(Bytes bytes, int64_t i) {
+        const uint16x8_t wide = vmovl_u8(i == 0 ? vget_low_u8(bytes) : vget_high_u8(bytes));
+        return {vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(wide)))};
+    }
+
+    static void arrange(const int16_t* fixed, int16_t* out) {
+        for (int64_t k = 0; k < kChunk; ++k) out[k] = static_cast<int16_t>(2 * fixed[k]);
+    }
+    static Bytes all(uint8_t byte) { return vdupq_n_u8(byte); }
+    static Sums start(const int32_t* starts) { return {vld1q_s32(starts), vld1q_s32(starts + 4)}; }
+    static Sums dot(Sums sums, Bytes a, const int16_t* x) {
+        for (int i = 0; i < 2; ++i) {
+            const int16x8_t u = vreinterpretq_s16_u16(vmovl_u8(i == 0 ? vget_low_u8(a) : vget_high_u8(a)));
             const int16x8_t from = vld1q_s16(x + 8 * i);
-            sums.low = vmlal_s16(sums.low, vget_low_s16(a.part[i]), vget_low_s16(from));
-            sums.high = vmlal_s16(sums.high, vget_high_s16(a.part[i]), vget_high_s16(from));
+            sums.low = vmlal_s16(sums.low, vget_low_s16(u), vget_low_s16(from));
+            sums.high = vmlal_s16(sums.high, vget_high_s16(u), vget_high_s16(from));
         }
         return sums;
+    }
+    using Neon::save;
+    static void save(const Sums& sums, int32_t* to) {
+        vst1q_s32(to, sums.low);
+        vst1q_s32(to + 4, sums.high);
     }
     static Floats to_floats(const Sums& sums) { return {vcvtq_f32_s32(sums.low), vcvtq_f32_s32(sums.high)}; }
 };

@@ -50,7 +50,8 @@ bool cpu_has(int32_t set) {
         case kAvx512:
             return cpu_has(kAvx2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512vbmi2") && __builtin_cpu_supports("avx512vnni");
+                   __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
+                   __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("gfni");
 #endif
         default: return true;  // compiled in means present: NEON belongs to every 64-bit ARM
     }
@@ -164,15 +165,12 @@ SymbolActivations make_activations(const SlabSymbols& weight, int64_t tokens) {
     SymbolActivations act{};
     act.tokens = tokens;
     act.tiles = (weight.columns + kTileColumns - 1) / kTileColumns;
-    const int64_t padded = act.tiles * kTileColumns, inputs = tokens * padded, scales = tokens * act.tiles;
-    memory.start(8 * inputs + 4 * padded + 16 * act.tiles + 8 * scales);
+    const int64_t tiles = tokens * act.tiles, inputs = tiles * kTileColumns;
+    memory.start(6 * inputs + 4 * (kMostLanes + 1) * tiles);
     memory.take(inputs, act.x);
-    memory.take(padded, act.right);
     memory.take(inputs, act.x16);
-    memory.take(inputs, act.z16);
-    memory.take(2 * act.tiles, act.groups);
-    memory.take(scales, act.x_scales);
-    memory.take(scales, act.z_scales);
+    memory.take(kMostLanes * tiles, act.starts);
+    memory.take(tiles, act.x_scales);
     return act;
 }
 
@@ -182,7 +180,6 @@ bool rotates(int64_t columns, int64_t block) {
 
 bool valid(const SlabSymbols* weight) {
     return weight != nullptr && weight->rows >= 0 && weight->columns > 0 && weight->bits >= 2 && weight->bits <= 5 &&
-           weight->group_size > 0 && weight->group_size % kWordBits == 0 &&
            (weight->block == 0 || rotates(weight->columns, weight->block));
 }
 

@@ -10,7 +10,7 @@
 #endif
 
 // Changes whenever a struct or a signature below does; Python refuses a library with another number.
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 
 constexpr int64_t kWordBits = 64;      // columns per plane word, and per activation scale
 constexpr int64_t kMaxTokens = 8;      // tokens of one decode call
@@ -18,6 +18,7 @@ constexpr int64_t kMaxQuickRank = 8;   // largest rank with fixed-point activati
 constexpr int64_t kPadding = 64;       // bytes that may be read after the last value
 constexpr int64_t kTileRows = 4;       // rows and columns of a tile of symbols
 constexpr int64_t kTileColumns = 128;
+constexpr int64_t kMostLanes = 16;     // of a vector of floats
 constexpr int32_t kNotFinite = 1;      // what slablm_symbols_matvec returns if nothing was computed
 
 enum ScalarType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
@@ -38,18 +39,15 @@ struct SlabWeight {
     const float* right;   // v, [rank, 64 * words], filled up with 0
 };
 
-// A weight in symbols as a file holds it: tiles as in slablm/packing/tiles.py, all numbers FP16 and finite, none negative.
+// A weight in symbols as a file holds it: tiles as in slablm/packing/tiles.py.
 struct SlabSymbols {
     int64_t rows, columns;
-    int64_t group_size;      // columns that share a scale, a multiple of 64
     int64_t block;           // of the rotation of the inputs, a power of two that divides `columns`; 0: none
     uint64_t seed;           // of the rotation's signs
     int64_t bits;            // of a symbol, 2 to 5
     const uint8_t* symbols;
-    const uint16_t* scales;  // [rows, groups]
-    const uint16_t* levels;  // [2^(bits - 1) - 1]
-    const uint16_t* left;    // [rows]
-    const uint16_t* right;   // [columns]
+    const uint16_t* scales;  // [rows], FP16, finite and not negative
+    const int8_t* levels;    // [2^bits]
 };
 
 SLABLM_API int32_t slablm_abi_version();
@@ -96,15 +94,12 @@ struct Activations {
 
 // Inputs of one call for a weight in symbols: columns filled up with 0 to whole tiles.
 struct SymbolActivations {
-    int64_t tokens;        // a power of two; missing tokens are 0
-    int64_t tiles;         // T, across the columns; padded = 128 T
-    float* x;              // [tokens, padded], rotated
-    float* right;          // v, [padded]
-    int64_t* groups;       // of scales, by 64 columns, [2 T]
-    int16_t* x16;          // quick: x in fixed point, [tokens, padded], columns in the instruction set's order
-    float* x_scales;       // quick: [tokens, T], for sums of products with levels in fixed point
-    int16_t* z16;          // quick: v * x likewise
-    float* z_scales;       // quick: [tokens, T]
+    int64_t tokens;   // a power of two; missing tokens are 0
+    int64_t tiles;    // T, across the columns; padded = 128 T
+    float* x;         // [tokens, padded], rotated
+    int16_t* x16;     // quick: x in fixed point, [tokens, padded], arranged by the instruction set
+    int32_t* starts;  // quick: where sums of products with bytes start, [tokens, T, lanes]
+    float* x_scales;  // quick: of these sums, [tokens, T]
 };
 
 enum class Suits { kExact, kQuick, kNeither };

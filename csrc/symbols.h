@@ -1,29 +1,33 @@
 // The loops for weights in symbols (slablm/packing/symbols.py), as templates over a struct `Isa` of primitives.
 //
-// A symbol is an index into a table of 32 entries that fits into registers: shuffles of bytes, 16-bit or 32-bit lanes look
-// it up. Bits above a symbol's own need no mask where the table repeats itself. Two paths, as in kernels.h:
+// An entry is s (u - 127.5) / 128, where u is a byte: that of its symbol, or 255 - u where the symbol of the same column in
+// the row above is odd. A table of these bytes fits into registers, and byte shuffles look symbols up in it. Rows of a tile
+// are read together, so the row above is at hand. Two paths, as in kernels.h:
 //
-//   exact: a table of floats per row and group holds +-s a and +-u; where it gave u, the entry is multiplied with v.
-//   quick: tables of integers for the whole weight, one with +-a scaled to 16 bits and one with +-1 for the background, are
-//          multiplied with x and with v * x in fixed point (14 bits, a scale per tile) and summed in integers over half a
-//          tile or a tile. Then the row's scale s is applied; u is at the end.
+//   exact: bytes become floats, those of the reference, and are multiplied or written out.
+//   quick: bytes are multiplied with inputs x in fixed point (14 bits, a scale per tile) and summed in integers. They
+//          start at -127.5 sum x, the same in every row; the row's s is applied to the end result.
 //
 // A last tile of half the width is rewritten as a whole one beside nothing, so that there is one layout to read.
 //
-// Isa offers, beside the floats and `group` of kernels.h (here for 128 columns):
+// Isa offers, beside the floats of kernels.h:
+//   kChunk                            columns that are looked up together, a divisor of 64
 //   Symbols, load<P>(low, top)        one row of a tile: its bytes in the two planes
-//   Index, index<P>(Symbols, h)       symbols of columns 32 h ... of the row, h < 4
-//   Tables, tables(a, b)              tables of int16 for `levels` and `backgrounds`, from 32 entries by symbol
-//   Shorts, levels(Tables, Index)     32 columns as 16-bit lanes
-//   Shorts, backgrounds(Tables, Index)  the same, times kBackgroundUnit
-//   Sums, no_sums(), dot(Sums, Shorts, x16), to_floats(Sums)
+//   Index, index<P>(Symbols, h)       symbols of columns kChunk h ... of the row
+//   Table, table<P>(Levels)           u by symbol
+//   Bytes, look_up<P>(Table, above, own)  u of kChunk columns, from the symbols above them and their own
+//   floats(Bytes, i)                  Floats of columns kLanes i ... of a chunk
+//   arrange(fixed, x16)               a chunk of inputs, 14 bits each, as `dot` reads them, and twice as large
+//   Sums, start(int32_t[kLanes])      integers in lanes
+//   dot(Sums, Bytes, x16)             adds the products of a chunk
+//   all(u)                            Bytes that are all the same
+//   save(Sums, int32_t[kLanes]), to_floats(Sums)
 //   kQuickTokens                      up to so many tokens, fixed point is faster than floats
-//   kWholeTiles                       Sums can hold levels * x16 of 128 columns, not only of 64
 //   quick_rows(T)                     rows of a tile read together with T tokens
 //   totals(Floats[N], float[N])       the sum over the lanes of each of N vectors
-//   Entries, entries(a, b, s, u)      the table of floats: s a + u b
-//   entry<P>(Entries, Index, i, v)    Floats of lanes kLanes i ... of the 32 columns
 //   swap(Floats, s)                   lanes whose numbers differ in bit s change places
+//
+// With 8 lanes, sums of a tile stay below 3 * 255 * 8191 * 16 < 2^27.
 #pragma once
 
 #include "symbols_exact.h"
@@ -56,29 +60,18 @@ void exact_symbols(const SlabSymbols& weight, const SymbolActivations& act, cons
     for_bits(weight, [&](auto bits) { exact_symbol_tokens<Isa, bits.value>(weight, act, out, row, end); });
 }
 
-template <class Isa, int P, bool Split>
+template <class Isa, int P>
 void quick_symbol_tokens(const SlabSymbols& weight, const SymbolActivations& act, const Output& out, int64_t row,
                          int64_t end) {
-    if (act.tokens == 1) return quick_symbol_rows<Isa, P, Split, 1>(weight, act, out, row, end);
-    if (act.tokens == 2) return quick_symbol_rows<Isa, P, Split, 2>(weight, act, out, row, end);
-    quick_symbol_rows<Isa, P, Split, 4>(weight, act, out, row, end);
-}
-
-template <class Isa, int P>
-void quick_symbol_groups(const SlabSymbols& weight, const SymbolActivations& act, const Output& out, int64_t row,
-                         int64_t end) {
-    if constexpr (Isa::kWholeTiles) {
-        if (weight.group_size % kTileColumns == 0) {
-            return quick_symbol_tokens<Isa, P, false>(weight, act, out, row, end);
-        }
-    }
-    quick_symbol_tokens<Isa, P, true>(weight, act, out, row, end);
+    if (act.tokens == 1) return quick_symbol_rows<Isa, P, 1>(weight, act, out, row, end);
+    if (act.tokens == 2) return quick_symbol_rows<Isa, P, 2>(weight, act, out, row, end);
+    quick_symbol_rows<Isa, P, 4>(weight, act, out, row, end);
 }
 
 template <class Isa>
 void quick_symbols(const SlabSymbols& weight, const SymbolActivations& act, const Output& out, int64_t row,
                    int64_t end) {
-    for_bits(weight, [&](auto bits) { quick_symbol_groups<Isa, bits.value>(weight, act, out, row, end); });
+    for_bits(weight, [&](auto bits) { quick_symbol_tokens<Isa, bits.value>(weight, act, out, row, end); });
 }
 
 template <class Isa>

@@ -7,73 +7,62 @@ namespace {
 
 // Calls take(column, entries) for all lanes of one row, from left to right.
 template <class Isa, int P, class Take>
-void each_entry(const SlabSymbols& weight, const Alphabet& alphabet, const TileReader<P>& reader, const float* right,
-                const int64_t* groups, int64_t tiles, int64_t row, const Take& take) {
-    const uint16_t* scales = weight.scales + row * groups_of(weight);
-    const float u = half_at(weight.left, row);
+void each_entry(const SlabSymbols& weight, const TileReader<P>& reader, const typename Isa::Table& table, int64_t row,
+                const Take& take) {
+    const auto middle = Isa::broadcast(-kMiddle), step = Isa::broadcast(scale_of(weight, row) / kSteps);
+    const int64_t tiles = tiles_of(weight), r = row % kTileRows;
     for (int64_t t = 0; t < tiles; ++t) {
-        const auto symbols = load_row<Isa, P>(reader.tile(t), row % kTileRows);
-        typename Isa::Entries table;
-        UNROLLED for (int64_t h = 0; h < kChunks; ++h) {
-            if (h % 2 == 0) {
-                const float s = half_at(scales, groups[2 * t + h / 2]);
-                table = Isa::entries(alphabet.level, alphabet.background, s, u);
-            }
-            const auto index = Isa::template index<P>(symbols, h);
-            UNROLLED for (int64_t i = 0; i < kChunk / Isa::kLanes; ++i) {
-                const int64_t column = t * kTileColumns + h * kChunk + i * Isa::kLanes;
-                take(column, Isa::template entry<P>(table, index, i, Isa::load(right + column)));
+        const auto above = load_row<Isa, P>(reader.tile(t), row_above(r)), own = load_row<Isa, P>(reader.tile(t), r);
+        UNROLLED for (int64_t h = 0; h < kTileColumns / Isa::kChunk; ++h) {
+            const auto bytes = Isa::template look_up<P>(table, Isa::template index<P>(above, h),
+                                                        Isa::template index<P>(own, h));
+            UNROLLED for (int64_t i = 0; i < Isa::kChunk / Isa::kLanes; ++i) {
+                const auto entries = Isa::mul(Isa::add(Isa::floats(bytes, i), middle), step);
+                take(t * kTileColumns + h * Isa::kChunk + i * Isa::kLanes, entries);
             }
         }
+    }
+}
+
+// Calls each(row, reader, table) for rows [begin, end).
+template <class Isa, int P, class Each>
+void each_row(const SlabSymbols& weight, int64_t begin, int64_t end, const Each& each) {
+    const auto table = Isa::template table<P>(Levels(weight));
+    for (int64_t four = begin; four < end; four += kTileRows) {
+        const TileReader<P> reader(weight, four);
+        for (int64_t row = four; row < end && row < four + kTileRows; ++row) each(row, reader, table);
     }
 }
 
 template <class Isa, int P, int T>
 void exact_symbol_rows(const SlabSymbols& weight, const SymbolActivations& act, const Output& output, int64_t begin,
                        int64_t end) {
-    const Alphabet alphabet(weight);
+    using Floats = typename Isa::Floats;
     const int64_t padded = act.tiles * kTileColumns;
-    for (int64_t four = begin; four < end; four += kTileRows) {
-        const TileReader<P> reader(weight, four);
-        for (int64_t row = four; row < end && row < four + kTileRows; ++row) {
-            typename Isa::Floats sum[T];
-            for (int t = 0; t < T; ++t) sum[t] = Isa::zero();
-            each_entry<Isa>(weight, alphabet, reader, act.right, act.groups, act.tiles, row,
-                            [&](int64_t column, const typename Isa::Floats& entries) {
-                                for (int t = 0; t < T; ++t) {
-                                    sum[t] = Isa::fma(entries, Isa::load(act.x + t * padded + column), sum[t]);
-                                }
-                            });
-            for (int t = 0; t < T; ++t) store(output, weight.rows, row, t, Isa::total(sum[t]));
-        }
-    }
+    each_row<Isa, P>(weight, begin, end, [&](int64_t row, const auto& reader, const auto& table) {
+        Floats sum[T];
+        for (int t = 0; t < T; ++t) sum[t] = Isa::zero();
+        each_entry<Isa>(weight, reader, table, row, [&](int64_t column, const Floats& entries) {
+            for (int t = 0; t < T; ++t) sum[t] = Isa::fma(entries, Isa::load(act.x + t * padded + column), sum[t]);
+        });
+        for (int t = 0; t < T; ++t) store(output, weight.rows, row, t, Isa::total(sum[t]));
+    });
 }
 
 template <class Isa, int P, class Out>
 void unpack_symbol_rows(const SlabSymbols& weight, int64_t begin, int64_t end, Out* output) {
-    const Alphabet alphabet(weight);
-    const int64_t n = weight.columns, lanes = Isa::kLanes;
-    for (int64_t four = begin; four < end; four += kTileRows) {
-        const TileReader<P> reader(weight, four);
-        for (int64_t row = four; row < end && row < four + kTileRows; ++row, output += n) {
-            const uint16_t* scales = weight.scales + row * groups_of(weight);
-            const float u = half_at(weight.left, row);
-            for (int64_t start = 0; start < n; start += kChunk) {
-                const auto symbols = load_row<Isa, P>(reader.tile(start / kTileColumns), row % kTileRows);
-                const float s = half_at(scales, start / weight.group_size);
-                const auto table = Isa::entries(alphabet.level, alphabet.background, s, u);
-                float v[kChunk];
-                const int64_t left = n - start < kChunk ? n - start : kChunk;
-                to_floats(reinterpret_cast<const Half*>(weight.right) + start, left, kChunk, v);
-                Out chunk[kChunk];
-                const auto index = Isa::template index<P>(symbols, start % kTileColumns / kChunk);
-                UNROLLED for (int64_t i = 0; i < kChunk / Isa::kLanes; ++i) {
-                    Isa::save(Isa::template entry<P>(table, index, i, Isa::load(v + i * lanes)), chunk + i * lanes);
-                }
-                memcpy(output + start, chunk, sizeof(Out) * static_cast<size_t>(left));
-            }
-        }
-    }
+    using Floats = typename Isa::Floats;
+    const int64_t n = weight.columns;
+    each_row<Isa, P>(weight, begin, end, [&](int64_t row, const auto& reader, const auto& table) {
+        Out* to = output + (row - begin) * n;
+        each_entry<Isa>(weight, reader, table, row, [&](int64_t column, const Floats& entries) {
+            if (column + Isa::kLanes <= n) return Isa::save(entries, to + column);
+            if (column >= n) return;
+            Out last[Isa::kLanes];
+            Isa::save(entries, last);
+            memcpy(to + column, last, sizeof(Out) * static_cast<size_t>(n - column));
+        });
+    });
 }
 
 }  // namespace

@@ -15,27 +15,29 @@ inline bool all_finite(const float* x, int64_t count) {
     return is_finite(as_float(top));
 }
 
-inline void fill_groups(const SlabSymbols& weight, SymbolActivations& act) {
-    const int64_t last = groups_of(weight) - 1;
-    for (int64_t w = 0; w < 2 * act.tiles; ++w) {
-        const int64_t group = w * kWordBits / weight.group_size;
-        act.groups[w] = group < last ? group : last;
-    }
+// Where sums of products with a tile's inputs start, in lanes: -127.5 times the inputs' own sums. The inputs are stored
+// twice as large, so that these are integers.
+template <class Isa>
+void save_starts(const int16_t* x16, int32_t* starts) {
+    for (int64_t lane = 0; lane < Isa::kLanes; ++lane) starts[lane] = 0;
+    auto sums = Isa::start(starts);
+    for (int64_t at = 0; at < kTileColumns; at += Isa::kChunk) sums = Isa::dot(sums, Isa::all(255), x16 + at);
+    Isa::save(sums, starts);
+    for (int64_t lane = 0; lane < Isa::kLanes; ++lane) starts[lane] /= -2;
 }
 
 // Returns whether fixed point can stand for the token.
 template <class Isa>
-bool prepare_quick(SymbolActivations& act, int64_t token, float level_unit) {
-    const int64_t padded = act.tiles * kTileColumns;
+bool prepare_quick(SymbolActivations& act, int64_t token) {
     bool finite = true;
     for (int64_t t = 0; t < act.tiles; ++t) {
-        const int64_t at = token * padded + t * kTileColumns, scale = token * act.tiles + t;
-        const float *x = act.x + at, *v = act.right + t * kTileColumns;
-        float z[kTileColumns];
-        for (int64_t j = 0; j < kTileColumns; ++j) z[j] = v[j] * x[j];
-        act.x_scales[scale] = to_fixed_point<kTileColumns>(x, Isa::group, act.x16 + at) * level_unit;
-        act.z_scales[scale] = to_fixed_point<kTileColumns>(z, Isa::group, act.z16 + at) / Isa::kBackgroundUnit;
-        finite &= is_finite(act.x_scales[scale]) && is_finite(act.z_scales[scale]);
+        const int64_t tile = token * act.tiles + t, at = tile * kTileColumns;
+        int16_t fixed[kTileColumns];
+        const float unit = to_fixed_point<kTileColumns>(act.x + at, [](int64_t g) { return g; }, fixed);
+        act.x_scales[tile] = unit / (2 * kSteps);
+        finite &= is_finite(act.x_scales[tile]);
+        for (int64_t h = 0; h < kTileColumns; h += Isa::kChunk) Isa::arrange(fixed + h, act.x16 + at + h);
+        save_starts<Isa>(act.x16 + at, act.starts + tile * Isa::kLanes);
     }
     return finite;
 }
@@ -44,9 +46,6 @@ template <class Isa>
 Suits prepare_symbols(const SlabSymbols& weight, const void* inputs, int32_t input_type, int64_t tokens, bool quick,
                       SymbolActivations& act) {
     const int64_t padded = act.tiles * kTileColumns, n = weight.columns;
-    const float level_unit = Alphabet(weight).largest() / kLargestLevel;
-    fill_groups(weight, act);
-    to_floats(reinterpret_cast<const Half*>(weight.right), n, padded, act.right);
     for (int64_t token = 0; token < act.tokens; ++token) {
         float* x = act.x + token * padded;
         read_token(inputs, input_type, token * n, token < tokens ? n : 0, padded, x);
@@ -54,7 +53,7 @@ Suits prepare_symbols(const SlabSymbols& weight, const void* inputs, int32_t inp
             rotate<Isa>(x, n, weight.block, weight.seed, false);
             if (!all_finite(x, n)) return Suits::kNeither;
         }
-        quick = quick && prepare_quick<Isa>(act, token, level_unit);
+        quick = quick && prepare_quick<Isa>(act, token);
     }
     return quick ? Suits::kQuick : Suits::kExact;
 }

@@ -5,33 +5,26 @@
 
 namespace {
 
-// The primitives in plain C++, over the floats of an instruction set that has nothing better.
+// Over the floats of an instruction set that has nothing better.
 template <class Base>
 struct PlainSymbols : Base {
     using Floats = typename Base::Floats;
     using Base::load;
-    static constexpr float kBackgroundUnit = 1.0f;
-    static constexpr bool kWholeTiles = false;
+    using Base::save;
+    static_assert(Base::kLanes == 8);
+    static constexpr int64_t kChunk = 32;
     static constexpr int quick_rows(int) { return 1; }
-    static int64_t group(int64_t g) { return g; }
 
     struct Symbols {
         const uint8_t *low, *top;
     };
-    struct Index {
+    struct Bytes {
         uint8_t lane[kChunk];
     };
-    struct Tables {
-        int16_t level[kTable], background[kTable];
-    };
-    struct Shorts {
-        int16_t lane[kChunk];
-    };
+    using Index = Bytes;
+    using Table = Levels;
     struct Sums {
         int32_t lane[8];
-    };
-    struct Entries {
-        float lane[kTable];
     };
 
     template <int P>
@@ -50,32 +43,43 @@ struct PlainSymbols : Base {
         }
         return out;
     }
-    static Tables tables(const int16_t* levels, const int16_t* backgrounds) {
-        Tables out;
-        memcpy(out.level, levels, sizeof out.level);
-        memcpy(out.background, backgrounds, sizeof out.background);
-        return out;
-    }
-    static Shorts look_up(const int16_t* table, const Index& index) {
-        Shorts out;
-        for (int64_t k = 0; k < kChunk; ++k) out.lane[k] = table[index.lane[k]];
-        return out;
+    template <int P>
+    static Table table(const Levels& levels) {
+        return levels;
     }
     template <int P>
-    static Shorts levels(const Tables& tables, const Index& index) {
-        return look_up(tables.level, index);
+    static Bytes look_up(const Table& table, const Index& above, const Index& own) {
+        Bytes out;
+        for (int64_t k = 0; k < kChunk; ++k) {
+            const int flip = above.lane[k] % 2 == 1 ? 255 : 0;
+            out.lane[k] = static_cast<uint8_t>(table.byte[own.lane[k]] ^ flip);
+        }
+        return out;
     }
-    template <int P>
-    static Shorts backgrounds(const Tables& tables, const Index& index) {
-        return look_up(tables.background, index);
+    static Floats floats(const Bytes& bytes, int64_t i) {
+        float out[8];
+        for (int64_t k = 0; k < 8; ++k) out[k] = bytes.lane[8 * i + k];
+        return Base::load(out);
     }
-    static Sums no_sums() { return {}; }
-    static Sums dot(Sums sums, const Shorts& a, const int16_t* x) {
+    static void arrange(const int16_t* fixed, int16_t* out) {
+        for (int64_t k = 0; k < kChunk; ++k) out[k] = static_cast<int16_t>(2 * fixed[k]);
+    }
+    static Bytes all(uint8_t byte) {
+        Bytes out;
+        memset(out.lane, byte, sizeof out.lane);
+        return out;
+    }
+    static Sums start(const int32_t* starts) {
+        Sums out;
+        memcpy(out.lane, starts, sizeof out.lane);
+        return out;
+    }
+    static Sums dot(Sums sums, const Bytes& a, const int16_t* x) {
         for (int64_t k = 0; k < kChunk; ++k) sums.lane[k % 8] += a.lane[k] * x[k];
         return sums;
     }
+    static void save(const Sums& sums, int32_t* to) { memcpy(to, sums.lane, sizeof sums.lane); }
     static Floats to_floats(const Sums& sums) {
-        static_assert(Base::kLanes == 8);
         float out[8];
         for (int i = 0; i < 8; ++i) out[i] = static_cast<float>(sums.lane[i]);
         return Base::load(out);
@@ -83,21 +87,6 @@ struct PlainSymbols : Base {
     template <int N>
     static void totals(const Floats (&a)[N], float (&out)[N]) {
         for (int i = 0; i < N; ++i) out[i] = Base::total(a[i]);
-    }
-    static Entries entries(const float* levels, const float* backgrounds, float s, float u) {
-        Entries out;
-        for (int k = 0; k < kTable; ++k) out.lane[k] = levels[k] * s + backgrounds[k] * u;
-        return out;
-    }
-    template <int P>
-    static Floats entry(const Entries& table, const Index& index, int64_t i, Floats right) {
-        float v[Base::kLanes];
-        Base::save(right, v);
-        for (int64_t k = 0; k < Base::kLanes; ++k) {
-            const uint8_t symbol = index.lane[i * Base::kLanes + k];
-            v[k] = symbol % (1 << (P - 1)) == 0 ? table.lane[symbol] * v[k] : table.lane[symbol];
-        }
-        return Base::load(v);
     }
     static Floats swap(Floats a, int s) {
         float in[Base::kLanes], out[Base::kLanes];

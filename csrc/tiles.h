@@ -1,14 +1,17 @@
-// A weight in symbols as a file holds it (slablm/packing/symbols.py): tiles of rows, scales and entries by symbol.
+// A weight in symbols as a file holds it (slablm/packing/symbols.py): tiles of rows, levels and scales.
+//
+//   entry = s_i (u - 127.5) / 128,   u = q + 128 for the symbol's level q, or 255 - u where the symbol above is odd
+//
+// Above the first row of a tile is its last one.
 #pragma once
 
 #include "kernels.h"
 
 namespace {
 
-constexpr int64_t kChunk = 32;  // columns whose symbols are looked up together
-constexpr int64_t kChunks = kTileColumns / kChunk;
 constexpr int kTable = 32;
-constexpr float kLargestLevel = 32767.0f;
+constexpr float kMiddle = 127.5f;
+constexpr float kSteps = 128.0f;
 
 template <int N>
 struct Constant {
@@ -67,36 +70,25 @@ struct TileReader {
     }
 };
 
+inline int64_t tiles_of(const SlabSymbols& weight) { return (weight.columns + kTileColumns - 1) / kTileColumns; }
+
+constexpr int64_t row_above(int64_t r) { return (r + kTileRows - 1) % kTileRows; }
+
 template <class Isa, int P>
 typename Isa::Symbols load_row(const uint8_t* tile, int64_t r) {
     return Isa::template load<P>(tile + r * low_stride(P), tile + kTileRows * low_stride(P) + r * kTopStride);
 }
 
-inline float half_at(const uint16_t* halves, int64_t at) { return to_float(Half{halves[at]}); }
+// u by symbol, repeated.
+struct Levels {
+    uint8_t byte[kTable];
 
-inline int64_t groups_of(const SlabSymbols& weight) {
-    return (weight.columns + weight.group_size - 1) / weight.group_size;
-}
-
-// Entries by symbol, repeated: levels with their signs, 0 for the background, and the signs of the background.
-struct Alphabet {
-    float level[kTable], background[kTable];
-
-    explicit Alphabet(const SlabSymbols& weight) {
-        const int top = 1 << (weight.bits - 1);
-        for (int k = 0; k < kTable; ++k) {
-            const int c = k & (top - 1);
-            const float sign = k & top ? -1.0f : 1.0f;
-            level[k] = c == 0 ? 0.0f : sign * half_at(weight.levels, c - 1);
-            background[k] = c == 0 ? sign : 0.0f;
-        }
-    }
-
-    float largest() const {
-        float top = 0.0f;
-        for (float a : level) top = a > top ? a : top;
-        return top;
+    explicit Levels(const SlabSymbols& weight) {
+        const int64_t last = (1 << weight.bits) - 1;
+        for (int64_t k = 0; k < kTable; ++k) byte[k] = static_cast<uint8_t>(weight.levels[k & last] + 128);
     }
 };
+
+inline float scale_of(const SlabSymbols& weight, int64_t row) { return to_float(Half{weight.scales[row]}); }
 
 }  // namespace

@@ -2,21 +2,17 @@
 
 import copy
 import pickle
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from slablm.errors import SlabError
-from slablm.methods.alphabet import grid_steps
-from slablm.packing.symbols import pack_symbols
-from slablm.runtime import kernels
+from slablm.methods.rotation import Rotation
 from slablm.runtime.linear import SlabLinear
-from tests.packing.test_symbols import random_symbols
+from tests.runtime.kernels.weights import random_symbols
 
-PACKED = pack_symbols(random_symbols(20, 136, 4, 64, 8, 0))
-OTHER = replace(pack_symbols(random_symbols(20, 136, 4, 64, 8, 1)), spec=PACKED.spec)  # the same rotation
+PACKED, OTHER = (random_symbols(20, 136, 4, Rotation(136, 8, 0), seed) for seed in range(2))
 BIAS = torch.arange(20.0)
 INPUTS = torch.randn(3, 136, generator=torch.Generator().manual_seed(0))
 
@@ -61,39 +57,6 @@ def test_it_loads_parts(assign):
     assert len(missing) == len(PACKED.parts()) + 1
 
 
-def of_levels(*levels):
-    """`PACKED` with other levels in front of its largest ones."""
-    return replace(PACKED, levels=torch.tensor([0.0] * (len(PACKED.levels) - len(levels)) + [*levels]).half())
-
-
-GRID, COARSE, FREE = of_levels(1, 2, 127), of_levels(1, 2, 4), of_levels(1, 50.5, 127)
-
-
-@pytest.mark.parametrize(("packed", "steps"), [(GRID, 127), (COARSE, 4), (FREE, None)])
-def test_the_grid_is_known_once_kernels_run(packed, steps):
-    layer = copy.deepcopy(SlabLinear.from_packed(packed))
-    assert layer.steps is None  # nothing was read from the levels
-    layer.use_native()
-    assert layer.steps == steps == grid_steps(packed.levels)
-
-
-@pytest.mark.parametrize("assign", [False, True])
-def test_the_grid_of_other_levels_is_found_anew(assign):
-    """With the old one a GPU would round the levels to steps that they do not lie on."""
-    layer = native_layer(GRID, bias=None)
-    for packed in (COARSE, FREE, GRID):
-        layer.load_state_dict(SlabLinear.from_packed(packed).state_dict(), assign=assign)
-        assert layer.steps == grid_steps(packed.levels)
-
-
-def test_the_grid_is_told_to_the_kernels(monkeypatch):
-    told = []
-    monkeypatch.setattr(kernels, "symbols_linear", lambda inputs, packed, steps: told.append(steps) or inputs)
-    for packed in (GRID, FREE):
-        native_layer(packed, bias=None)(INPUTS)
-    assert told == [127, None]
-
-
 def test_a_cast_leaves_the_stored_weight_alone():
     layer = native_layer().to(torch.bfloat16)
     assert all(torch.equal(tensor, PACKED.parts()[name]) for name, tensor in layer.packed.parts().items())
@@ -131,8 +94,8 @@ def test_there_are_no_values_to_quantize():
 
 def test_corrupted_parts_are_refused():
     layer = copy.deepcopy(SlabLinear.from_packed(PACKED))
-    layer.levels[0] = -1
-    with pytest.raises(SlabError, match="up_proj: corrupted scales, levels or factors"):
+    layer.scales[0] = -1
+    with pytest.raises(SlabError, match="up_proj: corrupted scales"):
         layer.use_native(name="up_proj")
 
 
@@ -142,4 +105,4 @@ def test_shapes_alone_on_meta():
 
 
 def test_repr_says_what_it_is():
-    assert "symbol_bits=4, group_size=64, rotation=8" in repr(SlabLinear.from_packed(PACKED))
+    assert "symbol_bits=4, rotation=8" in repr(SlabLinear.from_packed(PACKED))

@@ -4,7 +4,9 @@ import torch
 from hypothesis import strategies as st
 
 from slablm.methods import Decomposition
+from slablm.methods.symbols import SymbolWeight
 from slablm.packing import PackedSpec, pack
+from slablm.packing.symbols import pack_symbols
 from slablm.runtime.kernels import reference
 
 FIXED_POINT_STEPS = 8191  # 14 bits: largest magnitude of a block of 64 inputs
@@ -56,3 +58,13 @@ def _largest_of_block(inputs):
     n = inputs.shape[1]
     blocks = torch.nn.functional.pad(inputs.double().abs(), (0, -n % 64)).unflatten(1, (-1, 64))
     return blocks.amax(dim=2, keepdim=True).expand_as(blocks).flatten(1)[:, :n]
+
+
+def random_symbols(m, n, bits, rotation=None, seed=0):
+    """A weight in symbols, packed; every ninth row has scale 0."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (m, n), generator=generator, dtype=torch.uint8)
+    scales = torch.rand(m, generator=generator).half() + 0.1
+    scales[8::9] = 0
+    levels = torch.randint(-128, 128, (2**bits,), generator=generator, dtype=torch.int8)
+    return pack_symbols(SymbolWeight(codes, scales, levels, rotation))

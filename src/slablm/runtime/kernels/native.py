@@ -21,11 +21,10 @@ from torch import Tensor
 
 from slablm.methods.rotation import Rotation
 from slablm.packing.symbols import PackedSymbols
-from slablm.packing.tiles import HALF_TILE
 from slablm.runtime.kernels.layout import NativeWeight
 
 MAX_TOKENS = 8
-ABI_VERSION = 3
+ABI_VERSION = 4
 # Fastest first; the number is the library's.
 INSTRUCTION_SETS = {"avx512": 2, "avx2": 1, "neon": 3, "portable": 0}
 
@@ -46,8 +45,8 @@ class _Weight(ctypes.Structure):
     )
 
 
-# `SlabSymbols` of csrc/slablm.h: rows, columns, group_size and block, seed, bits, and pointers.
-_SYMBOLS = struct.Struct("@4qQq5P")
+# `SlabSymbols` of csrc/slablm.h: rows, columns and block, seed, bits, and pointers.
+_SYMBOLS = struct.Struct("@3qQq3P")
 
 
 @dataclass(frozen=True)
@@ -167,18 +166,13 @@ def unpack(library: Library, instruction_set: str, weight: NativeWeight, begin: 
     _check(status)
 
 
-def reads_symbols(weight: PackedSymbols) -> bool:
-    """Whether the kernels have code for a weight: scales must not change within half a tile."""
-    return weight.spec.group_size % HALF_TILE == 0
-
-
 def symbols_matvec(library: Library, instruction_set: str, weight: PackedSymbols, inputs: Tensor) -> Tensor | None:
     """A weight in symbols applied to a few tokens, straight from the tiles.
 
     Args:
         library: from `load`.
         instruction_set: one of `library.supported`.
-        weight: [m, n], one of which `reads_symbols` is true.
+        weight: [m, n].
         inputs: as for `matvec`; not yet rotated.
 
     Returns:
@@ -247,13 +241,13 @@ def rotate(library: Library, instruction_set: str, rotation: Rotation, rows: Ten
 
 def _symbols_struct(weight: PackedSymbols) -> bytes:
     """The weight's `SlabSymbols`, made per call: that takes 1.5 µs, and nothing can go stale."""
-    spec, parts = weight.spec, (weight.symbols, weight.scales, weight.levels, weight.left, weight.right)
+    spec, parts = weight.spec, (weight.symbols, weight.scales, weight.levels)
     for part in parts:
         if not (part.is_cpu and part.is_contiguous()):
-            raise RuntimeError("a kernel needs contiguous symbols and factors on the CPU; this is a bug in slablm")
+            raise RuntimeError("a kernel needs contiguous symbols, scales and levels on the CPU; this is a bug in slablm")
     m, n, rotation = spec.out_features, spec.in_features, spec.rotation
     block, seed = (0, 0) if rotation is None else (rotation.block, rotation.seed)
-    return _SYMBOLS.pack(m, n, spec.group_size, block, seed, spec.bits, *[part.data_ptr() for part in parts])
+    return _SYMBOLS.pack(m, n, block, seed, spec.bits, *[part.data_ptr() for part in parts])
 
 
 # Made once per weight and set of addresses, which change when memory moves (`Tensor.share_memory_`). Not an attribute

@@ -77,7 +77,7 @@ def _run(inputs: Tensor, weight: PackedSymbols) -> Tensor:
 def _kernels(weight: PackedSymbols, dtype: torch.dtype) -> tuple[str, native.Library] | None:
     """The instruction set and the library that multiply a weight with numbers of this type, if there are any."""
     chosen = backend(weight.device)
-    if chosen.library is None or dtype not in KERNEL_DTYPES or not native.reads_symbols(weight):
+    if chosen.library is None or dtype not in KERNEL_DTYPES:
         return None
     return chosen.name, chosen.library
 
