@@ -99,7 +99,7 @@ METHODS: dict[str, Method] = {
         needs_gram=True,
         needs_held_out=True,
         takes_true_bits=True,
-        version=5,
+        version=6,
         workspace=_slab_plus_workspace,
     ),
     "wanda": Method(wanda, _PRUNED, workspace=_pruner_workspace),
