@@ -39,7 +39,7 @@ def test_tokenizer_is_found_where_the_model_came_from(tiny_folder, quick):
         {"method": "wanda"},
         {"method": "magnitude"},
         {"method": "slab+", "ratio": None},
-        {"method": "slab+", "ratio": None, "bits_per_weight": 5.0, "group_size": 32},
+        {"method": "slab+", "ratio": None, "bits_per_weight": 3.0},
         {"method": "slab+", "ratio": None, "bits_per_weight": 5.0, "value_dtype": "bfloat16"},
     ],
 )

@@ -44,7 +44,7 @@ def test_no_arrow_runs_upwards_and_there_is_no_circle(copy):
         ("system/finite.py", "slablm.cli.console", "A room imports only what its data comes from"),
         ("checkpoint/shards.py", "slablm.dense.sources", "A room imports only what its data comes from"),
         ("system/memory.py", "slablm.system.float32", None),
-        ("methods/alphabet.py", "slablm.methods.slab_plus", "No circle, between rooms or inside one"),
+        ("methods/symbols.py", "slablm.methods.slab_plus", "No circle, between rooms or inside one"),
         ("methods/slab.py", "transformers", "The mathematics knows nothing of transformers, files or devices"),
     ],
 )

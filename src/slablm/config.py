@@ -165,7 +165,7 @@ class CompressionConfig:
         bits_per_weight: true bits per weight of the packed tensors, of `slab+` only (None for 4). It is the most that a
             block's layers have together: each gets symbols of more or fewer bits as the block is sensitive to it.
         value_bits: bits of a code, 2 to 8; used by the quantizers (`rtn`, `gptq`, `awq`) only.
-        group_size: columns of a row that share a scale; of `slab+` and the quantizers only.
+        group_size: columns of a row that share a scale; of the quantizers only.
         calibration: ``c4``, ``wikitext2``, ``self``, ``builtin`` or the path of a text file, perhaps with a range of
             windows (`Excerpt`).
         num_samples: number of calibration windows.

@@ -10,10 +10,10 @@ import struct
 
 import numpy as np
 
-NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "F64": "<f8", "I64": "<i8"}
+NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "U8": "u1", "I8": "i1", "F64": "<f8", "I64": "<i8"}
 NAMES = {
     "F32": "torch.float32", "F16": "torch.float16", "BF16": "torch.bfloat16", "U8": "torch.uint8",
-    "F64": "torch.float64", "I64": "torch.int64",
+    "I8": "torch.int8", "F64": "torch.float64", "I64": "torch.int64",
 }  # fmt: skip
 ERRORS = ("output_error", "unseen_error")
 
@@ -56,7 +56,7 @@ class Reader:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.entries = config["quantization_config"]
         assert self.entries["quant_method"] == "slab"
-        assert self.entries["format_version"] == 6
+        assert self.entries["format_version"] == 7
         self.modules, self.value_dtype = self.entries["modules"], self.entries["value_dtype"]
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
@@ -130,18 +130,20 @@ class Reader:
 
     def from_symbols(self, layer):
         entry = self.modules[layer]
-        left, right = self.numbers(f"{layer}.left"), self.numbers(f"{layer}.right")
-        m, n, p = len(left), right.shape[1], entry["symbol_bits"]
+        scales, levels = self.numbers(f"{layer}.scales"), self.numbers(f"{layer}.levels")
+        m, n, p = len(scales), entry["in_features"], entry["symbol_bits"]
         rows = self.bytes_of(f"{layer}.symbols").tolist()
-        symbols = np.array([[symbol(rows, p, n, i, j) for j in range(n)] for i in range(m)])
-        indices, minus = symbols % 2 ** (p - 1), symbols >= 2 ** (p - 1)
-        scales = np.repeat(self.numbers(f"{layer}.scales"), entry["group_size"], axis=1)[:, :n]
-        levels = self.numbers(f"{layer}.levels")
-        weight = np.where(indices == 0, left * right, scales * levels[indices - 1])
-        weight = np.where(minus, -weight, weight)
+        weight = np.array([[value(rows, p, n, i, j, levels) for j in range(n)] for i in range(m)], np.float32)
+        weight *= scales[:, None]
         if "rotation" not in entry:
             return weight
         return transformed(weight, entry["rotation"]) * rotation_signs(entry["seed"], n)
+
+
+def value(symbols, p, n, i, j, levels):
+    above = i // 4 * 4 + (i - 1) % 4
+    odd = symbol(symbols, p, n, above, j) % 2
+    return (-1 if odd else 1) * (levels[symbol(symbols, p, n, i, j)] + 0.5) / 128
 
 
 def symbol(symbols, p, n, i, j):

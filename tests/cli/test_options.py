@@ -19,9 +19,9 @@ SHARED = {
     "targets": ("q_proj", "k_proj"),
     "ignore": ("re:.*0.*", "k_proj"),
 }
-SETTINGS = SHARED | {"method": "wanda", "ratio": 0.3, "pattern": "2:4", "rank": 2, "iterations": 7, "group_size": 32}
+SETTINGS = SHARED | {"method": "wanda", "ratio": 0.3, "pattern": "2:4", "rank": 2, "iterations": 7}
 SETTINGS |= {"value_dtype": "bfloat16"}
-SYMBOLS = {"method": "slab+", "bits_per_weight": 4.5, "group_size": 64}
+SYMBOLS = {"method": "slab+", "bits_per_weight": 4.5}
 SEED = {"seed": 4}
 VERBS = {
     "compress": ("slablm.cli.compress.run", "model", "out"),

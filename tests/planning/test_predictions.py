@@ -97,7 +97,7 @@ def test_a_methods_budget_is_what_it_stores(method, m, groups, rank, pattern):
             storage((m, 4 * groups), config)
         return
     if isinstance(result, SymbolWeight):
-        stored = SymbolBudget(result.symbol_bits, result.alphabet.group_size)
+        stored = SymbolBudget(result.symbol_bits)
     else:
         stored = RowBudget(result.kept, result.rank, result.signs is not None)
     assert storage((m, 4 * groups), config) == stored

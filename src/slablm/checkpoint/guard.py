@@ -21,6 +21,7 @@ GUARD = "this model is compressed by slablm: run `pip install slablm` and `impor
 FORMAT_VERSION = 7
 READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
 FIRST_WITH_FP16_GRID = 4
+UNRELEASED_SYMBOLS = 6
 FIRST_WITH_SYMBOLS = 7
 
 

@@ -21,7 +21,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slablm.checkpoint import integrity
 from slablm.checkpoint.config_file import config_digest
-from slablm.checkpoint.description import Description, ModuleSpec, drift_entry, read_drift
+from slablm.checkpoint.description import Description, drift_entry, read_drift
+from slablm.checkpoint.entries import ModuleSpec
 from slablm.checkpoint.files import WAY_OUT
 from slablm.checkpoint.guard import FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
 from slablm.checkpoint.layer_report import LayerReport

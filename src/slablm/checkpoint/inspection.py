@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from slablm.checkpoint.config_file import read_quantization_config
-from slablm.checkpoint.description import ModuleSpec
+from slablm.checkpoint.entries import ModuleSpec
 from slablm.checkpoint.files import weight_files
 from slablm.checkpoint.layer_report import LayerReport, drift_summary, size_summary
 from slablm.checkpoint.verification import open_checkpoint

@@ -30,7 +30,6 @@ Ratio = Annotated[
 BitsPerWeight = Annotated[
     float | None, typer.Option(help="True bits per weight of slab+, the most that a block has. [default: 4]")
 ]
-GroupSize = Annotated[int, typer.Option(help="slab+: columns that share a scale.")]
 PatternText = Annotated[str, typer.Option(help="unstructured, 2:4, 4:8 or any N:M (N of every M survive).")]
 Rank = Annotated[int, typer.Option(help="Rank of the low-rank part.")]
 Iterations = Annotated[int, typer.Option(help="Rounds of alternating minimisation.")]
@@ -66,7 +65,6 @@ class Settings:
     method: Method = "slab+"
     ratio: Ratio = None
     bits_per_weight: BitsPerWeight = None
-    group_size: GroupSize = 128
     pattern: PatternText = "unstructured"
     rank: Rank = 1
     iterations: Iterations = 20

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from slablm.calibration.activations import Activations
-from slablm.checkpoint.description import ModuleSpec
+from slablm.checkpoint.entries import ModuleSpec
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.stored import rounded, stored_form
 from slablm.compression.journal import Journal, block_key, outside_key

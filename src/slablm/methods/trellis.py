@@ -45,9 +45,7 @@ def nearest_codes(targets: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tens
         c, [..., m] uint8, and their values τ s a, [..., m] float32.
     """
     m = targets.shape[-1]
-    tiled, own_scales = (
-        functional.pad(part, (0, -m % TILE_ROWS)).unflatten(-1, (-1, TILE_ROWS)) for part in (targets, scales)
-    )
+    tiled, own_scales = (_in_tiles(part) for part in (targets, scales))
     codes, values = _nearest_of_each(tiled, own_scales, levels)
     distances = (values - tiled).square()
     if m % TILE_ROWS:
@@ -61,6 +59,12 @@ def nearest_codes(targets: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tens
     chosen = (2 * parities.roll(1, dims=-1) + parities)[None]
     best = (part.flatten(0, 1).gather(0, chosen)[0].flatten(-2)[..., :m] for part in (codes, values))
     return next(best), next(best)
+
+
+def _in_tiles(rows: Tensor) -> Tensor:
+    """[..., m] → [..., ⌈m / 4⌉, 4], filled up with 0."""
+    padded = functional.pad(rows, (0, -rows.shape[-1] % TILE_ROWS))
+    return padded.view(*rows.shape[:-1], -1, TILE_ROWS)
 
 
 def _nearest_of_each(targets: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

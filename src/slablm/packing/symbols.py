@@ -46,7 +46,7 @@ class SymbolSpec(StoredSpec):
     @property
     def paper_bits(self) -> int:
         """Bits in the paper's accounting: as `nbytes` counts, without padding."""
-        return self.bits * self.out_features * self.in_features + 16 * self.out_features + 8 * 2**self.bits
+        return self.bits * self.out_features * self.in_features + 16 * self.out_features + (8 << self.bits)
 
     def from_parts(self, parts: Mapping[str, Tensor], name: str = "weight") -> PackedSymbols:
         """Put together what `PackedSymbols.parts` took apart; see `PackedSymbols.validate`."""
