@@ -39,7 +39,7 @@ static inline float4 make_float4(float x, float y, float z, float w) { return {x
 struct Index { unsigned x, y, z; };
 static Index threadIdx, blockIdx, blockDim;
 
-enum { WARP = 32, MOST_THREADS = 1024, STACK = 1 << 16, SHARED = 240 << 10, POISON = 0xFF };
+enum { WARP = 32, COPY_BYTES = 16, MOST_THREADS = 1024, STACK = 1 << 16, SHARED = 240 << 10, POISON = 0xFF };
 extern "C" {
 alignas(16) thread_local float columns[SHARED / sizeof(float)];
 alignas(16) thread_local uint4 memory[SHARED / sizeof(uint4)];
@@ -50,7 +50,6 @@ alignas(16) thread_local uint4 memory[SHARED / sizeof(uint4)];
 struct Copy {
     unsigned char* to;
     const unsigned char* from;
-    int bytes;
 };
 
 struct Fiber {
@@ -71,7 +70,7 @@ static ucontext_t scheduler;
 static int running;
 static long steps_taken;  // ends of fibers, and arrivals at meetings
 static bool adverse;
-static Meeting blocks_meeting, warps_meetings[MOST_THREADS / WARP], barriers[16];
+static Meeting blocks_meeting, warps_meetings[MOST_THREADS / WARP];
 static unsigned exchanged[MOST_THREADS][2][6];  // of each thread, in turns: before the next of a kind all have read
 static int turns[MOST_THREADS];
 
@@ -87,8 +86,6 @@ static void meet_others(Meeting& meeting, int count) {
 
 static inline void __syncthreads() { meet_others(blocks_meeting, blockDim.x); }
 static inline void __syncwarp() { meet_others(warps_meetings[running / WARP], WARP); }
-template <int THREADS>
-inline void barrier(int index) { meet_others(barriers[index], THREADS); }
 
 // What each lane of the warp has brought, [lane][turn]...
 static unsigned (*exchange(const unsigned* brought, int count, int& turn))[2][6] {
@@ -112,7 +109,6 @@ static inline float __uint_as_float(unsigned bits) { return bits_as<float>(bits)
 static inline float __int_as_float(int bits) { return bits_as<float>(bits); }
 static inline unsigned __float_as_uint(float value) { return bits_as<unsigned>(value); }
 static inline int __float2int_rn(float value) { return std::isnan(value) ? 0 : (int)std::nearbyint(value); }
-static inline unsigned __float2uint_rn(float value) { return std::isnan(value) ? 0 : (unsigned)std::nearbyint(value); }
 static inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 template <typename T>
 inline T __ldg(const T* from) { return *from; }
@@ -132,13 +128,20 @@ static inline unsigned __reduce_max_sync(unsigned, unsigned value) {
     return value;
 }
 
-static void copy(const Copy& copy) { memcpy(copy.to, copy.from, copy.bytes); }
+static inline int __reduce_add_sync(unsigned, int value) {
+    const unsigned brought = value;
+    int turn, sum = 0;
+    const auto all = exchange(&brought, 1, turn);
+    for (int lane = 0; lane < WARP; lane++) sum += (int)all[lane][turn][0];
+    return sum;
+}
 
-template <int BYTES>
-inline void fetch(unsigned char* to, const unsigned char* from) {
+static void copy(const Copy& copy) { memcpy(copy.to, copy.from, COPY_BYTES); }
+
+static inline void fetch(unsigned char* to, const unsigned char* from) {
     // What the GPU refuses: addresses that are no multiple of the size.
-    if ((size_t)to % BYTES || (size_t)from % BYTES) __builtin_trap();
-    const Copy wanted = {to, from, BYTES};
+    if ((size_t)to % COPY_BYTES || (size_t)from % COPY_BYTES) __builtin_trap();
+    const Copy wanted = {to, from};
     if (adverse) copy(wanted);
     else fibers[running].open.push_back(wanted);
 }
@@ -177,8 +180,8 @@ static inline void multiply_next(int* sums, const unsigned* a, unsigned b0, unsi
         }
 }
 
-static inline void multiply_first(int* sums, const unsigned* a, unsigned b0, unsigned b1, int start) {
-    std::fill(sums, sums + 4, start);
+static inline void multiply_first(int* sums, const unsigned* a, unsigned b0, unsigned b1) {
+    std::fill(sums, sums + 4, 0);
     multiply_next(sums, a, b0, b1);
 }
 
@@ -215,7 +218,7 @@ static void run_warp(int first, int count) {
 
 // Whether all threads of a block come to their end. If all wait, nobody takes a step.
 static bool run_block(int threads) {
-    blocks_meeting = {}, std::fill_n(warps_meetings, MOST_THREADS / WARP, Meeting()), std::fill_n(barriers, 16, Meeting());
+    blocks_meeting = {}, std::fill_n(warps_meetings, MOST_THREADS / WARP, Meeting());
     std::fill_n(turns, threads, 0);
     std::for_each(fibers, fibers + threads, start_fiber);
     const int warps = (threads + WARP - 1) / WARP;

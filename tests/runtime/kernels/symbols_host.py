@@ -48,8 +48,8 @@ def build(text, target, *flags):
 
 
 @cache
-def library(folder, bits, group_size, dtype, shape):
+def library(folder, bits, dtype, shape):
     """All kernels for one kind of weight."""
     launchers = "".join(f"LAUNCHER({name})\n" for name in NAMES)
-    text = f'#include "{HEADER}"\n{gpu_symbols.source(bits, group_size, dtype, shape)}{launchers}'
-    return build(text, folder / f"{bits}-{group_size}-{dtype}-{'-'.join(map(str, vars(shape).values()))}.so")
+    text = f'#include "{HEADER}"\n{gpu_symbols.source(bits, dtype, shape)}{launchers}'
+    return build(text, folder / f"{bits}-{dtype}-{'-'.join(map(str, vars(shape).values()))}.so")
