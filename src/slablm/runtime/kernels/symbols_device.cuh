@@ -10,8 +10,8 @@
 // at most 2^30, an integer of 32 bits but for the last term. That is the same in all rows, and added once. The scale of a
 // row comes last.
 //
-// An operand has a record per tile and four tokens: its bytes in the order in which lanes read them, [half of the
-// steps][column of the fragment][t][16 bytes], then for each token the unit over 128, and that times ½ Σ x.
+// An operand has a record per tile and four tokens: for each token the unit over 128, and that times ½ Σ x; then its
+// bytes in the order in which lanes read them, [half of the steps][column of the fragment][t][16 bytes].
 //
 // A warp has eight tiles of rows, 32 rows, in two fragments: rows g and g + 8 of the first are rows 0 and 1 of tile g, and
 // those of the second its rows 2 and 3. So a lane has all rows of a tile, and the symbols above each. The K_WARPS of a
@@ -23,7 +23,8 @@
 #define COLUMNS (TOKENS >= 4 ? 8 : TOKENS >= 2 ? 4 : 2)
 #define TILE 128
 #define UNIT_BYTES 32
-#define RECORD_BYTES(W) (32 * (W) * COLUMNS + UNIT_BYTES)
+#define RECORD_BYTES (UNIT_BYTES + TILE * COLUMNS)
+#define OPERAND_BYTES (QUADS * RECORD_BYTES)  // of a tile
 
 typedef unsigned short half_bits;
 

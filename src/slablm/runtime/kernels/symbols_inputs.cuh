@@ -116,7 +116,6 @@ extern "C" __global__ void __launch_bounds__(512) quantize(
     wait_for_previous();  // also: what is written to may still be read
     rotated(columns, inputs + (long long)token * n, minus, n, start, size, block);
     const int tiles = tiles_of(n), halves = halves_of(n);
-    u8* const own = operand + (long long)(token / 4) * tiles * RECORD_BYTES(4);  // of four tokens
     for (int tile = threadIdx.x / 32; tile < size / TILE; tile += blockDim.x / 32) {
         const int index = start / TILE + tile;
         if (index >= tiles) break;
@@ -132,10 +131,10 @@ extern "C" __global__ void __launch_bounds__(512) quantize(
         }
         u32 words[2];
         const float2 unit = integers(values, words);
-        u8* const record = own + index * RECORD_BYTES(4);
-        if (lane == 0) ((float2*)(record + 32 * W * COLUMNS))[token % 4] = unit;
+        u8* const record = operand + index * OPERAND_BYTES + token / 4 * RECORD_BYTES;
+        if (lane == 0) ((float2*)record)[token % 4] = unit;
         if (c >= half) continue;
-        u8* const at = record + (step / 2 * COLUMNS + 2 * (token % 4)) * 64 + t * 16 + step % 2 * 8 + c % 4 * 2;
+        u8* const at = record + UNIT_BYTES + (step / 2 * COLUMNS + 2 * (token % 4)) * 64 + t * 16 + step % 2 * 8 + c % 4 * 2;
         *(u32*)at = words[0];
         *(u32*)(at + 64) = words[1];
     }

@@ -2,8 +2,8 @@
 
 // Of a tile, an odd multiple of 64 bytes, so that lanes of neighbouring tiles do not meet in one bank.
 #define TILE_ROOM (64 * (BITS | 1))
-#define STAGE_BYTES (8 * TILE_ROOM)  // of a warp's tiles
-#define OPERAND_BYTES (QUADS * RECORD_BYTES(4))
+#define TILES_BYTES (ROWS / 4 * TILE_ROOM)
+#define STAGE_BYTES (TILES_BYTES + OPERAND_BYTES)  // of a warp
 
 // What a lane has of a tile of columns: its words of all four rows, and of the operand.
 template <int W>
@@ -18,28 +18,21 @@ struct Sums {
     float rows[QUADS][4], common[QUADS];
 };
 
-// A warp's tiles; `from` is where those of the lane's rows begin. Four lanes share one.
+// A warp's tiles. Four lanes share one; `from` is where a lane begins.
 template <int W>
-__device__ __forceinline__ void fetch_tiles(u8* stage, const u8* from, int tile, int lane) {
-    const int t = lane % 4;
+__device__ __forceinline__ void fetch_tiles(u8* stage, const u8* from, int lane) {
+    u8* const to = stage + lane / 4 * TILE_ROOM + lane % 4 * 16;
 #pragma unroll
-    for (int k = 0; k < BITS; k++) {
-        const int at = 64 * k + 16 * t;
-        if (at < tile_bytes(W)) fetch(stage + lane / 4 * TILE_ROOM + at, from + tile * tile_bytes(4) + at);
-    }
+    for (int k = 0; k < tile_bytes(W); k += 64)
+        if (k + 64 <= tile_bytes(W) || k + lane % 4 * 16 < tile_bytes(W)) fetch(to + k, from + k);
 }
 
-// The records of a tile of columns; `room` is how far those of four tokens are from the next ones.
-template <int W>
-__device__ __forceinline__ void fetch_operand(u8* stage, const u8* operand, int tile, int room, int lane) {
+// The records of a tile of columns; `from` is where a lane begins.
+__device__ __forceinline__ void fetch_operand(u8* stage, const u8* from, int lane) {
 #pragma unroll
-    for (int q = 0; q < QUADS; q++)
-#pragma unroll
-        for (int k = 0; k < RECORD_BYTES(W); k += 512) {
-            const int at = k + 16 * lane;
-            if (at < RECORD_BYTES(W))
-                fetch(stage + q * RECORD_BYTES(4) + at, operand + q * room + tile * RECORD_BYTES(4) + at);
-        }
+    for (int k = 0; k < OPERAND_BYTES; k += 512)
+        if (k + 512 <= OPERAND_BYTES || k + 16 * lane < OPERAND_BYTES)
+            fetch(stage + TILES_BYTES + 16 * lane + k, from + k);
 }
 
 template <int COUNT>
@@ -54,20 +47,20 @@ __device__ __forceinline__ void read_words(u32* words, const u8* from) {
 }
 
 template <int W>
-__device__ __forceinline__ void read(Piece<W>& piece, const u8* tiles, const u8* records, int lane) {
+__device__ __forceinline__ void read(Piece<W>& piece, const u8* stage, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
-        const u8* const record = records + q * RECORD_BYTES(4);
+        const u8* const record = stage + TILES_BYTES + q * RECORD_BYTES;
+        piece.units[q] = ((const float2*)record)[t];
 #pragma unroll
         for (int s = 0; s < W / 2; s++)
-            read_words<4>(piece.operand[q][s], record + (s * COLUMNS + g % COLUMNS) * 64 + t * 16);
-        piece.units[q] = ((const float2*)(record + 32 * W * COLUMNS))[t];
+            read_words<4>(piece.operand[q][s], record + UNIT_BYTES + (s * COLUMNS + g % COLUMNS) * 64 + t * 16);
     }
 #pragma unroll
     for (int row = 0; row < 4; row++) {
-        read_words<W>(piece.low[row], tiles + g * TILE_ROOM + low_offset(W, row, t));
-        if (TOP_PLANE) read_words<W>(piece.top[row], tiles + g * TILE_ROOM + top_offset(W, row));
+        read_words<W>(piece.low[row], stage + g * TILE_ROOM + low_offset(W, row, t));
+        if (TOP_PLANE) read_words<W>(piece.top[row], stage + g * TILE_ROOM + top_offset(W, row));
     }
 }
 
@@ -110,50 +103,50 @@ extern "C" __global__ void __launch_bounds__(32 * K_WARPS, BLOCKS) matvec(
     u8* const shared = (u8*)memory;
     start_next();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
-    const int tiles = tiles_of(n), halves = halves_of(n), whole = halves / 2, room = tiles * RECORD_BYTES(4);
-    u8* const ring = shared + warp * DEPTH * (STAGE_BYTES + OPERAND_BYTES);
-    u8* const records = ring + DEPTH * STAGE_BYTES;
-    // Rows behind the last are not written.
-    const int first = blockIdx.x * ROWS, own_row = first + lane;
-    const u8* const from = symbols + (long long)(min(first + lane / 4 * 4, m - 1) / 4) * halves * tile_bytes(2);
+    const int halves = halves_of(n), whole = halves / 2;
     // The tiles of a warp: its share of the whole ones, the half one to the last.
     const int begin = whole * warp / K_WARPS, end = whole * (warp + 1) / K_WARPS;
+    const int first = blockIdx.x * ROWS, own_row = first + lane;
+    const int own_tile = min(first + lane / 4 * 4, m - 1) / 4;  // what is behind the last row is not written
+    u8* const ring = shared + warp * DEPTH * STAGE_BYTES;
+    const u8* from = symbols + (long long)own_tile * halves * tile_bytes(2) + begin * tile_bytes(4) + 16 * t;
+    const u8* records = operand + begin * OPERAND_BYTES + 16 * lane;
 #pragma unroll
-    for (int d = 0; d < DEPTH - 1; d++)
-        if (begin + d < end) fetch_tiles<4>(ring + d * STAGE_BYTES, from, begin + d, lane);
+    for (int d = 0; d < DEPTH - 1; d++, from += tile_bytes(4))
+        if (begin + d < end) fetch_tiles<4>(ring + d * STAGE_BYTES, from, lane);
     const Table table = table_of(levels);
     const float scale = from_half(scales[min(own_row, m - 1)]);
     wait_for_previous();
 #pragma unroll
-    for (int d = 0; d < DEPTH - 1; d++) {
-        if (begin + d < end) fetch_operand<4>(records + d * OPERAND_BYTES, operand, begin + d, room, lane);
+    for (int d = 0; d < DEPTH - 1; d++, records += OPERAND_BYTES) {
+        if (begin + d < end) fetch_operand(ring + d * STAGE_BYTES, records, lane);
         close_stage();
     }
     Sums kept = {};
-    int stage = 0, free = DEPTH - 1;
-    for (int tile = begin; tile < end; tile++) {
+    int stage = 0, free = (DEPTH - 1) * STAGE_BYTES;
+    for (int left = end - begin; left > 0; left--) {
         Piece<4> piece;
         wait_for_stages<DEPTH - 2>();
         __syncwarp();
-        read(piece, ring + stage * STAGE_BYTES, records + stage * OPERAND_BYTES, lane);
-        if (tile + DEPTH - 1 < end) {  // what all have read before they met
-            fetch_tiles<4>(ring + free * STAGE_BYTES, from, tile + DEPTH - 1, lane);
-            fetch_operand<4>(records + free * OPERAND_BYTES, operand, tile + DEPTH - 1, room, lane);
+        read(piece, ring + stage, lane);
+        if (left > DEPTH - 1) {  // what all have read before they met
+            fetch_tiles<4>(ring + free, from, lane);
+            fetch_operand(ring + free, records, lane);
         }
         close_stage();
+        from += tile_bytes(4), records += OPERAND_BYTES;
         free = stage;
-        stage = stage + 1 == DEPTH ? 0 : stage + 1;
+        stage = stage == (DEPTH - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
         multiply_tile(kept, piece, table, t);
     }
     if (halves % 2 && warp == K_WARPS - 1) {
         Piece<2> piece;
+        __syncwarp();
+        fetch_tiles<2>(ring, from - (DEPTH - 1) * tile_bytes(4), lane);
+        fetch_operand(ring, records - (DEPTH - 1) * OPERAND_BYTES, lane);
         wait_for_all();
         __syncwarp();
-        fetch_tiles<2>(ring, from, whole, lane);
-        fetch_operand<2>(records, operand, whole, room, lane);
-        wait_for_all();
-        __syncwarp();
-        read(piece, ring, records, lane);
+        read(piece, ring, lane);
         multiply_tile(kept, piece, table, t);
     }
     __syncthreads();
