@@ -5,7 +5,7 @@
 // far behind as they can be. In one of two orders, `adverse`, the last comes first and copies to shared memory happen at
 // once; in the other they happen as late as the waits allow. Where a barrier or a wait is missing, one of the two gives
 // something else. Shared memory holds NaN in the beginning of every block, and a kernel that writes behind what was
-// asked for is found out.
+// asked for is found out, and so is one that copies what is in none of its tensors.
 
 #include <ucontext.h>
 
@@ -52,6 +52,11 @@ struct Copy {
     const unsigned char* from;
 };
 
+struct Range {
+    const unsigned char *begin, *end;
+    bool holds(const unsigned char* copied) const { return begin <= copied && copied + COPY_BYTES <= end; }
+};
+
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack{new char[STACK]};
@@ -69,7 +74,9 @@ static Fiber fibers[MOST_THREADS];
 static ucontext_t scheduler;
 static int running;
 static long steps_taken;  // ends of fibers, and arrivals at meetings
-static bool adverse;
+static bool adverse, strayed;
+static Range tensors[16];  // of the kernel
+static int tensor_count;
 static Meeting blocks_meeting, warps_meetings[MOST_THREADS / WARP];
 static unsigned exchanged[MOST_THREADS][2][6];  // of each thread, in turns: before the next of a kind all have read
 static int turns[MOST_THREADS];
@@ -142,7 +149,9 @@ static inline void fetch(unsigned char* to, const unsigned char* from) {
     // What the GPU refuses: addresses that are no multiple of the size.
     if ((size_t)to % COPY_BYTES || (size_t)from % COPY_BYTES) __builtin_trap();
     const Copy wanted = {to, from};
-    if (adverse) copy(wanted);
+    if (std::none_of(tensors, tensors + tensor_count, [=](const Range& tensor) { return tensor.holds(from); }))
+        strayed = true;
+    else if (adverse) copy(wanted);
     else fibers[running].open.push_back(wanted);
 }
 
@@ -243,21 +252,24 @@ void call(void (*kernel)(Types...), void** arguments, std::index_sequence<K...>)
     kernel(*(Types*)arguments[K]...);
 }
 
-enum { FINE_SO_FAR, WRONG_COUNT, NEVER_ENDS, BEHIND_SHARED };
+enum { FINE_SO_FAR, WRONG_COUNT, NEVER_ENDS, BEHIND_SHARED, NO_TENSOR };
 
 template <typename... Types>
 int launch(void (*kernel)(Types...), void** arguments, int count, int x, int y, int threads, int shared, int order) {
     if (count != sizeof...(Types)) return WRONG_COUNT;
-    adverse = order, blockDim = {(unsigned)threads, 1, 1};
+    adverse = order, strayed = false, blockDim = {(unsigned)threads, 1, 1};
     started = [=] { call(kernel, arguments, std::index_sequence_for<Types...>()); };
     for (int block = 0; block < x * y; block++) {
         memset(columns, POISON, sizeof(columns)), memset(memory, POISON, sizeof(memory));
         blockIdx = {(unsigned)(block % x), (unsigned)(block / x), 0};
         if (!run_block(threads)) return NEVER_ENDS;
         if (!untouched(columns, shared) || !untouched(memory, shared)) return BEHIND_SHARED;
+        if (strayed) return NO_TENSOR;
     }
     return FINE_SO_FAR;
 }
+
+extern "C" void lend(const Range* lent, int count) { std::copy(lent, lent + (tensor_count = count), tensors); }
 
 #define LAUNCHER(name)                                                                                            \
     extern "C" int launch_##name(void** arguments, int count, int x, int y, int threads, int shared, int order) { \

@@ -172,6 +172,8 @@ def test_the_emulated_instructions_find_what_is_wrong(folder, adverse):
     given_numbers, numbers = torch.ones(4), torch.zeros(4)
     hasty.launch((1,), 1, (given_numbers, numbers), 16)
     assert numbers[0].isnan() != adverse  # late copies show it
+    with pytest.raises(AssertionError, match="of no tensor"):
+        hasty.launch((1,), 1, (given_numbers[:3], numbers), 16)
     unmet.launch((1,), 4, (numbers,), 16)
     assert numbers.isnan().any()
     with pytest.raises(AssertionError, match="wait for ever"):

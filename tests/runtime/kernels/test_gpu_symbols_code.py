@@ -26,7 +26,7 @@ ROOMS = (99 << 10, 163 << 10, 227 << 10)
 
 
 # For each weight, by bits of a symbol.
-MOST_INSTRUCTIONS = {2: 1.7, 3: 2.4, 4: 2.7, 5: 4.4}
+MOST_INSTRUCTIONS = {2: 1.6, 3: 2.2, 4: 2.5, 5: 4.1}
 
 
 def weight_of(m=64, n=256, bits=4, block=None):
