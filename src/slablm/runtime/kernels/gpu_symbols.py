@@ -115,11 +115,11 @@ def _few(inputs: Tensor, weight: PackedSymbols, outputs: Tensor) -> None:
     size, block = (_PIECE, 0) if rotation is None else (_piece(rotation), rotation.block)
     minus = ctypes.c_void_p() if rotation is None else _minus(rotation, inputs.device)
     prepare, product = (_kernel(name, inputs, weight, shape) for name in ("quantize", "matvec"))
-    parts, numbers = (inputs, minus, operand), _integers(n, size, block)
-    prepare.launch((-(-n // size), tokens), min(512, size // 8), (*parts, *numbers), _shared(size), after=True)
-    parts, numbers = (*weight.parts().values(), operand, outputs), _integers(m, n, tokens)
-    grid, shared = (-(-m // _ROWS),), shape.shared(weight.spec.bits)
-    product.launch(grid, 32 * shape.k_warps, (*parts, *numbers), shared, after=True)
+    grid, arguments = (-(-n // size), tokens), (inputs, minus, operand, *_integers(n, size, block))
+    prepare.launch(grid, min(512, size // 8), arguments, _shared(size), after=True)
+    parts, blocks, shared = weight.parts().values(), -(-m // _ROWS), shape.shared(weight.spec.bits)
+    sizes = _integers(m, n, tokens)
+    product.launch((blocks,), 32 * shape.k_warps, (*parts, operand, outputs, *sizes), shared, after=True)
 
 
 def _many(inputs: Tensor, weight: PackedSymbols) -> Tensor:

@@ -1,23 +1,22 @@
 // Symbols of a tile, as bytes for integer matrix instructions. The GPU and g++ (in the tests) compile the same text.
 //
 // An entry of a weight is τ (q + ½) s / 128 with the level q of its symbol, a byte, and the scale s of its row; τ is -1
-// where the symbol above is odd (see slablm/methods/symbols.py). As -(q + ½) = ~q + ½, its byte is q, with all bits turned
-// where τ is -1. The ½, the same for all entries, are added elsewhere.
+// where the symbol above is odd (see slablm/methods/symbols.py). As -(q + ½) = ~q + ½, its byte is q, with all bits
+// turned where τ is -1. The ½, the same for all entries, are added elsewhere.
 //
 // A tile has 4 rows of w = 32 W columns (W = 4, or 2 for half a tile); see slablm/packing/tiles.py. Four lanes t share
-// it. Of every row lane t has the columns c = 4 W t … 4 W t + 4 W - 1 and those w/2 behind them. They lie in W words per
-// plane, and word i becomes a word of eight nibbles, for the columns
+// it. Of every row lane t has the columns c = 4 W t … 4 W t + 4 W - 1 and those w/2 behind them. They lie in W words
+// per plane, and word i becomes a word of eight nibbles, for the columns
 //
 //     c, w/2 + c, c + 1, w/2 + c + 1, c + 2, …        c = 4 W t + 4 i        from the lowest nibble on.
 //
-// The instruction prmt looks four nibbles up in a table of 8 bytes by their lower three bits. Where the fourth is set it
-// gives 255 or 0, as the top bit of the byte is. So in a table of bytes 0 and 255 in turns it gives 255 for odd nibbles
-// whatever their other bits are. This mask turns the bits of the row below. Where symbols have 4 bits and more it also
-// chooses between two tables, of even and of odd symbols, in which the other three bits are looked up; the fifth bit
-// chooses between two such pairs.
+// The instruction prmt looks four nibbles up in a table of 8 bytes by their lower three bits. Where the fourth is set
+// it gives 255 or 0, as the top bit of the byte is. So in a table of bytes 0 and 255 in turns it gives 255 for odd
+// nibbles, whatever their other bits are. This mask turns the bits of the row below. (Symbols of 2 bits take the parity
+// above into the index instead.) Where symbols have 4 bits and more it also chooses between two tables, of even and of
+// odd symbols, in which the other three bits are looked up; the fifth bit chooses between two such pairs.
 
 typedef unsigned char u8;
-typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
@@ -69,8 +68,8 @@ SHARED_CODE u32 nibbles(u32 low, u32 top, int t) {
     return BITS == 2 ? fields : fields | (rotate_left(top, 2 - t) & 0x44444444u);
 }
 
-// The bytes of all levels: of up to 3 bits in two words (of 2 bits behind them those for τ = -1); else two words of even
-// symbols, two of odd ones, and of 5 bits the same for symbols from 16 on.
+// The bytes of all levels. Of 2 bits a word, and one for τ = -1; of 3 bits two words; else two words of even symbols,
+// two of odd ones, and of 5 bits the same for symbols from 16 on.
 struct Table {
     u32 words[8];
 };
@@ -88,8 +87,8 @@ SHARED_CODE Table table_of(const u32* levels) {
     return table;
 }
 
-// What is looked up for a word of a row, four nibbles at a time: selectors of a table, of the mask of odd symbols, and of
-// one of two results.
+// What is looked up for a word of a row, four nibbles at a time: selectors of a table, of the mask of odd symbols, and
+// of one of two results.
 struct Selectors {
     u32 index, parity, half;
 };

@@ -1,22 +1,22 @@
 // Weights in symbols on NVIDIA GPUs, as in slablm/runtime/kernels/gpu_symbols.py, where the constants in capitals and
 // the text of symbols_decode.cuh come from.
 //
-// A few tokens. `quantize` turns inputs, once rotated, into 16-bit integers with a unit per token and tile: x = 256 hi +
-// lo, two bytes. `matvec` multiplies them, byte by byte on tensor cores (m16n8k32): 16 rows of a weight in registers,
+// A few tokens. `quantize` turns inputs, once rotated, into 16-bit integers with a unit per token and tile: x = 256 hi
+// + lo, two bytes. `matvec` multiplies them, byte by byte on tensor cores (m16n8k32): 16 rows of a weight in registers,
 // and hi and lo of 4 tokens as the 8 columns of the other factor. With v the bytes of a row, of a tile of columns
 //
-//     Σ τ (q + ½) x = Σ v x + ½ Σ x = 256 Σ v hi + Σ v lo + ½ Σ x,
+//     Σ τ (q + ½) x = Σ v x + ½ Σ x = 256 Σ v hi + Σ v lo + ½ Σ x.
 //
-// at most 2^30, an integer of 32 bits but for the last term. That is the same in all rows, and added once. The scale of a
-// row comes last.
+// The first two terms are below 2^30 together, an integer of 32 bits. The last is the same in all rows, and added once.
+// The scale of a row comes at the end.
 //
 // An operand has a record per tile and four tokens: for each token the unit over 128, and that times ½ Σ x; then its
 // bytes in the order in which lanes read them, [half of the steps][column of the fragment][t][16 bytes].
 //
-// A warp has eight tiles of rows, 32 rows, in two fragments: rows g and g + 8 of the first are rows 0 and 1 of tile g, and
-// those of the second its rows 2 and 3. So a lane has all rows of a tile, and the symbols above each. The K_WARPS of a
-// block have the same rows and each a span of columns; in the end the sums of all spans are added. Tiles and records come
-// to shared memory some tiles ahead, in a ring of DEPTH stages.
+// A warp has eight tiles of rows, 32 rows, in two fragments: rows g and g + 8 of the first are rows 0 and 1 of tile g,
+// and those of the second its rows 2 and 3. So a lane has all rows of a tile, and the symbols above each. The K_WARPS of
+// a block have the same rows and each a span of columns; in the end the sums of all spans are added. Tiles and records
+// come to shared memory some tiles ahead, in a ring of DEPTH stages.
 
 #define ROWS 32
 #define QUADS ((TOKENS + 3) / 4)

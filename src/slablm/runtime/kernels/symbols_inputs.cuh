@@ -134,7 +134,8 @@ extern "C" __global__ void __launch_bounds__(512) quantize(
         u8* const record = operand + index * OPERAND_BYTES + token / 4 * RECORD_BYTES;
         if (lane == 0) ((float2*)record)[token % 4] = unit;
         if (c >= half) continue;
-        u8* const at = record + UNIT_BYTES + (step / 2 * COLUMNS + 2 * (token % 4)) * 64 + t * 16 + step % 2 * 8 + c % 4 * 2;
+        const int column = step / 2 * COLUMNS + 2 * (token % 4);
+        u8* const at = record + UNIT_BYTES + column * 64 + t * 16 + step % 2 * 8 + c % 4 * 2;
         *(u32*)at = words[0];
         *(u32*)(at + 64) = words[1];
     }
