@@ -2,10 +2,10 @@
 // the text asks for. Include it before the text, and put LAUNCHER(name) for each kernel behind it.
 //
 // A fiber runs until it has to wait for others, and a warp until all of it waits for other warps, so that these are as
-// far behind as they can be. In one of two orders, `adverse`, the last comes first and copies to shared memory happen at
-// once; in the other they happen as late as the waits allow. Where a barrier or a wait is missing, one of the two gives
-// something else. Shared memory holds NaN in the beginning of every block, and a kernel that writes behind what was
-// asked for is found out, and so is one that copies what is in none of its tensors.
+// far behind as they can be. In one of two orders, `adverse`, the last comes first and copies to shared memory happen
+// at once; in the other they happen as late as the waits allow. Where a barrier or a wait is missing, one of the two
+// gives something else. Shared memory holds NaN in the beginning of every block, and a kernel that writes behind what
+// was asked for is found out, and so is one that copies what is in none of its tensors.
 
 #include <ucontext.h>
 

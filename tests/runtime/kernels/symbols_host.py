@@ -16,7 +16,13 @@ NAMES = ("rotate", "quantize", "matvec", "unpack")
 HEADER = Path(__file__).with_name("symbols_host.h")
 SOURCES = Path(gpu_symbols.__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-shared", "-fPIC")
-PROBLEMS = ("", "another number of arguments", "threads wait for ever", "shared memory that was not asked for", "memory of no tensor")
+PROBLEMS = (
+    "",
+    "another number of arguments",
+    "threads wait for ever",
+    "shared memory that was not asked for",
+    "memory of no tensor",
+)
 
 
 class HostKernel:
