@@ -14,9 +14,9 @@
 // bytes in the order in which lanes read them, [half of the steps][column of the fragment][t][16 bytes].
 //
 // A warp has eight tiles of rows, 32 rows, in two fragments: rows g and g + 8 of the first are rows 0 and 1 of tile g,
-// and those of the second its rows 2 and 3. So a lane has all rows of a tile, and the symbols above each. The K_WARPS of
-// a block have the same rows and each a span of columns; in the end the sums of all spans are added. Tiles and records
-// come to shared memory some tiles ahead, in a ring of DEPTH stages.
+// and those of the second its rows 2 and 3. So a lane has all rows of a tile, and the symbols above each. The K_WARPS
+// of a block have the same rows and each a span of columns; in the end the sums of all spans are added. Tiles and
+// records come to shared memory some tiles ahead, in a ring of DEPTH stages.
 
 #define ROWS 32
 #define QUADS ((TOKENS + 3) / 4)
