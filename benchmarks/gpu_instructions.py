@@ -35,7 +35,7 @@ CLASSES = {
     "look-up": {"PRMT"},
     "tensor cores": {"IMMA"},
     "shared memory": {"LDS", "LDGSTS", "LDGDEPBAR", "DEPBAR", "STS"},
-    "float": {"FADD", "FMUL", "FFMA", "HADD2"},
+    "float": {"FADD", "FMUL", "FFMA", "HADD2", "I2FP"},
     "integer, moves": {"IMAD", "IADD3", "SHF", "LOP3", "MOV", "VIADD", "LEA", "SEL", "ISETP", "UIADD3", "ULEA", "UMOV"},
     "spilled": {"LDL", "STL"},
 }
@@ -91,16 +91,13 @@ def class_of(name: str) -> str:
 
 def print_symbols(capability: int) -> None:
     """One line per kind of symbol and number of tokens: the shape for weights with many rows."""
-    print("symbols, levels on a grid and on none")
+    print("symbols")
     for bits in (2, 3, 4, 5):
         for tokens in (1, 4, 8, 16):
-            for fine in (False, True):
-                shape = next(gpu_symbols.shapes(1 << 16, tokens, fine))
-                loop, weights = symbols_loop(bits, shape, f"sm_{capability}")
-                counts = Counter(map(class_of, loop))
-                listed = ", ".join(f"{kind} {counts[kind] / weights:.2f}" for kind in (*CLASSES, "other"))
-                levels = "none" if fine else "grid"
-                print(f"{bits} bits{tokens:>3} token(s), {levels}{len(loop) / weights:6.2f} per weight: {listed}")
+            loop, weights = symbols_loop(bits, next(gpu_symbols.shapes(1 << 16, tokens)), f"sm_{capability}")
+            counts = Counter(map(class_of, loop))
+            listed = ", ".join(f"{kind} {counts[kind] / weights:.2f}" for kind in (*CLASSES, "other"))
+            print(f"{bits} bits{tokens:>3} token(s){len(loop) / weights:6.2f} per weight: {listed}")
 
 
 def main() -> None:

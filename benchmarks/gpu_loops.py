@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 
-from slablm.packing.tiles import TILE_COLUMNS
 from slablm.runtime.kernels import gpu_symbols
 from slablm.runtime.kernels.gpu_symbols import Shape
 from slablm.system import cuda
@@ -65,9 +64,8 @@ def symbols_loop(bits: int, shape: Shape, architecture: str) -> tuple[list[str],
         shape: what the kernel is compiled for.
         architecture: as ``sm_90``.
     """
-    code = cuda.compiled(gpu_symbols.source(bits, TILE_COLUMNS, torch.bfloat16, shape), architecture)
+    code = cuda.compiled(gpu_symbols.source(bits, torch.bfloat16, shape), architecture)
     loop = main_loop(loops_of(code), "IMMA")
-    # Of 16 rows, 32 columns and 4 tokens: of positive and of negative symbols, their levels (as two bytes where they
-    # are fine) and their backgrounds.
-    products = TILE_COLUMNS // 32 * -(-shape.tokens // 4) * (6 if shape.fine else 4)
-    return loop, 16 * TILE_COLUMNS / WARP * loop.count("IMMA") / products
+    # Each of 16 rows, 32 columns and 4 tokens.
+    products = loop.count("IMMA") / -(-shape.tokens // 4)
+    return loop, 16 * 32 / WARP * products

@@ -2,10 +2,10 @@
 // the text asks for. Include it before the text, and put LAUNCHER(name) for each kernel behind it.
 //
 // A fiber runs until it has to wait for others, and a warp until all of it waits for other warps, so that these are as
-// far behind as they can be. In one of two orders, `adverse`, the last comes first and copies to shared memory happen at
-// once; in the other they happen as late as the waits allow. Where a barrier or a wait is missing, one of the two gives
-// something else. Shared memory holds NaN in the beginning of every block, and a kernel that writes behind what was
-// asked for is found out.
+// far behind as they can be. In one of two orders, `adverse`, the last comes first and copies to shared memory happen
+// at once; in the other they happen as late as the waits allow. Where a barrier or a wait is missing, one of the two
+// gives something else. Shared memory holds NaN in the beginning of every block, and a kernel that writes behind what
+// was asked for is found out, and so is one that copies what is in none of its tensors.
 
 #include <ucontext.h>
 
@@ -39,7 +39,7 @@ static inline float4 make_float4(float x, float y, float z, float w) { return {x
 struct Index { unsigned x, y, z; };
 static Index threadIdx, blockIdx, blockDim;
 
-enum { WARP = 32, MOST_THREADS = 1024, STACK = 1 << 16, SHARED = 240 << 10, POISON = 0xFF };
+enum { WARP = 32, COPY_BYTES = 16, MOST_THREADS = 1024, STACK = 1 << 16, SHARED = 240 << 10, POISON = 0xFF };
 extern "C" {
 alignas(16) thread_local float columns[SHARED / sizeof(float)];
 alignas(16) thread_local uint4 memory[SHARED / sizeof(uint4)];
@@ -50,7 +50,11 @@ alignas(16) thread_local uint4 memory[SHARED / sizeof(uint4)];
 struct Copy {
     unsigned char* to;
     const unsigned char* from;
-    int bytes;
+};
+
+struct Range {
+    const unsigned char *begin, *end;
+    bool holds(const unsigned char* copied) const { return begin <= copied && copied + COPY_BYTES <= end; }
 };
 
 struct Fiber {
@@ -70,8 +74,10 @@ static Fiber fibers[MOST_THREADS];
 static ucontext_t scheduler;
 static int running;
 static long steps_taken;  // ends of fibers, and arrivals at meetings
-static bool adverse;
-static Meeting blocks_meeting, warps_meetings[MOST_THREADS / WARP], barriers[16];
+static bool adverse, strayed;
+static Range tensors[16];  // of the kernel
+static int tensor_count;
+static Meeting blocks_meeting, warps_meetings[MOST_THREADS / WARP];
 static unsigned exchanged[MOST_THREADS][2][6];  // of each thread, in turns: before the next of a kind all have read
 static int turns[MOST_THREADS];
 
@@ -87,8 +93,6 @@ static void meet_others(Meeting& meeting, int count) {
 
 static inline void __syncthreads() { meet_others(blocks_meeting, blockDim.x); }
 static inline void __syncwarp() { meet_others(warps_meetings[running / WARP], WARP); }
-template <int THREADS>
-inline void barrier(int index) { meet_others(barriers[index], THREADS); }
 
 // What each lane of the warp has brought, [lane][turn]...
 static unsigned (*exchange(const unsigned* brought, int count, int& turn))[2][6] {
@@ -112,7 +116,6 @@ static inline float __uint_as_float(unsigned bits) { return bits_as<float>(bits)
 static inline float __int_as_float(int bits) { return bits_as<float>(bits); }
 static inline unsigned __float_as_uint(float value) { return bits_as<unsigned>(value); }
 static inline int __float2int_rn(float value) { return std::isnan(value) ? 0 : (int)std::nearbyint(value); }
-static inline unsigned __float2uint_rn(float value) { return std::isnan(value) ? 0 : (unsigned)std::nearbyint(value); }
 static inline float rsqrtf(float value) { return 1 / std::sqrt(value); }
 template <typename T>
 inline T __ldg(const T* from) { return *from; }
@@ -132,14 +135,23 @@ static inline unsigned __reduce_max_sync(unsigned, unsigned value) {
     return value;
 }
 
-static void copy(const Copy& copy) { memcpy(copy.to, copy.from, copy.bytes); }
+static inline int __reduce_add_sync(unsigned, int value) {
+    const unsigned brought = value;
+    int turn, sum = 0;
+    const auto all = exchange(&brought, 1, turn);
+    for (int lane = 0; lane < WARP; lane++) sum += (int)all[lane][turn][0];
+    return sum;
+}
 
-template <int BYTES>
-inline void fetch(unsigned char* to, const unsigned char* from) {
+static void copy(const Copy& copy) { memcpy(copy.to, copy.from, COPY_BYTES); }
+
+static inline void fetch(unsigned char* to, const unsigned char* from) {
     // What the GPU refuses: addresses that are no multiple of the size.
-    if ((size_t)to % BYTES || (size_t)from % BYTES) __builtin_trap();
-    const Copy wanted = {to, from, BYTES};
-    if (adverse) copy(wanted);
+    if ((size_t)to % COPY_BYTES || (size_t)from % COPY_BYTES) __builtin_trap();
+    const Copy wanted = {to, from};
+    if (std::none_of(tensors, tensors + tensor_count, [=](const Range& tensor) { return tensor.holds(from); }))
+        strayed = true;
+    else if (adverse) copy(wanted);
     else fibers[running].open.push_back(wanted);
 }
 
@@ -177,8 +189,8 @@ static inline void multiply_next(int* sums, const unsigned* a, unsigned b0, unsi
         }
 }
 
-static inline void multiply_first(int* sums, const unsigned* a, unsigned b0, unsigned b1, int start) {
-    std::fill(sums, sums + 4, start);
+static inline void multiply_first(int* sums, const unsigned* a, unsigned b0, unsigned b1) {
+    std::fill(sums, sums + 4, 0);
     multiply_next(sums, a, b0, b1);
 }
 
@@ -215,7 +227,7 @@ static void run_warp(int first, int count) {
 
 // Whether all threads of a block come to their end. If all wait, nobody takes a step.
 static bool run_block(int threads) {
-    blocks_meeting = {}, std::fill_n(warps_meetings, MOST_THREADS / WARP, Meeting()), std::fill_n(barriers, 16, Meeting());
+    blocks_meeting = {}, std::fill_n(warps_meetings, MOST_THREADS / WARP, Meeting());
     std::fill_n(turns, threads, 0);
     std::for_each(fibers, fibers + threads, start_fiber);
     const int warps = (threads + WARP - 1) / WARP;
@@ -240,21 +252,24 @@ void call(void (*kernel)(Types...), void** arguments, std::index_sequence<K...>)
     kernel(*(Types*)arguments[K]...);
 }
 
-enum { FINE_SO_FAR, WRONG_COUNT, NEVER_ENDS, BEHIND_SHARED };
+enum { FINE_SO_FAR, WRONG_COUNT, NEVER_ENDS, BEHIND_SHARED, NO_TENSOR };
 
 template <typename... Types>
 int launch(void (*kernel)(Types...), void** arguments, int count, int x, int y, int threads, int shared, int order) {
     if (count != sizeof...(Types)) return WRONG_COUNT;
-    adverse = order, blockDim = {(unsigned)threads, 1, 1};
+    adverse = order, strayed = false, blockDim = {(unsigned)threads, 1, 1};
     started = [=] { call(kernel, arguments, std::index_sequence_for<Types...>()); };
     for (int block = 0; block < x * y; block++) {
         memset(columns, POISON, sizeof(columns)), memset(memory, POISON, sizeof(memory));
         blockIdx = {(unsigned)(block % x), (unsigned)(block / x), 0};
         if (!run_block(threads)) return NEVER_ENDS;
         if (!untouched(columns, shared) || !untouched(memory, shared)) return BEHIND_SHARED;
+        if (strayed) return NO_TENSOR;
     }
     return FINE_SO_FAR;
 }
+
+extern "C" void lend(const Range* lent, int count) { std::copy(lent, lent + (tensor_count = count), tensors); }
 
 #define LAUNCHER(name)                                                                                            \
     extern "C" int launch_##name(void** arguments, int count, int x, int y, int threads, int shared, int order) { \

@@ -16,7 +16,13 @@ NAMES = ("rotate", "quantize", "matvec", "unpack")
 HEADER = Path(__file__).with_name("symbols_host.h")
 SOURCES = Path(gpu_symbols.__file__).parent
 FLAGS = ("-std=c++17", "-O1", "-Wno-unknown-pragmas", "-fno-strict-aliasing", "-shared", "-fPIC")
-PROBLEMS = ("", "another number of arguments", "threads wait for ever", "shared memory that was not asked for")
+PROBLEMS = (
+    "",
+    "another number of arguments",
+    "threads wait for ever",
+    "shared memory that was not asked for",
+    "memory of no tensor",
+)
 
 
 class HostKernel:
@@ -26,11 +32,14 @@ class HostKernel:
     adverse = False
 
     def __init__(self, library, name):
-        self.function = getattr(library, f"launch_{name}")
+        self.function, self.lend = getattr(library, f"launch_{name}"), library.lend
 
     def launch(self, grid, threads, arguments, shared=0, after=False):
         values = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else a for a in arguments]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+        ends = [end for a in tensors for end in (a.data_ptr(), a.data_ptr() + a.nbytes)]
+        self.lend((ctypes.c_void_p * len(ends))(*ends), len(tensors))
         found = self.function(pointers, len(values), *(*grid, 1)[:2], threads, shared, int(HostKernel.adverse))
         assert not found, PROBLEMS[found]
 
@@ -48,8 +57,8 @@ def build(text, target, *flags):
 
 
 @cache
-def library(folder, bits, group_size, dtype, shape):
+def library(folder, bits, dtype, shape):
     """All kernels for one kind of weight."""
     launchers = "".join(f"LAUNCHER({name})\n" for name in NAMES)
-    text = f'#include "{HEADER}"\n{gpu_symbols.source(bits, group_size, dtype, shape)}{launchers}'
-    return build(text, folder / f"{bits}-{group_size}-{dtype}-{'-'.join(map(str, vars(shape).values()))}.so")
+    text = f'#include "{HEADER}"\n{gpu_symbols.source(bits, dtype, shape)}{launchers}'
+    return build(text, folder / f"{bits}-{dtype}-{'-'.join(map(str, vars(shape).values()))}.so")

@@ -12,30 +12,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from slablm.methods.alphabet import grid_steps, level_count, on_grid
 from slablm.methods.rotation import Rotation
+from slablm.methods.symbols import signs
 from slablm.packing.tiles import pack_tiles
 from slablm.runtime import kernels
 from slablm.runtime.kernels import gpu_symbols
 from slablm.runtime.kernels.gpu_symbols import FEW_TOKENS, Shape
 from slablm.runtime.linear import SlabLinear
 from tests.runtime.kernels import symbols_host
-from tests.runtime.kernels.test_symbols import FLOATS, inputs_of, random_symbols, relative_error, truth_of
+from tests.runtime.kernels.test_symbols import FLOATS, inputs_of, relative_error, truth_of
+from tests.runtime.kernels.weights import random_symbols
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 HALF = torch.float16
-# Symbol bits, group size, type, and a shape: tokens, k_warps, row_warps, fragments, depth, blocks, fine.
+# Symbol bits, type, and a shape: tokens, k_warps, depth, blocks.
 VARIANTS = [
-    (2, 128, torch.float32, Shape(1, 2, 1, 1, 2, 1, False)),
-    (2, 256, HALF, Shape(8, 2, 2, 2, 2, 1, True)),
-    (3, 128, torch.float32, Shape(4, 2, 2, 1, 2, 1, False)),
-    (3, 128, torch.bfloat16, Shape(1, 2, 1, 2, 3, 1, True)),
-    (4, 128, torch.float32, Shape(8, 2, 1, 2, 2, 1, False)),
-    (4, 384, torch.float32, Shape(2, 2, 2, 1, 2, 1, True)),
-    (4, 128, torch.bfloat16, Shape(16, 4, 1, 2, 3, 1, False)),
-    (5, 128, HALF, Shape(4, 2, 2, 2, 2, 1, False)),
-    (5, 256, torch.float32, Shape(8, 2, 1, 1, 2, 1, True)),
+    (2, torch.float32, Shape(1, 2, 2, 1)),
+    (2, HALF, Shape(8, 2, 2, 1)),
+    (3, torch.float32, Shape(4, 2, 2, 1)),
+    (3, torch.bfloat16, Shape(1, 3, 3, 1)),
+    (4, torch.float32, Shape(2, 2, 2, 1)),
+    (4, torch.bfloat16, Shape(16, 4, 3, 1)),
+    (5, HALF, Shape(4, 2, 2, 1)),
+    (5, torch.float32, Shape(8, 2, 4, 1)),
 ]
 # Rows, columns, and a block of the rotation: half tiles alone and behind whole ones, columns that fill none, more
 # columns than one block of threads prepares.
@@ -54,8 +54,8 @@ ROUNDING = {torch.float32: 0, HALF: 5e-4, torch.bfloat16: 4e-3}
 
 
 def name_of(variant):
-    bits, group_size, dtype, shape = variant
-    return f"{bits}-{group_size}-{str(dtype)[6:]}-{shape.tokens}-{'fine' if shape.fine else 'grid'}"
+    bits, dtype, shape = variant
+    return f"{bits}-{str(dtype)[6:]}-{shape.tokens}"
 
 
 @pytest.fixture(scope="module")
@@ -66,54 +66,43 @@ def folder(tmp_path_factory):
 @pytest.fixture(params=VARIANTS, ids=name_of)
 def variant(request, folder, monkeypatch):
     """One kind of weight and a shape for it, which run on the CPU."""
-    bits, group_size, dtype, shape = request.param
-    library = symbols_host.library(folder, bits, group_size, dtype, shape)
+    bits, dtype, shape = request.param
+    library = symbols_host.library(folder, bits, dtype, shape)
 
     def kernel(name, inputs, weight=None, asked=shape):
         assert asked == shape
         assert inputs.dtype == dtype
         return symbols_host.HostKernel(library, name)
 
-    def shape_for(weight, count, fine):
-        assert fine == shape.fine
-        return shape
-
     monkeypatch.setattr(gpu_symbols, "_kernel", kernel)
-    monkeypatch.setattr(gpu_symbols, "_shape", shape_for)
+    monkeypatch.setattr(gpu_symbols, "_shape", lambda weight, count: shape)
     return request.param
 
 
-def weight_of(variant, m, n, block, seed=0):
-    """A random weight as the variant reads it, and what `linear` is told of its levels."""
-    bits, group_size, _, shape = variant
-    weight = random_symbols(m, n, bits, group_size, None if block is None else Rotation(n, block, seed), seed)
-    weight = weight if shape.fine else replace(weight, levels=on_grid(weight.levels.float()).half())
-    return weight, None if shape.fine else grid_steps(weight.levels)
+def weight_of(m, n, bits, block, seed=0):
+    return random_symbols(m, n, bits, None if block is None else Rotation(n, block, seed), seed)
 
 
-def bound_of(variant):
-    """Relative error that a product may have."""
-    return (3e-4 if variant[3].fine else 1e-3) + ROUNDING[variant[2]]
+def bound_of(dtype):
+    """Relative error that a product of a few tokens may have."""
+    return 1e-4 + ROUNDING[dtype]
 
 
 # ------------------------------------------------------------------------------------------------------------- decoding
 
 DECODE = """
-// Of one tile: [row][t][word][half][kind: P, N, background of P, of N][byte].
-extern "C" void decode(const u8* tile, int W, u32* found) {
-    const Table table = {{0x03020100, 0x07060504, 0x0B0A0908, 0x0F0E0D0C}};
-    for (int row = 0; row < 4; row++)
-        for (int t = 0; t < 4; t++)
-            for (int i = 0; i < W; i++) {
-                const u32 low = ((const u32*)(tile + low_offset(W, row, t)))[i];
-                const u32 signs = SIGN_PLANE ? ((const u32*)(tile + sign_offset(W, row)))[i] : 0;
-                Selectors plus = selectors(low, signs, t), minus = turned(low, signs, t);
-                for (int half = 0; half < 2; half++) {
-                    *found++ = look_up(table, plus), *found++ = look_up(table, minus);
-                    *found++ = background(plus), *found++ = background(minus);
-                    plus = upper(plus), minus = upper(minus);
-                }
+// Of one tile: [t][word][row][half][byte].
+extern "C" void decode_tile(const u8* tile, const u32* levels, int W, u32 (*found)[2]) {
+    const Table table = table_of(levels);
+    for (int t = 0; t < 4; t++)
+        for (int i = 0; i < W; i++, found += 4) {
+            u32 low[4], top[4];
+            for (int row = 0; row < 4; row++) {
+                low[row] = ((const u32*)(tile + low_offset(W, row, t)))[i];
+                top[row] = TOP_PLANE ? ((const u32*)(tile + top_offset(W, row)))[i] : 0;
             }
+            decode(found, table, low, top, t);
+        }
 }
 extern "C" u32 bytes_of(int W) { return tile_bytes(W); }
 """
@@ -125,32 +114,26 @@ def decoders(folder):
     return {bits: symbols_host.build(text, folder / f"decode{bits}.so", f"-DBITS={bits}") for bits in range(2, 6)}
 
 
-def decoded(decoder, tile, words):
-    """P − N of indices and of backgrounds in one tile, [4 rows, 32 W columns]."""
-    found = torch.empty(4, 4, words, 2, 4, 4, dtype=torch.uint8)
-    decoder.decode(symbols_host.address(tile), words, symbols_host.address(found))
-    plus, minus, plus_back, minus_back = found.int().unbind(dim=4)
+def decoded(decoder, tile, levels, words):
+    """The bytes of one tile, [4 rows, 32 W columns] int8."""
+    found = torch.empty(4, words, 4, 2, 4, dtype=torch.int8)
+    decoder.decode_tile(symbols_host.address(tile), symbols_host.address(levels), words, symbols_host.address(found))
     # Bytes: columns c, c + w/2, c + 1, c + 1 + w/2, so the last axis is [pair, half of the tile].
-    parts = [part.unflatten(4, (2, 2)) for part in (plus - minus, plus_back - minus_back)]
-    assert not (plus * minus).any()  # one of them is 0: no byte is counted twice
-    return [part.permute(0, 5, 1, 2, 3, 4).reshape(4, 32 * words) for part in parts]
+    return found.unflatten(4, (2, 2)).permute(2, 5, 0, 1, 3, 4).reshape(4, 32 * words)
 
 
 @given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 1000))
-def test_a_tile_is_decoded_to_its_symbols(decoders, bits, halves, seed):
-    """`P − N` is the signed index, and ±1 where that is 0, of every row, lane and word of whole tiles and half ones."""
+def test_a_tile_is_decoded_to_its_levels(decoders, bits, halves, seed):
+    """Levels, all their bits turned below an odd symbol, of every row, lane and word of whole tiles and half ones."""
     n, decoder = 64 * halves, decoders[bits]
-    symbols = torch.randint(0, 2**bits, (4, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    indices, minus = (symbols % 2 ** (bits - 1)).int(), symbols >= 2 ** (bits - 1)
-    signs = 1 - 2 * minus.int()
-    tiles = pack_tiles(symbols, bits)[0]
+    weight = random_symbols(4, n, bits, seed=seed).unpack()
+    levels = weight.levels[weight.codes.long()]
+    expected = torch.where(signs(weight.codes) < 0, ~levels, levels)
+    tiles = pack_tiles(weight.codes, bits)[0]
     for start in range(0, n, 128):
         words = min(4, (n - start) // 32)
         tile = tiles[start // 128 * decoder.bytes_of(4) :][: decoder.bytes_of(words)].clone()
-        columns = slice(start, start + 32 * words)
-        found, background = decoded(decoder, tile, words)
-        assert torch.equal(found, (signs * indices)[:, columns])
-        assert torch.equal(background, (signs * (indices == 0))[:, columns])
+        assert torch.equal(decoded(decoder, tile, weight.levels, words), expected[:, start : start + 32 * words])
 
 
 # ------------------------------------------------------------------------------------------- kernels as C++ on the CPU
@@ -168,7 +151,7 @@ def test_the_emulated_instructions_find_what_is_wrong(folder, adverse):
     text = f"""#include "{symbols_host.HEADER}"
     extern "C" void hasty(const unsigned char* from, float* to) {{
         extern float thread_local columns[];
-        fetch<16>((unsigned char*)columns, from);
+        fetch((unsigned char*)columns, from);
         *to = columns[0];
     }}
     extern "C" void unmet(float* to) {{
@@ -189,6 +172,8 @@ def test_the_emulated_instructions_find_what_is_wrong(folder, adverse):
     given_numbers, numbers = torch.ones(4), torch.zeros(4)
     hasty.launch((1,), 1, (given_numbers, numbers), 16)
     assert numbers[0].isnan() != adverse  # late copies show it
+    with pytest.raises(AssertionError, match="of no tensor"):
+        hasty.launch((1,), 1, (given_numbers[:3], numbers), 16)
     unmet.launch((1,), 4, (numbers,), 16)
     assert numbers.isnan().any()
     with pytest.raises(AssertionError, match="wait for ever"):
@@ -200,25 +185,26 @@ def test_the_emulated_instructions_find_what_is_wrong(folder, adverse):
 
 
 def test_few_tokens_equal_the_dense_weight(variant, adverse):
-    *_, dtype, shape = variant
+    bits, dtype, shape = variant
     for seed, (m, n, block) in enumerate(SIZES):
-        weight, steps = weight_of(variant, m, n, block, seed)
+        weight = weight_of(m, n, bits, block, seed)
         inputs = inputs_of(min(shape.tokens, (16, 3, 1)[seed % 3]), n, dtype=dtype, seed=seed)
-        outputs = gpu_symbols.linear(inputs, weight, steps)
+        outputs = gpu_symbols.linear(inputs, weight)
         assert outputs.dtype == dtype
-        assert relative_error(outputs, truth_of(inputs, weight)) <= bound_of(variant), (m, n, block)
+        assert relative_error(outputs, truth_of(inputs, weight)) <= bound_of(dtype), (m, n, block)
 
 
 def test_unpacked_rows_are_the_dense_weight(variant):
+    bits, dtype, _ = variant
     for seed, (m, n, block) in enumerate(SIZES):
-        weight, _ = weight_of(variant, m, n, block, seed)
+        weight = weight_of(m, n, bits, block, seed)
         begin = m // 3
-        expected = weight.unpack().rotated_dense()[begin:].to(variant[2])
-        assert torch.equal(gpu_symbols.unpack(weight, begin, m, variant[2]), expected)
+        expected = weight.unpack().rotated_dense()[begin:].to(dtype)
+        assert torch.equal(gpu_symbols.unpack(weight, begin, m, dtype), expected)
 
 
 def test_rotated_inputs(variant):
-    dtype = variant[2]
+    dtype = variant[1]
     for n, block in [(1, 1), (64, 2), (300, 4), (96, 32), (1096, 8), (128, 128), (512, 256), (4096, 2048)]:
         rotation, inputs = Rotation(n, block, n), inputs_of(2, n, dtype=dtype)
         expected = rotation.rotate(inputs.float())
@@ -228,65 +214,58 @@ def test_rotated_inputs(variant):
 
 def test_many_tokens_and_gradients(variant, monkeypatch):
     """Rows in several tiles."""
-    dtype = variant[2]
-    weight, steps = weight_of(variant, 21, 192, 64)
-    monkeypatch.setattr(gpu_symbols, "_TILE_BYTES", 8 * 192 * dtype.itemsize)
+    bits, dtype, _ = variant
+    weight = weight_of(21, 192, bits, 64)
+    monkeypatch.setattr(gpu_symbols, "_TILE_BYTES", 6 * 192 * dtype.itemsize)
     inputs, gradient = inputs_of(FEW_TOKENS + 1, 192, dtype=dtype), inputs_of(3, 21, dtype=dtype)
-    outputs = gpu_symbols.linear(inputs, weight, steps)
+    outputs = gpu_symbols.linear(inputs, weight)
     assert relative_error(outputs, truth_of(inputs, weight)) <= 1e-5 + 2 * ROUNDING[dtype]
     expected = gradient.double() @ weight.dense().double()
     assert relative_error(gpu_symbols.times(gradient, weight), expected) <= 1e-5 + 2 * ROUNDING[dtype]
 
 
-def test_the_largest_sums_are_exact(variant):
-    """All bytes of a tile at their largest: what a sum is added to, MAGIC, has room for it."""
-    bits, _, dtype, shape = variant
-    m, n = 16, 256
-    codes = torch.full((m, n), level_count(bits), dtype=torch.uint8)
-    top = 2 ** (bits - 1)
-    for sign in (0, top):
-        weight, _ = weight_of(variant, m, n, None)
-        weight = replace(
-            weight,
-            symbols=pack_tiles(codes | sign, bits),
-            levels=torch.ones_like(weight.levels),
-            scales=torch.ones_like(weight.scales),
-        )
-        inputs = torch.ones(shape.tokens, n, dtype=dtype)
-        expected = torch.full((shape.tokens, m), -256.0 if sign else 256.0, dtype=dtype)
-        outputs = gpu_symbols.linear(inputs, weight, None if shape.fine else 127)
+@pytest.mark.parametrize("level", [-128, 127])
+def test_the_largest_sums_are_exact(variant, level):
+    """All bytes of a tile at their largest, above even symbols and above odd ones."""
+    bits, dtype, shape = variant
+    weight = weight_of(16, 256, bits, None)
+    weight = replace(weight, levels=torch.full_like(weight.levels, level), scales=torch.ones_like(weight.scales))
+    for parity in (0, 1):
+        uniform = replace(weight, symbols=pack_tiles(torch.full((16, 256), parity, dtype=torch.uint8), bits))
+        inputs = torch.ones(shape.tokens, 256, dtype=dtype)
+        expected = torch.full((shape.tokens, 16), (1 - 2 * parity) * (2 * level + 1.0), dtype=dtype)
+        outputs = gpu_symbols.linear(inputs, uniform)
         torch.testing.assert_close(outputs, expected, rtol=1e-6 + ROUNDING[dtype], atol=0)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_a_token_that_is_not_finite_becomes_nan(variant, bad):
     """And no other does."""
-    *_, dtype, shape = variant
-    weight, steps = weight_of(variant, 20, 200, 8)
+    bits, dtype, shape = variant
+    weight = weight_of(20, 200, bits, 8)
     inputs = inputs_of(shape.tokens, 200, dtype=dtype)
     inputs[-1, 77] = bad
-    outputs = gpu_symbols.linear(inputs, weight, steps)
+    outputs = gpu_symbols.linear(inputs, weight)
     assert outputs[-1].isnan().all()
     if shape.tokens > 1:
-        assert relative_error(outputs[:-1], truth_of(inputs[:-1], weight)) <= bound_of(variant)
+        assert relative_error(outputs[:-1], truth_of(inputs[:-1], weight)) <= bound_of(dtype)
 
 
 def test_zeros(variant):
-    """A tile without an input, and a weight of the background alone, divide by nothing."""
-    *_, dtype, shape = variant
-    weight, steps = weight_of(variant, 20, 300, None)
+    """A tile without an input divides by nothing; a row of scale 0 is 0."""
+    bits, dtype, _ = variant
+    weight = weight_of(20, 300, bits, None)
     inputs = inputs_of(1, 300, dtype=dtype)
     inputs[:, :128] = 0
-    assert relative_error(gpu_symbols.linear(inputs, weight, steps), truth_of(inputs, weight)) <= bound_of(variant)
-    assert not gpu_symbols.linear(torch.zeros_like(inputs), weight, steps).any()
-    if shape.fine:  # such levels lie on no grid
-        weight = replace(weight, levels=torch.zeros_like(weight.levels))
-        assert relative_error(gpu_symbols.linear(inputs, weight, None), truth_of(inputs, weight)) <= bound_of(variant)
+    outputs = gpu_symbols.linear(inputs, weight)
+    assert relative_error(outputs, truth_of(inputs, weight)) <= bound_of(dtype)
+    assert not outputs[:, weight.scales == 0].any()
+    assert not gpu_symbols.linear(torch.zeros_like(inputs), weight).any()
 
 
 def test_no_tokens(variant):
-    weight, steps = weight_of(variant, 20, 64, None)
-    assert gpu_symbols.linear(torch.empty(0, 64, dtype=variant[2]), weight, steps).shape == (0, 20)
+    bits, dtype, _ = variant
+    assert gpu_symbols.linear(torch.empty(0, 64, dtype=dtype), weight_of(20, 64, bits, None)).shape == (0, 20)
 
 
 # ------------------------------------------------------------------------------------------------------------ on a GPU
@@ -296,39 +275,31 @@ def on_gpu(weight):
     return replace(weight, **{name: part.cuda() for name, part in weight.parts().items()})
 
 
-def random_weight(m, n, bits, group_size, block, seed, fine):
-    weight = random_symbols(m, n, bits, group_size, None if block is None else Rotation(n, block, seed), seed)
-    weight = weight if fine else replace(weight, levels=on_grid(weight.levels.float()).half())
-    return weight, None if fine else grid_steps(weight.levels)
-
-
 @st.composite
 def gpu_weights(draw):
     n = draw(st.integers(1, 3000) | st.sampled_from([64, 128, 192, 1024, 2048, 4096]))
     block = draw(st.none() | st.sampled_from([2**k for k in range(13) if n % 2**k == 0]))
-    shape = draw(st.integers(32, 300)), n, draw(st.integers(2, 5)), draw(st.sampled_from([128, 256, 384]))
-    return random_weight(*shape, block, draw(st.integers(0, 2**31)), draw(st.booleans()))
+    return weight_of(draw(st.integers(1, 300)), n, draw(st.integers(2, 5)), block, draw(st.integers(0, 2**31)))
 
 
 @needs_gpu
 @settings(max_examples=100)
 @given(gpu_weights(), st.integers(1, 50), st.sampled_from(FLOATS), st.integers(0, 2**31))
-def test_a_gpu_equals_the_reference(drawn, tokens, dtype, seed):
-    weight, steps = drawn
+def test_a_gpu_equals_the_reference(weight, tokens, dtype, seed):
     inputs = inputs_of(tokens, weight.in_features, dtype=dtype, seed=seed)
-    outputs = kernels.symbols_linear(inputs.cuda(), on_gpu(weight), steps).cpu()
+    outputs = kernels.symbols_linear(inputs.cuda(), on_gpu(weight)).cpu()
     assert outputs.dtype == dtype
     # More tokens are multiplied in the inputs' type: inputs, weight and outputs are rounded, each at its place.
-    bound = (1e-3 if steps else 3e-4) + ROUNDING[dtype] if tokens <= FEW_TOKENS else 2e-3 + 3 * ROUNDING[dtype]
+    bound = bound_of(dtype) if tokens <= FEW_TOKENS else 2e-3 + 3 * ROUNDING[dtype]
     assert relative_error(outputs, truth_of(inputs, weight)) <= bound
 
 
 @needs_gpu
 @pytest.mark.parametrize("dtype", FLOATS)
 def test_a_gradient_on_a_gpu(dtype):
-    weight, steps = random_weight(70, 320, 4, 128, 64, 0, False)
+    weight = weight_of(70, 320, 4, 64)
     inputs = inputs_of(3, 320, dtype=dtype).cuda().requires_grad_()
-    outputs = kernels.symbols_linear(inputs, on_gpu(weight), steps)
+    outputs = kernels.symbols_linear(inputs, on_gpu(weight))
     gradient = inputs_of(3, 70, dtype=dtype, seed=1)
     outputs.backward(gradient.cuda())
     expected = gradient.double() @ weight.dense().double()
@@ -339,8 +310,7 @@ def test_a_gradient_on_a_gpu(dtype):
 @pytest.mark.parametrize("tokens", [1, 16, 20, FEW_TOKENS + 1])
 def test_a_graph_gives_the_same(tokens):
     """What is captured reads other inputs when it is run again; two layers, each of which may start early."""
-    layer = nn.Sequential(*(SlabLinear.from_packed(random_weight(256, 256, 4, 128, 64, k, False)[0]) for k in range(2)))
-    layer = layer.cuda()
+    layer = nn.Sequential(*(SlabLinear.from_packed(weight_of(256, 256, 4, 64, k)) for k in range(2))).cuda()
     for part in layer:
         part.use_native()
     inputs = inputs_of(tokens, 256, dtype=torch.bfloat16).cuda()
@@ -356,9 +326,8 @@ def test_a_graph_gives_the_same(tokens):
 
 @needs_gpu
 def test_a_token_that_is_not_finite_becomes_nan_on_a_gpu():
-    weight, steps = random_weight(70, 320, 4, 128, 64, 0, False)
-    inputs = inputs_of(3, 320)
+    weight, inputs = weight_of(70, 320, 4, 64), inputs_of(3, 320)
     inputs[1, 100] = torch.inf
-    outputs = kernels.symbols_linear(inputs.cuda(), on_gpu(weight), steps).cpu()
+    outputs = kernels.symbols_linear(inputs.cuda(), on_gpu(weight)).cpu()
     assert outputs.isnan().all(dim=1).tolist() == [False, True, False]
     assert outputs[[0, 2]].isfinite().all()

@@ -24,22 +24,22 @@ from torch import Tensor
 from torch.nn import functional
 
 from slablm.methods.rotation import Rotation
+from slablm.methods.symbols import TILE_ROWS
 from slablm.packing.planes import pack_bits
 from slablm.packing.symbols import PackedSymbols
-from slablm.packing.tiles import PLANES, TILE_COLUMNS
+from slablm.packing.tiles import TILE_COLUMNS
 from slablm.system import cuda
 
 FEW_TOKENS = 32
 # Tokens of one product, rounded up to one of these; the last is what fits into registers.
 _TOKENS = (1, 2, 4, 8, 16)
-# Of levels on no grid: 14 bits.
-_FINE_STEPS = 16383
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TEXTS = tuple(f"symbols_{part}.cuh" for part in ("decode", "device", "inputs", "product", "unpack"))
 _THREADS = 256
+# Rows of a block of threads in `matvec`.
+_ROWS = 32
 # Columns of a piece that one block of threads rotates, at least, and at most, so that they fit into shared memory.
 _PIECE, _LARGEST_PIECE = 1024, 16384
-_LEVELS_BYTES = 64
 # Bytes of one unpacked tile, at most. With 32 MiB the products of wide weights had too few rows to fill an H100.
 _TILE_BYTES = 256 << 20
 # As bytes of memory are read 16 at a time.
@@ -48,25 +48,23 @@ _ALIGNMENT = 16
 
 def reads(weight: PackedSymbols) -> bool:
     """Whether the kernels have code for a weight."""
-    spec = weight.spec
-    piece = _PIECE if spec.rotation is None else _piece(spec.rotation)
-    aligned = weight.symbols.data_ptr() % _ALIGNMENT == 0
+    rotation = weight.spec.rotation
+    piece = _PIECE if rotation is None else _piece(rotation)
+    aligned = all(part.data_ptr() % _ALIGNMENT == 0 for part in (weight.symbols, weight.levels))
     # The last is asked of a device, so only where all else is well.
-    known = spec.group_size % TILE_COLUMNS == 0 and piece <= _LARGEST_PIECE and aligned
-    return known and _prepared(piece) <= _shared_room(weight.device)
+    return aligned and piece <= _LARGEST_PIECE and _shared(piece) <= _shared_room(weight.device)
 
 
-def linear(inputs: Tensor, weight: PackedSymbols, steps: int | None) -> Tensor:
+def linear(inputs: Tensor, weight: PackedSymbols) -> Tensor:
     """Ŵ applied to [t, n] → [t, m], in the inputs' dtype.
 
-    Up to `FEW_TOKENS` tokens, inputs are rounded to 16 bits per 128 columns, levels to their grid or else to 14 bits,
-    and products are summed in integers (relative error 1e-4, with a grid up to the 5e-4 of FP16); above it inputs and
-    levels are rounded to the inputs' dtype. A token that is not finite comes out as NaN.
+    Up to `FEW_TOKENS` tokens, inputs are rounded to 16 bits per 128 columns, and products are summed in integers
+    (relative error 1e-4); above it inputs and weight are rounded to the inputs' dtype. A token that is not finite comes
+    out as NaN.
 
     Args:
         inputs: float32, float16 or bfloat16, contiguous, on the weight's device.
         weight: one that `reads` accepts.
-        steps: of the grid its levels lie on, if they do.
     """
     tokens = inputs.shape[0]
     if tokens == 0:
@@ -76,7 +74,7 @@ def linear(inputs: Tensor, weight: PackedSymbols, steps: int | None) -> Tensor:
     parts = torch.split(inputs, _TOKENS[-1])
     outputs = inputs.new_empty(tokens, weight.spec.out_features)
     for part, output in zip(parts, torch.split(outputs, _TOKENS[-1]), strict=True):
-        _few(part, weight, steps, output)
+        _few(part, weight, output)
     return outputs
 
 
@@ -103,30 +101,25 @@ def unpack(weight: PackedSymbols, begin: int, end: int, dtype: torch.dtype) -> T
     """Rows begin … end of the matrix for rotated inputs, [end − begin, n] in `dtype`."""
     outputs = torch.empty(end - begin, weight.in_features, dtype=dtype, device=weight.device)
     words = 16 * _tiles_of(weight.in_features)
-    parts = (weight.symbols, weight.scales, weight.levels, weight.left, weight.right)
-    grid = (end - begin, -(-words // _THREADS))
-    _kernel("unpack", outputs, weight).launch(grid, _THREADS, (*parts, outputs, *_integers(weight.in_features, begin)))
+    grid, numbers = (end - begin, -(-words // _THREADS)), _integers(weight.in_features, begin)
+    _kernel("unpack", outputs, weight).launch(grid, _THREADS, (*weight.parts().values(), outputs, *numbers))
     return outputs
 
 
-def _few(inputs: Tensor, weight: PackedSymbols, steps: int | None, outputs: Tensor) -> None:
+def _few(inputs: Tensor, weight: PackedSymbols, outputs: Tensor) -> None:
     """At most 16 tokens, into `outputs`."""
     m, n = weight.spec.out_features, weight.in_features
-    shape = _shape(weight, inputs.shape[0], steps is None)
-    operand = torch.empty(_quads(shape.tokens) * _tiles_of(n) * shape.record, dtype=torch.int8, device=inputs.device)
-    levels = torch.empty(_LEVELS_BYTES, dtype=torch.int8, device=inputs.device)
+    tokens, shape = inputs.shape[0], _shape(weight, inputs.shape[0])
+    operand = torch.empty(_tiles_of(n) * shape.records, dtype=torch.int8, device=inputs.device)
     rotation = weight.spec.rotation
     size, block = (_PIECE, 0) if rotation is None else (_piece(rotation), rotation.block)
     minus = ctypes.c_void_p() if rotation is None else _minus(rotation, inputs.device)
-    parts = (inputs, minus, weight.right, weight.levels, operand, levels)
     prepare, product = (_kernel(name, inputs, weight, shape) for name in ("quantize", "matvec"))
-    numbers = _integers(n, size, block, steps or _FINE_STEPS)
-    grid = (-(-n // size) + 1, inputs.shape[0])  # one block of threads more, for the levels
-    prepare.launch(grid, min(512, size // 8), (*parts, *numbers), _prepared(size), after=True)
-    parts = (weight.symbols, weight.scales, weight.left, operand, levels, outputs)
-    numbers = _integers(m, n, inputs.shape[0], shape.span(n))
-    threads, blocks = 32 * shape.k_warps * shape.row_warps, -(-m // shape.rows)
-    product.launch((blocks,), threads, (*parts, *numbers), shape.shared(weight), after=True)
+    grid, arguments = (-(-n // size), tokens), (inputs, minus, operand, *_integers(n, size, block))
+    prepare.launch(grid, min(512, size // 8), arguments, _shared(size), after=True)
+    parts, blocks, shared = weight.parts().values(), -(-m // _ROWS), shape.shared(weight.spec.bits)
+    sizes = _integers(m, n, tokens)
+    product.launch((blocks,), 32 * shape.k_warps, (*parts, operand, outputs, *sizes), shared, after=True)
 
 
 def _many(inputs: Tensor, weight: PackedSymbols) -> Tensor:
@@ -155,11 +148,6 @@ def _shared(size: int) -> int:
     return 4 * (size + size // 8)
 
 
-def _prepared(size: int) -> int:
-    """The same for `quantize`, with a half of v for every column."""
-    return _shared(size) + 2 * size
-
-
 def _integers(*numbers: int) -> tuple[ctypes.c_int, ...]:
     return tuple(map(ctypes.c_int, numbers))
 
@@ -170,69 +158,51 @@ class Shape:
 
     Attributes:
         tokens: at most.
-        k_warps: warps of a block that share the columns.
-        row_warps: warps that share the operand, for other rows.
-        fragments: of 16 rows per warp.
+        k_warps: warps of a block, which share the columns.
         depth: stages of the ring of tiles.
         blocks: on a multiprocessor at a time, by registers.
-        fine: whether levels lie on no grid.
     """
 
     tokens: int = 1
-    k_warps: int = 8
-    row_warps: int = 1
-    fragments: int = 1
+    k_warps: int = 4
     depth: int = 4
-    blocks: int = 2
-    fine: bool = False
+    blocks: int = 4
 
     @property
-    def rows(self) -> int:
-        """Of a block."""
-        return 16 * self.fragments * self.row_warps
+    def records(self) -> int:
+        """Bytes of the operand for a tile of columns: of four tokens each two bytes for each column, and units."""
+        return -(-self.tokens // 4) * (128 * min(8, 2 * self.tokens) + 32)
 
-    @property
-    def record(self) -> int:
-        """Bytes of four tokens' operand for a tile: two kinds of two bytes for each column, and units."""
-        return 256 * min(8, 2 * self.tokens) + 32
-
-    def span(self, n: int) -> int:
-        """Tiles of a warp, at most: its share of the whole ones, and half a one."""
-        return -(-n // TILE_COLUMNS // self.k_warps) + 1
-
-    def shared(self, weight: PackedSymbols) -> int:
-        """Bytes of shared memory: the ring and the scales of its rows, and in the end the sums in their place."""
-        planes = len(PLANES[weight.spec.bits])
-        tiles = 1024 * planes * self.fragments * self.row_warps
-        stage = self.k_warps * (_quads(self.tokens) * self.record + tiles)
-        scales = 2 * self.k_warps * self.rows * self.span(weight.in_features)
-        return max(self.depth * stage + scales, 4 * self.k_warps * self.rows * self.tokens)
+    def shared(self, bits: int) -> int:
+        """Bytes of shared memory: the ring, and in the end the sums in its place."""
+        stage = 64 * (bits | 1) * _ROWS // TILE_ROWS + self.records
+        return self.k_warps * max(self.depth * stage, 4 * _ROWS * self.tokens)
 
 
-# By tokens, in order of speed on an H200 (experiments/gpu): k_warps, row_warps, fragments, depth, blocks, for weights
-# with many rows and with fewer. What does not fit into the shared memory of a device is passed over.
+# By tokens: k_warps, depth, blocks, for weights with many rows and with fewer, the first choice first. What does not
+# fit into the shared memory of a device is passed over.
 _MANY_ROWS = 8192
 _SHAPES = {
-    1: (((4, 1, 1, 4, 5), (4, 1, 1, 2, 4)), ((8, 1, 1, 4, 2), (8, 1, 1, 2, 2))),
-    4: (((4, 1, 2, 3, 2), (4, 1, 2, 2, 2)), ((8, 1, 2, 3, 1), (4, 1, 2, 2, 2))),
-    8: (((4, 1, 2, 3, 2), (4, 1, 2, 2, 2)), ((8, 1, 2, 3, 1), (8, 1, 2, 2, 1), (4, 1, 2, 2, 2))),
-    16: (((4, 1, 2, 3, 2), (4, 1, 2, 2, 2), (2, 1, 2, 2, 2)), ((8, 1, 2, 2, 1), (4, 1, 2, 3, 2), (2, 1, 2, 2, 2))),
+    1: (((4, 4, 4), (4, 2, 4)), ((16, 4, 1), (16, 3, 1), (16, 2, 1))),
+    4: (((4, 3, 2), (4, 2, 2)), ((8, 3, 1), (4, 2, 2))),
+    8: (((4, 3, 2), (4, 2, 2)), ((8, 3, 1), (8, 2, 1), (4, 2, 2))),
+    16: (((4, 3, 2), (4, 2, 2), (2, 2, 2)), ((8, 2, 1), (4, 3, 2), (2, 2, 2))),
 }
 
 
-def _shape(weight: PackedSymbols, count: int, fine: bool) -> Shape:
-    """The fastest shape for so many tokens that fits."""
+def _shape(weight: PackedSymbols, count: int) -> Shape:
+    """The first shape for so many tokens that fits."""
     room = _shared_room(weight.device)
-    tried = shapes(weight.spec.out_features, count, fine)
-    return next(shape for shape in tried if shape.shared(weight) <= room)
+    tried = shapes(weight.spec.out_features, count)
+    return next(shape for shape in tried if shape.shared(weight.spec.bits) <= room)
 
 
-def shapes(rows: int, count: int, fine: bool) -> Iterator[Shape]:
-    """Those for a weight with so many rows and for so many tokens, the fastest first."""
+def shapes(rows: int, count: int) -> Iterator[Shape]:
+    """Those for a weight with so many rows and for so many tokens, the first choice first."""
     tokens = next(tokens for tokens in _TOKENS if tokens >= count)
     tabled = next(most for most in _SHAPES if most >= tokens)
     for numbers in _SHAPES[tabled][0 if rows > _MANY_ROWS else 1]:
-        yield Shape(tokens, *numbers, fine)
+        yield Shape(tokens, *numbers)
 
 
 @cache
@@ -242,29 +212,19 @@ def _shared_room(device: torch.device) -> int:
     return int(properties.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
-def _quads(tokens: int) -> int:
-    """Groups of four tokens."""
-    return -(-tokens // 4)
-
-
 def _tiles_of(n: int) -> int:
     return -(-n // TILE_COLUMNS)
 
 
 def _kernel(name: str, inputs: Tensor, weight: PackedSymbols | None = None, shape: Shape = Shape()) -> cuda.Kernel:
-    bits, group_size = (4, TILE_COLUMNS) if weight is None else (weight.spec.bits, weight.spec.group_size)
-    return cuda.kernel(source(bits, group_size, inputs.dtype, shape), name, inputs.device)
+    bits = 4 if weight is None else weight.spec.bits
+    return cuda.kernel(source(bits, inputs.dtype, shape), name, inputs.device)
 
 
 @cache
-def source(bits: int, group_size: int, dtype: torch.dtype, shape: Shape) -> str:
+def source(bits: int, dtype: torch.dtype, shape: Shape) -> str:
     """The text that is compiled for symbols of `bits` bits, and so on."""
-    constants = {
-        "BITS": bits,
-        "TILES_PER_GROUP": group_size // TILE_COLUMNS,
-        "TYPE": _TYPES[dtype],
-        **{name.upper(): int(value) for name, value in vars(shape).items()},
-    }
+    constants = {"BITS": bits, "TYPE": _TYPES[dtype], **{name.upper(): value for name, value in vars(shape).items()}}
     lines = [f"#define {name} {value}\n" for name, value in constants.items()]
     texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _TEXTS]
     return "".join((*lines, *texts))

@@ -1,18 +1,22 @@
 // Symbols of a tile, as bytes for integer matrix instructions. The GPU and g++ (in the tests) compile the same text.
 //
+// An entry of a weight is τ (q + ½) s / 128 with the level q of its symbol, a byte, and the scale s of its row; τ is -1
+// where the symbol above is odd (see slablm/methods/symbols.py). As -(q + ½) = ~q + ½, its byte is q, with all bits
+// turned where τ is -1. The ½, the same for all entries, are added elsewhere.
+//
 // A tile has 4 rows of w = 32 W columns (W = 4, or 2 for half a tile); see slablm/packing/tiles.py. Four lanes t share
-// a row. Lane t has the columns c = 4 W t … 4 W t + 4 W - 1 and those w/2 behind them. They lie in W words per plane,
-// and word i becomes a word of eight selectors, nibbles of 3 bits of an index with the sign above them, for the columns
+// it. Of every row lane t has the columns c = 4 W t … 4 W t + 4 W - 1 and those w/2 behind them. They lie in W words
+// per plane, and word i becomes a word of eight nibbles, for the columns
 //
 //     c, w/2 + c, c + 1, w/2 + c + 1, c + 2, …        c = 4 W t + 4 i        from the lowest nibble on.
 //
-// The instruction prmt looks four nibbles up in a table of 8 bytes. Where the sign is set it copies the top bit of the
-// byte instead; tables have no top bits, so it gives 0 for negative symbols, and with all signs turned 0 for positive
-// ones. These two halves of a weight, P and N, are what is multiplied, W x = P x - N x: no sign is ever applied.
-// Indices of 4 bits (BITS = 5) take two tables; the top bit of the index silences one or the other in the same way.
+// The instruction prmt looks four nibbles up in a table of 8 bytes by their lower three bits. Where the fourth is set
+// it gives 255 or 0, as the top bit of the byte is. So in a table of bytes 0 and 255 in turns it gives 255 for odd
+// nibbles, whatever their other bits are. This mask turns the bits of the row below. (Symbols of 2 bits take the parity
+// above into the index instead.) Where symbols have 4 bits and more it also chooses between two tables, of even and of
+// odd symbols, in which the other three bits are looked up; the fifth bit chooses between two such pairs.
 
 typedef unsigned char u8;
-typedef unsigned short u16;
 typedef unsigned int u32;
 typedef unsigned long long u64;
 
@@ -23,9 +27,8 @@ typedef unsigned long long u64;
 #endif
 
 #define LOW_BITS (BITS >= 4 ? 4 : 2)
-#define SIGN_PLANE (BITS == 3 || BITS == 5)
-#define WIDE_INDEX (BITS == 5)
-#define SIGNS 0x88888888u
+#define TOP_PLANE (BITS == 3 || BITS == 5)
+#define LEVELS (1 << BITS)
 
 SHARED_CODE u32 permute(u32 low, u32 high, u32 selector) {
 #ifdef __CUDACC__
@@ -43,62 +46,95 @@ SHARED_CODE u32 permute(u32 low, u32 high, u32 selector) {
 #endif
 }
 
+SHARED_CODE u32 rotate_left(u32 word, int count) {
+#ifdef __CUDACC__
+    return __funnelshift_l(word, word, count);
+#else
+    return word << (count & 31) | word >> (-count & 31);
+#endif
+}
+
 // Bytes of a tile, and where lane t finds its words of a row in it.
 SHARED_CODE u32 tile_bytes(int W) { return 16 * W * BITS; }
 SHARED_CODE u32 low_offset(int W, int row, int t) {
     return LOW_BITS == 4 ? 16 * W * row + 4 * W * t : 8 * W * row + 4 * W * (t & 1);
 }
-SHARED_CODE u32 sign_offset(int W, int row) { return 16 * W * LOW_BITS + 4 * W * row; }
+SHARED_CODE u32 top_offset(int W, int row) { return 16 * W * LOW_BITS + 4 * W * row; }
 
-// Two words of selectors; `high` is used for indices of 4 bits alone, and selects in the table of their upper half.
-struct Selectors {
-    u32 low, high;
-};
-
-SHARED_CODE Selectors selectors(u32 low, u32 signs, int t) {
-    Selectors result;
-    result.high = 0;
-    if (BITS == 4) {
-        result.low = low;
-        return result;
-    }
-    const u32 sign = signs << (3 - t) & SIGNS;
-    if (BITS == 5) {
-        result.low = low | sign;
-        result.high = (low ^ SIGNS) | sign;
-        return result;
-    }
-    const u32 fields = low >> (2 * (t >> 1));
-    result.low = BITS == 3 ? (fields & 0x33333333u) | sign : (fields & 0x11111111u) | (fields & 0x22222222u) << 2;
-    return result;
+// Symbols as nibbles; of 5 bits the lower four.
+SHARED_CODE u32 nibbles(u32 low, u32 top, int t) {
+    if (BITS >= 4) return low;
+    const u32 fields = low >> (2 * (t >> 1)) & 0x33333333u;
+    return BITS == 2 ? fields : fields | (rotate_left(top, 2 - t) & 0x44444444u);
 }
 
-// The same with all signs turned.
-SHARED_CODE Selectors turned(u32 low, u32 signs, int t) {
-    if (!WIDE_INDEX) {
-        Selectors result = selectors(low, signs, t);
-        result.low ^= SIGNS;
-        return result;
-    }
-    return selectors(low, ~signs, t);
+// The bytes of all levels. Of 2 bits a word, and one for τ = -1; of 3 bits two words; else two words of even symbols,
+// two of odd ones, and of 5 bits the same for symbols from 16 on.
+struct Table {
+    u32 words[8];
+};
+
+// Of levels four in a word.
+SHARED_CODE Table table_of(const u32* levels) {
+    Table table = {};
+    if (BITS <= 3) table.words[0] = levels[0], table.words[1] = BITS == 2 ? ~levels[0] : levels[1];
+    else
+        for (int k = 0; k < LEVELS / 8; k++) {
+            u32* const words = table.words + k / 2 * 4 + k % 2;
+            words[0] = permute(levels[2 * k], levels[2 * k + 1], 0x6420);
+            words[2] = permute(levels[2 * k], levels[2 * k + 1], 0x7531);
+        }
+    return table;
+}
+
+// What is looked up for a word of a row, four nibbles at a time: selectors of a table, of the mask of odd symbols, and
+// of one of two results.
+struct Selectors {
+    u32 index, parity, half;
+};
+
+// `above`: the nibbles of the row above.
+SHARED_CODE Selectors selectors(u32 own, u32 above, u32 top, int t) {
+    Selectors result = {own, own, 0};
+    if (BITS == 2) result.index |= above << 2 & 0x44444444u;
+    if (BITS >= 4) result.index = own >> 1 & 0x77777777u;
+    if (BITS == 5) result.half = (rotate_left(top, 2 - t) & 0x44444444u) | 0x32103210u;
+    return result;
 }
 
 // The upper four nibbles.
 SHARED_CODE Selectors upper(Selectors s) {
-    s.low >>= 16;
-    if (WIDE_INDEX) s.high >>= 16;
+    s.index >>= 16, s.parity >>= 16, s.half >>= 16;
     return s;
 }
 
-// A byte for every index; `words[2]` and `words[3]` for indices of 4 bits alone.
-struct Table {
-    u32 words[4];
-};
+// 255 where the symbol is odd.
+SHARED_CODE u32 odd(Selectors s) { return permute(0xFF00FF00u, 0xFF00FF00u, s.parity); }
 
-SHARED_CODE u32 look_up(const Table& table, Selectors s) {
-    const u32 low = permute(table.words[0], table.words[1], s.low);
-    return WIDE_INDEX ? low | permute(table.words[2], table.words[3], s.high) : low;
+SHARED_CODE u32 of_pair(const u32* words, u32 index, u32 own) {
+    return (permute(words[0], words[1], index) & ~own) | (permute(words[2], words[3], index) & own);
 }
 
-// 1 where the index is 0.
-SHARED_CODE u32 background(Selectors s) { return permute(1, 0, s.low); }
+// Four bytes; `own` and `above` are the masks of the symbols themselves and of those above.
+SHARED_CODE u32 look_up(const Table& table, Selectors s, u32 own, u32 above) {
+    if (BITS == 2) return permute(table.words[0], table.words[1], s.index);
+    if (BITS == 3) return permute(table.words[0], table.words[1], s.index) ^ above;
+    const u32 first = of_pair(table.words, s.index, own);
+    return (BITS == 4 ? first : permute(first, of_pair(table.words + 4, s.index, own), s.half)) ^ above;
+}
+
+// A word of all four rows: their bytes, of the lower and of the upper nibbles.
+SHARED_CODE void decode(u32 (*bytes)[2], const Table& table, const u32* low, const u32* top, int t) {
+    u32 own[4];
+    for (int row = 0; row < 4; row++) own[row] = nibbles(low[row], top[row], t);
+    Selectors s[4];
+    for (int row = 0; row < 4; row++) s[row] = selectors(own[row], own[(row + 3) % 4], top[row], t);
+    for (int part = 0; part < 2; part++) {
+        u32 masks[4];
+        for (int row = 0; row < 4; row++) masks[row] = odd(s[row]);
+        for (int row = 0; row < 4; row++) {
+            bytes[row][part] = look_up(table, s[row], masks[row], masks[(row + 3) % 4]);
+            s[row] = upper(s[row]);
+        }
+    }
+}

@@ -1,32 +1,30 @@
 // Weights in symbols on NVIDIA GPUs, as in slablm/runtime/kernels/gpu_symbols.py, where the constants in capitals and
 // the text of symbols_decode.cuh come from.
 //
-// A few tokens. `quantize` turns inputs, once rotated, into 16-bit integers with a scale per token and tile: q = 256 hi
-// + lo, two bytes. It does so twice, for x and for y = v x, which meets the background. `matvec` multiplies both, byte
-// by byte on tensor cores (m16n8k32): 16 rows of a weight in registers, and hi and lo of 4 tokens as the 8 columns of
-// the other factor. Levels that lie on a grid (see slablm/methods/alphabet.py) are integers of 7 bits, so that a tile
-// takes four products: the levels of positive and of negative symbols with x, and their backgrounds with y. Others
-// (FINE) are integers of 14 bits, a = (128 h + l) / 16383 of the largest, again two bytes, and take two products more.
+// A few tokens. `quantize` turns inputs, once rotated, into 16-bit integers with a unit per token and tile: x = 256 hi
+// + lo, two bytes. `matvec` multiplies them, byte by byte on tensor cores (m16n8k32): 16 rows of a weight in registers,
+// and hi and lo of 4 tokens as the 8 columns of the other factor. With v the bytes of a row, of a tile of columns
 //
-// The sums of a tile start at MAGIC, the float 1.5 2^23: as long as they stay below 2^22 their bits are those of the
-// float MAGIC + sum, and the difference of a positive and a negative part is one subtraction of floats, no conversion.
-// 128 columns of at most 127 x 128 are 2^21.
+//     Σ τ (q + ½) x = Σ v x + ½ Σ x = 256 Σ v hi + Σ v lo + ½ Σ x.
 //
-// An operand has a record per tile and four tokens: its bytes in the order in which lanes read them, [kind: x, y][half of
-// the steps][column of the fragment][t][16 bytes], then its units, [token][kind].
+// The first two terms are below 2^30 together, an integer of 32 bits. The last is the same in all rows, and added once.
+// The scale of a row comes at the end.
 //
-// A block has K_WARPS times ROW_WARPS warps. Those of one K share a span of tiles and the operand's records of it, each
-// for 16 rows of the weight; in the end the sums of all spans are added. Tiles and records come to shared memory some
-// tiles ahead, in a ring of DEPTH stages.
+// An operand has a record per tile and four tokens: for each token the unit over 128, and that times ½ Σ x; then its
+// bytes in the order in which lanes read them, [half of the steps][column of the fragment][t][16 bytes].
+//
+// A warp has eight tiles of rows, 32 rows, in two fragments: rows g and g + 8 of the first are rows 0 and 1 of tile g,
+// and those of the second its rows 2 and 3. So a lane has all rows of a tile, and the symbols above each. The K_WARPS
+// of a block have the same rows and each a span of columns; in the end the sums of all spans are added. Tiles and
+// records come to shared memory some tiles ahead, in a ring of DEPTH stages.
 
-#define MAGIC 0x4B400000
-#define ROWS (16 * FRAGMENTS)
-#define BLOCK_ROWS (ROWS * ROW_WARPS)
+#define ROWS 32
 #define QUADS ((TOKENS + 3) / 4)
 #define COLUMNS (TOKENS >= 4 ? 8 : TOKENS >= 2 ? 4 : 2)
 #define TILE 128
 #define UNIT_BYTES 32
-#define RECORD_BYTES(W) (64 * (W) * COLUMNS + UNIT_BYTES)
+#define RECORD_BYTES (UNIT_BYTES + TILE * COLUMNS)
+#define OPERAND_BYTES (QUADS * RECORD_BYTES)  // of a tile
 
 typedef unsigned short half_bits;
 
@@ -48,12 +46,10 @@ __device__ __forceinline__ half_bits to_bfloat16(float value) {
     return bits;
 }
 
-// Global to shared memory, without registers and without waiting.
-template <int BYTES>
+// 16 bytes from global to shared memory, without registers and without waiting.
 __device__ __forceinline__ void fetch(u8* to, const u8* from) {
     const u32 address = (u32)__cvta_generic_to_shared(to);
-    if (BYTES == 16) asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(address), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
 __device__ __forceinline__ void close_stage() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // For all stages that were closed but the last `LEFT`.
@@ -63,18 +59,12 @@ __device__ __forceinline__ void wait_for_stages() {
 }
 __device__ __forceinline__ void wait_for_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// Of so many threads, in whole warps; `index` 1 to 15, for each group of them.
-template <int THREADS>
-__device__ __forceinline__ void barrier(int index) {
-    asm volatile("bar.sync %0, %1;" ::"r"(index), "n"(THREADS) : "memory");
-}
-
 // 16 x 32 times 32 x 8 bytes with signs: sums that start anew, and that go on.
-__device__ __forceinline__ void multiply_first(int* sums, const u32* a, u32 b0, u32 b1, int start) {
+__device__ __forceinline__ void multiply_first(int* sums, const u32* a, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%10, %10, %10, %10};"
         : "=r"(sums[0]), "=r"(sums[1]), "=r"(sums[2]), "=r"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(start));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
 }
 __device__ __forceinline__ void multiply_next(int* sums, const u32* a, u32 b0, u32 b1) {
     asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -97,13 +87,6 @@ typedef half_bits scalar;
 __device__ __forceinline__ float widen(scalar value) { return __uint_as_float((u32)value << 16); }
 __device__ __forceinline__ scalar narrow(float value) { return to_bfloat16(value); }
 #endif
-
-// Integers of the levels, and what one of them is worth.
-struct Levels {
-    Table high, low;
-    float unit;
-    u32 unused[7];
-};
 
 // The next launch may start before this one ends (programmatic dependent launch), and waits before it reads from it.
 __device__ __forceinline__ void start_next() {

@@ -34,29 +34,18 @@ __device__ __forceinline__ void stages(float* columns, int size, int step) {
 }
 
 struct alignas(16) Eight {
-    half_bits parts[8];
+    scalar parts[8];
 };
 
-// Eight neighbouring numbers; 0 behind the last one.
-__device__ __forceinline__ void load_eight(half_bits* own, const half_bits* from, int count) {
-    if (count >= 8 && (u64)from % 16 == 0) {
-        *(Eight*)own = *(const Eight*)from;
-        return;
-    }
-#pragma unroll
-    for (int k = 0; k < 8; k++) own[k] = k < count ? from[k] : 0;
-}
-
+// Eight neighbouring inputs; 0 behind the last one.
 __device__ __forceinline__ void load_inputs(float* own, const scalar* from, int count) {
-#if TYPE == 0
-#pragma unroll
-    for (int k = 0; k < 8; k++) own[k] = k < count ? from[k] : 0.f;
-#else
     Eight loaded;
-    load_eight(loaded.parts, from, count);
+    if (count >= 8 && (u64)from % 16 == 0) loaded = *(const Eight*)from;
+    else
+#pragma unroll
+        for (int k = 0; k < 8; k++) loaded.parts[k] = k < count ? from[k] : 0;
 #pragma unroll
     for (int k = 0; k < 8; k++) own[k] = widen(loaded.parts[k]);
-#endif
 }
 
 // `size` columns of a token from `start` on, rotated, into shared memory; 0 behind the last one.
@@ -94,8 +83,8 @@ extern "C" __global__ void rotate(
         outputs[token * n + start + k] = narrow(columns[place(k)]);
 }
 
-// The four columns of a lane as 16-bit integers in two words, and the unit of the tile.
-__device__ __forceinline__ float integers(const float* values, u32* high, u32* low) {
+// The four columns of a lane as 16-bit integers in two words; the unit of the tile over 128, and that times ½ Σ x.
+__device__ __forceinline__ float2 integers(const float* values, u32* words) {
     // Of floats without a sign the bits ascend as they do, and NaN is above all.
     u32 bits = 0;
 #pragma unroll
@@ -103,51 +92,30 @@ __device__ __forceinline__ float integers(const float* values, u32* high, u32* l
     bits = __reduce_max_sync(~0u, bits);
     const float most = 127 * 256 + 127, largest = __uint_as_float(bits);
     const float scale = largest > 1e-30f ? most / largest : 0.f;  // of what is smaller the scale would not be finite
-    *high = *low = 0;
+    int sum = 0;
+    words[0] = words[1] = 0;
 #pragma unroll
     for (int k = 0; k < 4; k++) {
-        const int q = __float2int_rn(fminf(fmaxf(values[k] * scale, -most), most)), hi = (q + 128) >> 8;
-        *high |= (u32)(hi & 255) << (8 * k);
-        *low |= (u32)((q - 256 * hi) & 255) << (8 * k);
+        const int x = __float2int_rn(fminf(fmaxf(values[k] * scale, -most), most)), hi = (x + 128) >> 8;
+        sum += x;
+        words[0] |= (u32)(hi & 255) << (8 * k);
+        words[1] |= (u32)((x - 256 * hi) & 255) << (8 * k);
     }
+    sum = __reduce_add_sync(~0u, sum);
     // A token that is not finite becomes NaN as a whole.
-    return bits < 0x7F800000 ? largest / most : __int_as_float(0x7FFFFFFF);
+    const float unit = bits < 0x7F800000 ? largest / (128 * most) : __int_as_float(0x7FFFFFFF);
+    return make_float2(unit, 0.5f * sum * unit);
 }
 
-// `steps` of the grid up to the largest level.
-__device__ void write_levels(const half_bits* levels, Levels* written, int steps) {
-    const int count = (1 << (BITS - 1)) - 1;
-    const float largest = from_half(levels[count - 1]);
-    Levels result = {};
-#pragma unroll
-    for (int c = 1; c <= count; c++) {
-        const u32 q = largest > 0 ? __float2uint_rn(from_half(levels[c - 1]) / largest * steps) : 0;
-        result.high.words[c / 4] |= (FINE ? q >> 7 : q) << (8 * (c % 4));
-        result.low.words[c / 4] |= (FINE ? q & 127 : 0) << (8 * (c % 4));
-    }
-    result.unit = largest / steps;
-    *written = result;
-}
-
-// Grid: pieces of `size` columns (a multiple of a tile, and of a block of the rotation), and one for the levels; tokens.
+// Grid: pieces of `size` columns (a multiple of a tile, and of a block of the rotation); tokens.
 extern "C" __global__ void __launch_bounds__(512) quantize(
-    const scalar* inputs, const u32* minus, const half_bits* right, const half_bits* levels, u8* operand,
-    Levels* written, int n, int size, int block, int steps) {
+    const scalar* inputs, const u32* minus, u8* operand, int n, int size, int block) {
     extern __shared__ float columns[];
-    half_bits* const factors = (half_bits*)(columns + place(size));  // a multiple of 16 bytes behind
     const int start = blockIdx.x * size, token = blockIdx.y, lane = threadIdx.x % 32;
     start_next();
-    for (int k = 8 * threadIdx.x; k < size; k += 8 * blockDim.x)
-        load_eight(factors + k, right + start + k, n - start - k);
     wait_for_previous();  // also: what is written to may still be read
-    if (start >= n) {
-        if (threadIdx.x == 0 && token == 0) write_levels(levels, written, steps);
-        return;
-    }
     rotated(columns, inputs + (long long)token * n, minus, n, start, size, block);
     const int tiles = tiles_of(n), halves = halves_of(n);
-    const int room = tiles * RECORD_BYTES(4);  // of four tokens
-    u8* const own = operand + (long long)(token / 4) * room;
     for (int tile = threadIdx.x / 32; tile < size / TILE; tile += blockDim.x / 32) {
         const int index = start / TILE + tile;
         if (index >= tiles) break;
@@ -155,26 +123,20 @@ extern "C" __global__ void __launch_bounds__(512) quantize(
         // Word: columns c, c + half, c + 1, c + 1 + half.
         const int c = 2 * lane, t = c / (4 * W), step = c % (4 * W) / 4;
         const int places[4] = {c, c + half, c + 1, c + 1 + half};
-        float x[4], y[4];
+        float values[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) {
-            const int column = index * TILE + places[k];
-            const bool inside = c < half && column < n;
-            x[k] = inside ? columns[place(tile * TILE + places[k])] : 0.f;
-            y[k] = inside ? x[k] * from_half(factors[tile * TILE + places[k]]) : 0.f;
+            const bool inside = c < half && index * TILE + places[k] < n;
+            values[k] = inside ? columns[place(tile * TILE + places[k])] : 0.f;
         }
-        u32 words[4];
-        const float x_unit = integers(x, &words[0], &words[1]), y_unit = integers(y, &words[2], &words[3]);
-        u8* const record = own + index * RECORD_BYTES(4);
-        if (lane == 0)
-            ((float2*)(record + 64 * W * COLUMNS))[token % 4] = make_float2(x_unit, y_unit);
+        u32 words[2];
+        const float2 unit = integers(values, words);
+        u8* const record = operand + index * OPERAND_BYTES + token / 4 * RECORD_BYTES;
+        if (lane == 0) ((float2*)record)[token % 4] = unit;
         if (c >= half) continue;
-#pragma unroll
-        for (int kind = 0; kind < 2; kind++) {
-            u8* const at = record + ((kind * (W / 2) + step / 2) * COLUMNS + 2 * (token % 4)) * 64 + t * 16 +
-                           step % 2 * 8 + c % 4 * 2;
-            *(u32*)at = words[2 * kind];
-            *(u32*)(at + 64) = words[2 * kind + 1];
-        }
+        const int column = step / 2 * COLUMNS + 2 * (token % 4);
+        u8* const at = record + UNIT_BYTES + column * 64 + t * 16 + step % 2 * 8 + c % 4 * 2;
+        *(u32*)at = words[0];
+        *(u32*)(at + 64) = words[1];
     }
 }

@@ -1,58 +1,38 @@
 // Kernels for symbols: the product of a few tokens. See symbols_device.cuh.
 
-// Of the warps that share a span.
-__device__ __forceinline__ void meet(int span) {
-    if (ROW_WARPS == 1) __syncwarp();
-    else barrier<32 * ROW_WARPS>(1 + span);
-}
+// Of a tile, an odd multiple of 64 bytes, so that lanes of neighbouring tiles do not meet in one bank.
+#define TILE_ROOM (64 * (BITS | 1))
+#define TILES_BYTES (ROWS / 4 * TILE_ROOM)
+#define STAGE_BYTES (TILES_BYTES + OPERAND_BYTES)  // of a warp
 
-#define PLANES (SIGN_PLANE ? 2 : 1)
-#define STAGE_BYTES (FRAGMENTS * 2 * PLANES * 512)  // of a warp's tiles; 16 bytes per lane, row and plane
-#define OPERAND_BYTES (QUADS * RECORD_BYTES(4))
-
-// What a lane has of a tile: of rows g and g + 8 of every fragment, and of the operand.
+// What a lane has of a tile of columns: its words of all four rows, and of the operand.
 template <int W>
 struct Piece {
-    u32 low[FRAGMENTS][2][W], signs[FRAGMENTS][2][SIGN_PLANE ? W : 1];
-    u32 operand[QUADS][2][W / 2][4];
-    half_bits scales[FRAGMENTS][2];
-    float units[QUADS][2];
+    u32 low[4][W], top[4][W];
+    u32 operand[QUADS][W / 2][4];
+    float2 units[QUADS];
 };
 
-struct Place {
-    const u8* rows[FRAGMENTS][2];
-    int in_tile[FRAGMENTS][2];
-    const u8* operand;
-    int lane, row_warp, tiles;
+// Sums of a lane: of the four rows with token 4 q + t, and what is the same in all rows.
+struct Sums {
+    float rows[QUADS][4], common[QUADS];
 };
 
-// A lane's words of a tile, which nobody else reads.
+// A warp's tiles. Four lanes share one; `from` is where a lane begins.
 template <int W>
-__device__ __forceinline__ void fetch_tile(u8* stage, const Place& place, int tile) {
-    const int t = place.lane % 4;
+__device__ __forceinline__ void fetch_tiles(u8* stage, const u8* from, int lane) {
+    u8* const to = stage + lane / 4 * TILE_ROOM + lane % 4 * 16;
 #pragma unroll
-    for (int f = 0; f < FRAGMENTS; f++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const u8* const from = place.rows[f][r] + tile * tile_bytes(4);
-            u8* const to = stage + (f * 2 + r) * PLANES * 512 + place.lane * 16;
-            fetch<4 * W>(to, from + low_offset(W, place.in_tile[f][r], t));
-            if (SIGN_PLANE) fetch<4 * W>(to + 512, from + sign_offset(W, place.in_tile[f][r]));
-        }
+    for (int k = 0; k < tile_bytes(W); k += 64)
+        if (k + 64 <= tile_bytes(W) || k + lane % 4 * 16 < tile_bytes(W)) fetch(to + k, from + k);
 }
 
-// A warp's part of the records of a tile.
-template <int W>
-__device__ __forceinline__ void fetch_operand(u8* stage, const Place& place, int tile) {
+// The records of a tile of columns; `from` is where a lane begins.
+__device__ __forceinline__ void fetch_operand(u8* stage, const u8* from, int lane) {
 #pragma unroll
-    for (int q = 0; q < QUADS; q++) {
-        const u8* const from = place.operand + (q * place.tiles + tile) * RECORD_BYTES(4);
-#pragma unroll
-        for (int k = 0; k < RECORD_BYTES(W); k += 512 * ROW_WARPS) {
-            const int at = k + (place.row_warp * 32 + place.lane) * 16;
-            if (at < RECORD_BYTES(W)) fetch<16>(stage + q * RECORD_BYTES(4) + at, from + at);
-        }
-    }
+    for (int k = 0; k < OPERAND_BYTES; k += 512)
+        if (k + 512 <= OPERAND_BYTES || k + 16 * lane < OPERAND_BYTES)
+            fetch(stage + TILES_BYTES + 16 * lane + k, from + k);
 }
 
 template <int COUNT>
@@ -67,189 +47,121 @@ __device__ __forceinline__ void read_words(u32* words, const u8* from) {
 }
 
 template <int W>
-__device__ __forceinline__ void read(
-    Piece<W>& piece, const u8* tiles, const u8* records, const half_bits* scales, int span, int lane) {
+__device__ __forceinline__ void read(Piece<W>& piece, const u8* stage, int lane) {
     const int g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int q = 0; q < QUADS; q++) {
-        const u8* const record = records + q * RECORD_BYTES(4);
+        const u8* const record = stage + TILES_BYTES + q * RECORD_BYTES;
+        piece.units[q] = ((const float2*)record)[t];
 #pragma unroll
-        for (int kind = 0; kind < 2; kind++) {
-#pragma unroll
-            for (int s = 0; s < W / 2; s++)
-                read_words<4>(
-                    piece.operand[q][kind][s],
-                    record + ((kind * (W / 2) + s) * COLUMNS + g % COLUMNS) * 64 + t * 16);
-        }
-        const float2 units = ((const float2*)(record + 64 * W * COLUMNS))[t];
-        piece.units[q][0] = units.x, piece.units[q][1] = units.y;
+        for (int s = 0; s < W / 2; s++)
+            read_words<4>(piece.operand[q][s], record + UNIT_BYTES + (s * COLUMNS + g % COLUMNS) * 64 + t * 16);
     }
 #pragma unroll
-    for (int f = 0; f < FRAGMENTS; f++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            piece.scales[f][r] = scales[(16 * f + 8 * r + g) * span];
-            const u8* const from = tiles + (f * 2 + r) * PLANES * 512 + lane * 16;
-            read_words<W>(piece.low[f][r], from);
-            if (SIGN_PLANE) read_words<W>(piece.signs[f][r], from + 512);
-        }
-}
-
-// One table's part of 16 rows and 32 columns, with all tokens.
-template <int W, typename Lookup>
-__device__ __forceinline__ void add(
-    int (*sums)[4], const Piece<W>& piece, int kind, int step, const Selectors* lower, Lookup lookup) {
-    const u32 a[4] = {
-        lookup(lower[0]), lookup(lower[1]), lookup(upper(lower[0])), lookup(upper(lower[1])),
-    };
-#pragma unroll
-    for (int q = 0; q < QUADS; q++) {
-        const u32* const b = piece.operand[q][kind][step / 2] + step % 2 * 2;
-        if (step == 0) multiply_first(sums[q], a, b[0], b[1], MAGIC);
-        else multiply_next(sums[q], a, b[0], b[1]);
+    for (int row = 0; row < 4; row++) {
+        read_words<W>(piece.low[row], stage + g * TILE_ROOM + low_offset(W, row, t));
+        if (TOP_PLANE) read_words<W>(piece.top[row], stage + g * TILE_ROOM + top_offset(W, row));
     }
-}
-
-// Float of a sum minus another, exactly.
-__device__ __forceinline__ float apart(int first, int second) { return __int_as_float(first) - __int_as_float(second); }
-
-// 256 hi + lo of a row's difference of two sums.
-__device__ __forceinline__ float joined(const int* first, const int* second, int r) {
-    return fmaf(256.f, apart(first[2 * r], second[2 * r]), apart(first[2 * r + 1], second[2 * r + 1]));
 }
 
 template <int W>
-__device__ __forceinline__ void multiply_tile(
-    float (*kept)[QUADS][2], float (*back)[QUADS][2], const Piece<W>& piece, const Levels& levels, int t) {
-    enum { P_HIGH, P_LOW, P_BACK, N_HIGH, N_LOW, N_BACK, PARTS };
-    auto high = [&](Selectors s) { return look_up(levels.high, s); };
-    auto low = [&](Selectors s) { return look_up(levels.low, s); };
+__device__ __forceinline__ void multiply_tile(Sums& kept, const Piece<W>& piece, const Table& table, int t) {
+    int sums[2][QUADS][4];
 #pragma unroll
-    for (int f = 0; f < FRAGMENTS; f++) {
-        int sums[PARTS][QUADS][4];
+    for (int i = 0; i < W; i++) {
+        u32 low[4], top[4], bytes[4][2];
 #pragma unroll
-        for (int i = 0; i < W; i++) {
-            Selectors plus[2], minus[2];
+        for (int row = 0; row < 4; row++) low[row] = piece.low[row][i], top[row] = TOP_PLANE ? piece.top[row][i] : 0;
+        decode(bytes, table, low, top, t);
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const u32 signs = piece.signs[f][r][SIGN_PLANE ? i : 0];
-                plus[r] = selectors(piece.low[f][r][i], signs, t);
-                minus[r] = turned(piece.low[f][r][i], signs, t);
+        for (int f = 0; f < 2; f++) {
+            const u32 a[4] = {bytes[2 * f][0], bytes[2 * f + 1][0], bytes[2 * f][1], bytes[2 * f + 1][1]};
+#pragma unroll
+            for (int q = 0; q < QUADS; q++) {
+                const u32* const b = piece.operand[q][i / 2] + i % 2 * 2;
+                if (i == 0) multiply_first(sums[f][q], a, b[0], b[1]);
+                else multiply_next(sums[f][q], a, b[0], b[1]);
             }
-            add<W>(sums[P_HIGH], piece, 0, i, plus, high);
-            if (FINE) add<W>(sums[P_LOW], piece, 0, i, plus, low);
-            add<W>(sums[P_BACK], piece, 1, i, plus, background);
-            add<W>(sums[N_HIGH], piece, 0, i, minus, high);
-            if (FINE) add<W>(sums[N_LOW], piece, 0, i, minus, low);
-            add<W>(sums[N_BACK], piece, 1, i, minus, background);
         }
+    }
 #pragma unroll
-        for (int q = 0; q < QUADS; q++)
+    for (int q = 0; q < QUADS; q++) {
+        kept.common[q] += piece.units[q].y;
 #pragma unroll
-            for (int r = 0; r < 2; r++) {
-                float sum = joined(sums[P_HIGH][q], sums[N_HIGH][q], r);
-                if (FINE) sum = fmaf(128.f, sum, joined(sums[P_LOW][q], sums[N_LOW][q], r));
-                kept[f][q][r] = fmaf(sum, from_half(piece.scales[f][r]) * piece.units[q][0], kept[f][q][r]);
-                back[f][q][r] = fmaf(joined(sums[P_BACK][q], sums[N_BACK][q], r), piece.units[q][1], back[f][q][r]);
-            }
+        for (int row = 0; row < 4; row++) {
+            const int* const pair = sums[row / 2][q] + row % 2 * 2;  // with hi, and with lo
+            kept.rows[q][row] = fmaf((float)(256 * pair[0] + pair[1]), piece.units[q].x, kept.rows[q][row]);
+        }
     }
 }
 
-// Grid: groups of BLOCK_ROWS rows. `span`: the most tiles that a warp has.
-extern "C" __global__ void __launch_bounds__(32 * K_WARPS * ROW_WARPS, BLOCKS) matvec(
-    const u8* symbols, const half_bits* scales, const half_bits* left, const u8* operand, const Levels* written,
-    scalar* outputs, int m, int n, int tokens, int span) {
+// Grid: groups of ROWS rows.
+extern "C" __global__ void __launch_bounds__(32 * K_WARPS, BLOCKS) matvec(
+    const u8* symbols, const half_bits* scales, const u32* levels, const u8* operand, scalar* outputs, int m, int n,
+    int tokens) {
     extern __shared__ uint4 memory[];
     u8* const shared = (u8*)memory;
     start_next();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int row_warp = warp % ROW_WARPS, k_warp = warp / ROW_WARPS;
-    const int first = blockIdx.x * BLOCK_ROWS + row_warp * ROWS;
-    const int tiles = tiles_of(n), halves = halves_of(n), whole = halves / 2;
-    const int groups = (tiles + TILES_PER_GROUP - 1) / TILES_PER_GROUP;
-    u8* const records = shared + k_warp * DEPTH * OPERAND_BYTES;
-    u8* const ring = shared + K_WARPS * DEPTH * OPERAND_BYTES + warp * DEPTH * STAGE_BYTES;
-    half_bits* const own_scales =
-        (half_bits*)(shared + K_WARPS * DEPTH * (OPERAND_BYTES + ROW_WARPS * STAGE_BYTES)) + warp * ROWS * span;
-    Place place;
-    place.operand = operand, place.lane = lane, place.row_warp = row_warp, place.tiles = tiles;
-#pragma unroll
-    for (int f = 0; f < FRAGMENTS; f++)
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            const int row = min(first + 16 * f + 8 * r + g, m - 1);  // those behind the last are not written
-            place.rows[f][r] = symbols + (long long)(row / 4) * halves * tile_bytes(2);
-            place.in_tile[f][r] = row % 4;
-        }
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, t = lane % 4;
+    const int halves = halves_of(n), whole = halves / 2;
     // The tiles of a warp: its share of the whole ones, the half one to the last.
-    const int begin = whole * k_warp / K_WARPS, end = whole * (k_warp + 1) / K_WARPS;
-    const bool odd = halves % 2 && k_warp == K_WARPS - 1;
+    const int begin = whole * warp / K_WARPS, end = whole * (warp + 1) / K_WARPS;
+    const int first = blockIdx.x * ROWS, own_row = first + lane;
+    const int own_tile = min(first + lane / 4 * 4, m - 1) / 4;  // what is behind the last row is not written
+    u8* const ring = shared + warp * DEPTH * STAGE_BYTES;
+    const u8* from = symbols + (long long)own_tile * halves * tile_bytes(2) + begin * tile_bytes(4) + 16 * t;
+    const u8* records = operand + begin * OPERAND_BYTES + 16 * lane;
 #pragma unroll
-    for (int d = 0; d < DEPTH - 1; d++)
-        if (begin + d < end) fetch_tile<4>(ring + d * STAGE_BYTES, place, begin + d);
-    for (int k = lane; k < end - begin + odd; k += 32) {
-        half_bits found[ROWS];
-#pragma unroll
-        for (int row = 0; row < ROWS; row++)
-            found[row] = __ldg(scales + (long long)min(first + row, m - 1) * groups + (begin + k) / TILES_PER_GROUP);
-#pragma unroll
-        for (int row = 0; row < ROWS; row++) own_scales[row * span + k] = found[row];
-    }
+    for (int d = 0; d < DEPTH - 1; d++, from += tile_bytes(4))
+        if (begin + d < end) fetch_tiles<4>(ring + d * STAGE_BYTES, from, lane);
+    const Table table = table_of(levels);
+    const float scale = from_half(scales[min(own_row, m - 1)]);
     wait_for_previous();
 #pragma unroll
-    for (int d = 0; d < DEPTH - 1; d++) {
-        if (begin + d < end) fetch_operand<4>(records + d * OPERAND_BYTES, place, begin + d);
+    for (int d = 0; d < DEPTH - 1; d++, records += OPERAND_BYTES) {
+        if (begin + d < end) fetch_operand(ring + d * STAGE_BYTES, records, lane);
         close_stage();
     }
-    const Levels levels = *written;
-    float kept[FRAGMENTS][QUADS][2] = {}, back[FRAGMENTS][QUADS][2] = {};
-    int stage = 0, free = DEPTH - 1;
-    for (int tile = begin; tile < end; tile++) {
+    Sums kept = {};
+    int stage = 0, free = (DEPTH - 1) * STAGE_BYTES;
+    for (int left = end - begin; left > 0; left--) {
         Piece<4> piece;
         wait_for_stages<DEPTH - 2>();
-        meet(k_warp);
-        read(piece, ring + stage * STAGE_BYTES, records + stage * OPERAND_BYTES, own_scales + tile - begin, span, lane);
-        if (tile + DEPTH - 1 < end) {  // what all have read before they met
-            fetch_tile<4>(ring + free * STAGE_BYTES, place, tile + DEPTH - 1);
-            fetch_operand<4>(records + free * OPERAND_BYTES, place, tile + DEPTH - 1);
+        __syncwarp();
+        read(piece, ring + stage, lane);
+        if (left > DEPTH - 1) {  // what all have read before they met
+            fetch_tiles<4>(ring + free, from, lane);
+            fetch_operand(ring + free, records, lane);
         }
         close_stage();
+        from += tile_bytes(4), records += OPERAND_BYTES;
         free = stage;
-        stage = stage + 1 == DEPTH ? 0 : stage + 1;
-        multiply_tile(kept, back, piece, levels, t);
+        stage = stage == (DEPTH - 1) * STAGE_BYTES ? 0 : stage + STAGE_BYTES;
+        multiply_tile(kept, piece, table, t);
     }
-    if (odd) {
+    if (halves % 2 && warp == K_WARPS - 1) {
         Piece<2> piece;
+        __syncwarp();
+        fetch_tiles<2>(ring, from - (DEPTH - 1) * tile_bytes(4), lane);
+        fetch_operand(ring, records - (DEPTH - 1) * OPERAND_BYTES, lane);
         wait_for_all();
-        meet(k_warp);
-        fetch_tile<2>(ring, place, whole);
-        fetch_operand<2>(records, place, whole);
-        wait_for_all();
-        meet(k_warp);
-        read(piece, ring, records, own_scales + whole - begin, span, lane);
-        multiply_tile(kept, back, piece, levels, t);
+        __syncwarp();
+        read(piece, ring, lane);
+        multiply_tile(kept, piece, table, t);
     }
     __syncthreads();
-    float* const partial = (float*)shared;  // [K_WARPS][TOKENS][BLOCK_ROWS]
+    float* const partial = (float*)shared;  // [K_WARPS][TOKENS][ROWS]
 #pragma unroll
-    for (int f = 0; f < FRAGMENTS; f++)
+    for (int q = 0; q < QUADS; q++)
 #pragma unroll
-        for (int q = 0; q < QUADS; q++)
-#pragma unroll
-            for (int r = 0; r < 2; r++) {
-                const int row = 16 * f + 8 * r + g, token = 4 * q + t;
-                if (token >= TOKENS) continue;
-                const float u = from_half(left[min(first + row, m - 1)]);
-                partial[(k_warp * TOKENS + token) * BLOCK_ROWS + row_warp * ROWS + row] =
-                    kept[f][q][r] * levels.unit + u * back[f][q][r];
-            }
+        for (int row = 0; row < 4; row++)
+            if (4 * q + t < TOKENS)
+                partial[(warp * TOKENS + 4 * q + t) * ROWS + lane / 4 * 4 + row] = kept.rows[q][row] + kept.common[q];
     __syncthreads();
-    for (int k = threadIdx.x; k < BLOCK_ROWS * TOKENS; k += blockDim.x) {
-        const int row = blockIdx.x * BLOCK_ROWS + k % BLOCK_ROWS, token = k / BLOCK_ROWS;
-        if (row >= m || token >= tokens) continue;
+    for (int token = warp; token < tokens && own_row < m; token += K_WARPS) {
         float sum = 0;
 #pragma unroll
-        for (int w = 0; w < K_WARPS; w++) sum += partial[w * TOKENS * BLOCK_ROWS + k];
-        outputs[(long long)token * m + row] = narrow(sum);
+        for (int w = 0; w < K_WARPS; w++) sum += partial[(w * TOKENS + token) * ROWS + lane];
+        outputs[(long long)token * m + own_row] = narrow(sum * scale);
     }
 }

@@ -17,37 +17,31 @@ __device__ __forceinline__ void write_four(scalar* to, const float* values, int 
 
 // Rows begin ... of the matrix for rotated inputs. Grid: rows; words of eight symbols in a row, sixteen per tile.
 extern "C" __global__ void unpack(
-    const u8* symbols, const half_bits* scales, const half_bits* levels, const half_bits* left, const half_bits* right,
-    scalar* outputs, int n, int begin) {
-    __shared__ float magnitudes[16];
-    const int count = (1 << (BITS - 1)) - 1;
-    if (threadIdx.x < 16) magnitudes[threadIdx.x] =
-        threadIdx.x && threadIdx.x <= count ? from_half(levels[threadIdx.x - 1]) : 0.f;
+    const u8* symbols, const half_bits* scales, const signed char* levels, scalar* outputs, int n, int begin) {
+    __shared__ float values[LEVELS];
+    if (threadIdx.x < LEVELS) values[threadIdx.x] = (levels[threadIdx.x] + 0.5f) / 128;
     __syncthreads();
-    const int tiles = tiles_of(n), halves = halves_of(n);
-    const int index = blockIdx.y * blockDim.x + threadIdx.x, word = index % 16, tile = index / 16;
-    if (tile >= tiles) return;
-    const int W = 2 * tile + 2 <= halves ? 4 : 2, row = begin + blockIdx.x, t = word / W, i = word % W;
-    if (t >= 4) return;
+    const int halves = halves_of(n), index = blockIdx.y * blockDim.x + threadIdx.x;
+    const int tile = index / 16, W = 2 * tile + 2 <= halves ? 4 : 2, t = index % 16 / W, i = index % 16 % W;
+    if (tile >= tiles_of(n) || t >= 4) return;
+    const int row = begin + blockIdx.x, above = (row + 3) % 4;
     const u8* const from = symbols + (long long)(row / 4) * halves * tile_bytes(2) + tile * tile_bytes(4);
     const u32 low = __ldg((const u32*)(from + low_offset(W, row % 4, t)) + i);
-    const u32 signs = SIGN_PLANE ? __ldg((const u32*)(from + sign_offset(W, row % 4)) + i) : 0;
-    const int groups = (tiles + TILES_PER_GROUP - 1) / TILES_PER_GROUP;
-    const float scale = from_half(scales[(long long)row * groups + tile / TILES_PER_GROUP]), u = from_half(left[row]);
+    const u32 top = TOP_PLANE ? __ldg((const u32*)(from + top_offset(W, row % 4)) + i) : 0;
+    const u32 own = nibbles(low, top, t), fifth = BITS == 5 ? top >> t : 0;
+    const u32 minus = nibbles(__ldg((const u32*)(from + low_offset(W, above, t)) + i), 0, t);
+    const float scale = from_half(scales[row]);
     scalar* const to = outputs + (long long)blockIdx.x * n;
-    const u32 sign = signs << (3 - t), nibbles = selectors(low, signs, t).low;
 #pragma unroll
     for (int part = 0; part < 2; part++) {  // columns c ... c + 3, and those w/2 behind them
         const int column = tile * TILE + 4 * W * t + 4 * i + part * 16 * W;
-        float values[4];
+        float numbers[4];
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             const int at = 8 * k + 4 * part;
-            const u32 nibble = nibbles >> at & 15, code = WIDE_INDEX ? low >> at & 15 : nibble & 7;
-            const float v = column + k < n ? from_half(__ldg(right + column + k)) : 0.f;
-            const float size = code ? magnitudes[code] * scale : u * v;
-            values[k] = (WIDE_INDEX ? sign >> at >> 3 & 1 : nibble >> 3) ? -size : size;
+            const float size = scale * values[(own >> at & 15) | (fifth >> at & 1) << 4];
+            numbers[k] = minus >> at & 1 ? -size : size;
         }
-        write_four(to + column, values, n - column, n % 4 == 0);
+        write_four(to + column, numbers, n - column, n % 4 == 0);
     }
 }
