@@ -23,9 +23,9 @@ import torch
 from torch.nn import functional
 
 from slablm.methods import Decomposition
-from slablm.methods.alphabet import Alphabet, SymbolWeight, level_count, on_grid
 from slablm.methods.budget import overhead
 from slablm.methods.rotation import Rotation, largest_block
+from slablm.methods.symbols import SymbolWeight
 from slablm.packing import PackedWeight, pack
 from slablm.packing.symbols import PackedSymbols, pack_symbols
 from slablm.runtime import kernels
@@ -55,14 +55,10 @@ def random_packed(m: int, n: int, ratio: float) -> PackedWeight:
 
 
 def random_symbols(m: int, n: int, bits: int) -> PackedSymbols:
-    """A weight in symbols, all equally frequent, with a scale for every 128 columns and rotated inputs."""
-    levels = level_count(bits)
-    scales = torch.rand(m, -(-n // 128)).half()
-    alphabet = Alphabet(
-        torch.rand(m).half(), torch.rand(n).half(), scales, on_grid(torch.rand(levels).sort()[0]).half(), 128
-    )
-    codes = torch.randint(0, levels + 1, (m, n), dtype=torch.uint8)
-    return pack_symbols(SymbolWeight(codes, torch.rand(m, n) < 0.5, alphabet, Rotation(n, largest_block(n), 0)))
+    """A weight in symbols, all equally frequent, with rotated inputs."""
+    codes = torch.randint(0, 2**bits, (m, n), dtype=torch.uint8)
+    levels = torch.linspace(-128, 127, 2**bits).to(torch.int8)
+    return pack_symbols(SymbolWeight(codes, torch.rand(m).half(), levels, Rotation(n, largest_block(n), 0)))
 
 
 def candidates(m: int, n: int, ratio: float, tokens: int) -> dict[str, Candidate]:

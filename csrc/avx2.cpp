@@ -144,7 +144,7 @@ struct Avx2 {
 struct Avx2Symbols : Avx2 {
     static constexpr int64_t kQuickTokens = 4;
     static constexpr int64_t kChunk = 32;
-    static constexpr int quick_rows(int tokens) { return tokens == 1 ? 4 : 2; }
+    static constexpr int quick_rows(int tokens) { return tokens == 4 ? 2 : 4; }
 
     struct Symbols {
         __m256i low, high, top;

@@ -139,6 +139,7 @@ struct NeonSymbols : PlainSymbols<Neon> {
         int32x4_t low, high;
     };
 
+    using Neon::load;
     template <int P>
     static Symbols load(const uint8_t* low, const uint8_t* top) {
         return {low, P % 2 == 1 ? vld1q_u8(top) : vdupq_n_u8(0)};
