@@ -1,5 +1,4 @@
-"""What `config.json` says about one compressed layer, types and ranges checked, and what its tensors must be.
-"""
+"""What `config.json` says about one compressed layer, checked, and what the layer's tensors must be."""
 
 from __future__ import annotations
 
