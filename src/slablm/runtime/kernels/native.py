@@ -244,7 +244,9 @@ def _symbols_struct(weight: PackedSymbols) -> bytes:
     spec, parts = weight.spec, (weight.symbols, weight.scales, weight.levels)
     for part in parts:
         if not (part.is_cpu and part.is_contiguous()):
-            raise RuntimeError("a kernel needs contiguous symbols, scales and levels on the CPU; this is a bug in slablm")
+            raise RuntimeError(
+                "a kernel needs contiguous symbols, scales and levels on the CPU; this is a bug in slablm"
+            )
     m, n, rotation = spec.out_features, spec.in_features, spec.rotation
     block, seed = (0, 0) if rotation is None else (rotation.block, rotation.seed)
     return _SYMBOLS.pack(m, n, block, seed, spec.bits, *[part.data_ptr() for part in parts])
