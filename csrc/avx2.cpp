@@ -194,7 +194,8 @@ struct Avx2Symbols : Avx2 {
         __m256i u = _mm256_shuffle_epi8(table.low, own.bytes);
         if (P == 5) u = _mm256_blendv_epi8(u, _mm256_shuffle_epi8(table.high, own.bytes), own.top);
         // Where the symbol above is odd, all bits turn.
-        return _mm256_xor_si256(u, _mm256_shuffle_epi8(_mm256_set1_epi16(static_cast<int16_t>(0xFF00)), above.bytes));
+        const __m256i odd = _mm256_set1_epi16(static_cast<int16_t>(0xFF00));
+        return _mm256_xor_si256(u, _mm256_shuffle_epi8(odd, above.bytes));
     }
     // Bytes 8 i ... of 32, in the lower half of the result.
     static __m128i eight(__m256i bytes, int64_t i) {

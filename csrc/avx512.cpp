@@ -1,4 +1,5 @@
-// AVX-512 with BW, VL, VBMI (shuffles of bytes), VBMI2 (expand bytes and halves) and VNNI: Ice Lake, Zen 4 and later.
+// AVX-512 with BW, VL, VBMI (shuffles of bytes), VBMI2 (expand bytes and halves), VNNI and GFNI (matrices of bits): Ice
+// Lake, Zen 4 and later.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -105,15 +106,16 @@ constexpr Matrices moving(Source source) {
     return out;
 }
 
-// Of planes of 2 bits and of 1 bit, that of the first 64 columns and of the others: fields at bit 0, 2, 4 and 6; all bits.
+// For the first 64 columns of a tile and the others. Of a plane of 2 bits, the field comes to bits 0, 2, 4 and 6; of a plane
+// of 1 bit, the bit to all of them.
 constexpr Matrices kTwoBits[2] = {moving([](int part, int i) { return part / 4 * 2 + i % 2; }),
                                   moving([](int part, int i) { return part / 4 * 2 + i % 2 + 4; })};
 constexpr Matrices kOneBit[2] = {moving([](int part, int) { return part / 2; }),
                                  moving([](int part, int) { return part / 2 + 4; })};
 constexpr Matrices kHalvesSwapped = moving([](int, int i) { return (i + 4) % 8; });
 
-// A table of 64 bytes is one register, and its index the low 6 bits of a byte, whatever is above them. With Q bits in the
-// low plane these are the symbol's lowest Q bits, whether the symbol above is odd, and the symbol's top bit.
+// A table of 64 bytes is one register, and its index the low 6 bits of a byte, whatever is above them. With Q bits of a
+// symbol in the low plane these are, from the lowest on: they, whether the symbol above is odd, and the symbol's top bit.
 struct Avx512Symbols : Avx512 {
     static constexpr int64_t kChunk = 64;
     static constexpr int quick_rows(int tokens) { return tokens == 4 ? 2 : 4; }
@@ -122,8 +124,8 @@ struct Avx512Symbols : Avx512 {
         __m512i low, top;
     };
     struct Index {
-        __m512i symbol;  // all bits but bit Q
-        __m512i odd;     // bit Q: whether the symbol is odd
+        __m512i symbol;  // all bits of an index but bit Q
+        __m512i odd;     // bit Q of the index of the row below
     };
     using Table = __m512i;
     using Bytes = __m512i;

@@ -1,8 +1,8 @@
 // The loops for weights in symbols (slablm/packing/symbols.py), as templates over a struct `Isa` of primitives.
 //
-// An entry is s (u - 127.5) / 128, where u is a byte: that of its symbol, or 255 - u where the symbol of the same column in
-// the row above is odd. A table of these bytes fits into registers, and byte shuffles look symbols up in it. Rows of a tile
-// are read together, so the row above is at hand. Two paths, as in kernels.h:
+// An entry is s (u - 127.5) / 128, where u is a byte: that of its symbol, or 255 less it where the symbol of the same
+// column in the row above is odd. A table of these bytes fits into registers, and byte shuffles look symbols up in it.
+// Rows of a tile are read together, so the row above is at hand. Two paths, as in kernels.h:
 //
 //   exact: bytes become floats, those of the reference, and are multiplied or written out.
 //   quick: bytes are multiplied with inputs x in fixed point (14 bits, a scale per tile) and summed in integers. They
