@@ -1,3 +1,6 @@
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -117,3 +120,9 @@ def test_otherwise_it_is_plain_torch(dtype, monkeypatch):
 
 def copied(arguments):
     return [part if part is None else part.clone() for part in arguments]
+
+
+def test_a_compression_uses_it():
+    """Whoever compresses a layer has it registered: nothing but the time would tell that it is not."""
+    code = "import sys, slablm.compression.layer; sys.exit('slablm.compression.cpu_sweep' not in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

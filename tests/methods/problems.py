@@ -4,6 +4,7 @@ from functools import cache
 
 import torch
 
+import slablm.compression.cpu_sweep  # noqa: F401  # as in a compression: the search in plain torch takes a hundred times as long
 from slablm.config import CompressionConfig
 from slablm.methods import LayerStats
 from slablm.methods.allocation import Demand

@@ -83,6 +83,7 @@ def load() -> Library | str:
     functions.slablm_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
     functions.slablm_symbols_matvec.argtypes = (i32, pointer, pointer, i32, i64, pointer, i32, i32)
     functions.slablm_symbols_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
+    functions.slablm_trellis_columns.argtypes = (i32, pointer, i32)
     functions.slablm_rotate.argtypes = (i32, pointer, i64, i64, i64, ctypes.c_uint64, i32)
     supported = tuple(name for name, number in INSTRUCTION_SETS.items() if functions.slablm_supports(number))
     return Library(functions, found[0], supported)
