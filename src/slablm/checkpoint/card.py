@@ -120,7 +120,7 @@ def _head(source: str, revision: str | None) -> ModelCardData:
     known: dict[str, Any] = _inherited(source, revision)
     if _is_hub_id(source):
         known |= {"base_model": source, "base_model_relation": "quantized"}
-    tags = ["slablm", "slab", "compressed", "sparse", "low-rank"]
+    tags = ["slablm", "slab", "compressed"]
     return ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **known)
 
 
