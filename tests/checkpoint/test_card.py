@@ -40,7 +40,7 @@ def test_the_head_is_yaml_whatever_the_name(name):
     assert data.base_model_relation == "quantized"
     assert data.library_name == "transformers"
     assert data.pipeline_tag == "text-generation"
-    assert data.tags == ["slablm", "slab", "compressed", "sparse", "low-rank"]
+    assert data.tags == ["slablm", "slab", "compressed"]
     assert data.license is None
 
 
