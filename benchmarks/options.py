@@ -1,9 +1,10 @@
 """What each part of a method gives, and the time it takes: the parts added one after the other.
 
 `--of slab+`: the first arm is the paper's algorithm with as many bits as it takes; the others have a budget in true
-bits. `--of gptq`: why its plain form loses to rounding, and what of its better form makes up for that. Seconds are of
-the compression, calibration included, one thread or as many as OMP_NUM_THREADS says; their ratio to the first arm is
-printed beside them. The arms run one after the other in one process.
+bits; the first of those has no trellis, and as plain torch takes its place, its time says nothing. `--of gptq`: why its
+plain form loses to rounding, and what of its better form makes up for that. Seconds are of the compression, calibration
+included, one thread or as many as OMP_NUM_THREADS says; their ratio to the first arm is printed beside them. The arms
+run one after the other in one process.
 
 A method that fits the calibration tokens can miss all others. So the mean error of the layers is printed twice: on the
 calibration windows, and on two windows of the same text that calibrate nothing.
@@ -36,7 +37,7 @@ from slablm.config import CompressionConfig
 from slablm.dense import loading
 from slablm.dense.targets import select_targets
 from slablm.evaluation.perplexity import perplexity
-from slablm.methods import quantizers, slab_plus
+from slablm.methods import quantizers, slab_plus, symbols, symbols_fit, trellis
 from slablm.methods import sweep as sweep_module
 from slablm.methods.uniform import spanning_grids
 from slablm.runtime.replace_module import unpack_layers
@@ -69,11 +70,34 @@ def slab_plus_arms() -> list[Arm]:
     no_rotation = (slab_plus, "largest_block", lambda size: 1)
     return [
         Arm("slab 50 %, 16-bit values", {"method": "slab"}),
-        Arm("symbols, nearest values", budget, [even, no_rotation, plain]),
+        Arm("symbols of one sign, nearest values", budget, [even, no_rotation, plain, *one_state()]),
+        Arm("+ signs from the row above (trellis)", budget, [even, no_rotation, plain]),
         Arm("+ error feedback and refit", budget, [even, no_rotation, no_descent]),
         Arm("+ descent", budget, [even, no_rotation]),
         Arm("+ rotation where it helps", budget, [even]),
         Arm("+ measured sensitivities (slab+)", budget),
+    ]
+
+
+def one_state() -> list[tuple[Any, str, Any]]:
+    """No trellis: τ is always +1, and every entry gets the nearest of 2^p levels.
+
+    Only where `signs` is patched so are the symbols read as they were written.
+    """
+
+    def nearest(targets: Tensor, scales: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        relative = targets / scales.clamp_min(torch.finfo(torch.float32).tiny)
+        index = torch.bucketize(relative, (levels[1:] + levels[:-1]) / 2)
+        return index.to(torch.uint8), scales * levels[index]
+
+    return [
+        (symbols_fit, "ROUNDS", 50),  # they begin with levels for a trellis, too wide here
+        (symbols, "signs", torch.ones_like),
+        (symbols_fit, "signs", torch.ones_like),
+        (symbols_fit, "nearest_codes", nearest),
+        (trellis, "nearest_codes", nearest),
+        (symbols_fit, "trellis_columns", trellis.plain_trellis_columns),
+        (slab_plus, "trellis_columns", trellis.plain_trellis_columns),
     ]
 
 
@@ -149,8 +173,8 @@ def measure(source: str, arm: Arm, base: dict[str, Any], texts: list[str]) -> di
         for module, attribute, value in arm.patches:
             stack.enter_context(patch.object(module, attribute, value))
         reports = compress_blocks(model, targets, calibrating, config)
-    seconds = time.perf_counter() - start
-    unpack_layers(model, torch.float32)
+        seconds = time.perf_counter() - start
+        unpack_layers(model, torch.float32)
     windows = {text: EvaluationText.read(text, SEQ_LEN).cut(tokenizer, SEQ_LEN).ids for text in texts}
     errors = error_summary(reports)
     return {

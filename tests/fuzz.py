@@ -41,7 +41,7 @@ KINDS = {
     "bitmap": {"method": "wanda"},
     "symbols": {"method": "slab+", "bits_per_weight": 7.0},
     "sharded": {"ratio": 0.6},
-    "tied": {"method": "slab+", "bits_per_weight": 8.0, "group_size": 64},
+    "tied": {"method": "slab+", "bits_per_weight": 8.0},
 }
 # Written by earlier versions.
 OLD_KINDS = {"codes": "v5-signs-in-codes", "plane": "v5-signs-in-a-plane"}

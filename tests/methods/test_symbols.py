@@ -112,6 +112,14 @@ def test_what_lies_on_a_grid_stays(bits, seed):
     torch.testing.assert_close(moved / moved.abs().max(), moved_again / moved_again.abs().max(), rtol=1e-5, atol=1e-6)
 
 
+@given(st.integers(65, 127), st.integers(0, 1000))
+def test_of_all_grids_it_is_the_one_that_levels_lie_on(largest, seed):
+    levels = torch.randint(-largest - 1, largest + 1, (8,), generator=torch.Generator().manual_seed(seed))
+    levels[seed % 8] = largest
+    steps, factor = on_grid(0.37 * level_values(levels))
+    torch.testing.assert_close(level_values(steps) * factor, 0.37 * level_values(levels))
+
+
 def test_the_negative_of_a_level_is_on_the_grid():
     steps = torch.arange(-128, 128).to(torch.int8)
     assert torch.equal(level_values(~steps), -level_values(steps))

@@ -65,9 +65,9 @@ def test_a_budget_in_true_bits_is_used_up(tiny_folder, quick_plus, tmp_path):
 
 
 def test_a_budget_that_is_too_small_is_said_before(tiny_folder, quick_plus):
-    found = planned(tiny_folder, replace(quick_plus, bits_per_weight=2.5))
+    found = planned(tiny_folder, replace(quick_plus, bits_per_weight=2.3))
     assert found.outlook is None
-    assert any("2.5 bits per weight are too few: use at least" in problem for problem in found.problems)
+    assert any("2.3 bits per weight are too few: use at least" in problem for problem in found.problems)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
