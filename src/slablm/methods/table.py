@@ -36,7 +36,7 @@ def _pruner_workspace(gathered: float, float32: bool) -> float:
 
 
 def _slab_plus_workspace(gathered: float, float32: bool) -> float:
-    """W rotated, sizes, background, scales, the draft and the next one, products with G: measured less closely."""
+    """W rotated and transposed, symbols, what they stand for, errors, products with G: measured less closely."""
     return 60
 
 
