@@ -5,7 +5,7 @@
 Each mutation of `MUTATIONS` (in words: tests/mutations.md) replaces one piece of text in a copy of the package, and the
 tests named beside it are run on that copy. They must fail on it, and pass on a copy in which nothing was changed. The
 exit status is 1 if a mutation survives, if its text is no longer in the source exactly once, or if mutations.md does
-not name its tests. It takes two to three minutes.
+not name its tests. It takes five to ten minutes.
 """
 
 from __future__ import annotations
@@ -117,10 +117,7 @@ MUTATIONS = (
         "methods/symbols.py",
         "(levels.float() + 0.5)",
         "levels.float()",
-        (
-            "methods/test_symbols.py::test_dense_is_the_definition_to_the_last_bit",
-            "methods/test_symbols.py::test_the_negative_of_a_level_is_on_the_grid",
-        ),
+        ("methods/test_symbols.py::test_dense_is_the_definition_to_the_last_bit",),
     ),
     Mutation(
         "10 τ comes from the row below, written and read",
@@ -141,10 +138,7 @@ MUTATIONS = (
         "methods/symbols.py",
         "tiles.roll(1, dims=1).reshape(-1, n)[:m]",
         "tiles.reshape(-1, n).roll(1, dims=0)[:m]",
-        (
-            "methods/test_symbols.py::test_the_symbols_of_a_tile_are_a_cycle",
-            "methods/test_symbols.py::test_dense_is_the_definition_to_the_last_bit",
-        ),
+        ("methods/test_symbols.py::test_the_symbols_of_a_tile_are_a_cycle",),
     ),
     Mutation(
         "13 τ is the parity of the own symbol",
@@ -228,10 +222,7 @@ MUTATIONS = (
         "methods/symbols_fit.py",
         "((own @ problem.gram) * own)",
         "((own * problem.gram.diagonal()) * own)",
-        (
-            "methods/test_symbols_fit.py::test_scales_are_the_least_squares_solution",
-            "methods/test_symbols_fit.py::test_scales_that_are_off_are_found_again",
-        ),
+        ("methods/test_symbols_fit.py::test_scales_are_the_least_squares_solution",),
     ),
     Mutation(
         "25 no descent",
@@ -241,14 +232,28 @@ MUTATIONS = (
         ("methods/test_slab_plus.py::test_no_step_can_be_left_out",),
     ),
     Mutation(
-        "26 the descent forgets what is there",
+        "26 the refit and the descent do not know the damping",
+        "methods/slab_plus.py",
+        "Problem(weight, damped(gram, way.damping))",
+        "Problem(weight, gram)",
+        ("methods/test_slab_plus.py::test_the_best_trial_is_the_result",),
+    ),
+    Mutation(
+        "27 the damping of the sweep is always the first",
+        "methods/slab_plus.py",
+        "feedback(weight, gram, first, way.damping)",
+        "feedback(weight, gram, first, DAMPINGS[0])",
+        ("methods/test_slab_plus.py::test_the_best_trial_is_the_result",),
+    ),
+    Mutation(
+        "28 the descent forgets what is there",
         "methods/slab_plus.py",
         "alphabet.dense(codes), problem.gram, coder",
         "problem.weight, problem.gram, coder",
         ("methods/test_slab_plus_steps.py::test_descent_gives_every_column_its_best_symbols",),
     ),
     Mutation(
-        "27 trials are judged on G",
+        "29 trials are judged on G",
         "methods/slab_plus.py",
         "trial.result().dense(), held_out)",
         "trial.result().dense(), gram)",
@@ -258,7 +263,7 @@ MUTATIONS = (
         ),
     ),
     Mutation(
-        "28 no trials",
+        "30 no trials",
         "methods/slab_plus.py",
         "min(_ways(n, bits, config), key=tried)",
         "_ways(n, bits, config)[0]",
@@ -268,35 +273,42 @@ MUTATIONS = (
         ),
     ),
     Mutation(
-        "29 trials look at the first rows",
+        "31 trials look at the first rows",
         "methods/slab_plus.py",
         "sample = weight[trial_rows(m, config.seed).to(weight.device)]",
         "sample = weight[:64]",
         ("methods/test_slab_plus.py::test_the_rows_that_are_tried_decide",),
     ),
     Mutation(
-        "30 feedback may do harm",
+        "32 feedback may do harm",
         "methods/slab_plus.py",
         "min(best.descended(), best.plain(), key",
         "min(best.descended(), best.descended(), key",
         ("methods/test_slab_plus.py::test_feedback_never_does_harm_on_held_out_tokens",),
     ),
     Mutation(
-        "31 signs and transform change places",
+        "33 signs and transform change places",
         "methods/rotation.py",
         "hadamard(rows, self.block) * self.signs.to(rows)",
         "hadamard(rows * self.signs.to(rows), self.block)",
         ("methods/test_rotation.py::test_rotate_is_a_product_with_an_orthogonal_matrix",),
     ),
     Mutation(
-        "32 the Gram matrix is rotated on one side",
+        "34 the Gram matrix is rotated on one side",
         "methods/rotation.py",
         "rotated = self.rotate(self.rotate(gram).T)",
         "rotated = self.rotate(gram)",
         ("methods/test_rotation.py::test_rotated_gram_is_that_of_rotated_inputs",),
     ),
     Mutation(
-        "33 a second bit gains as much as the first",
+        "35 the Gram matrix is not rotated",
+        "methods/slab_plus.py",
+        "way.rotation.rotate(weight), way.rotation.rotate_gram(gram)",
+        "way.rotation.rotate(weight), gram",
+        ("methods/test_slab_plus.py::test_the_best_trial_is_the_result",),
+    ),
+    Mutation(
+        "36 a second bit gains as much as the first",
         "methods/allocation.py",
         "demand.importance - RATE * chosen[i] -",
         "demand.importance -",
@@ -306,21 +318,21 @@ MUTATIONS = (
         ),
     ),
     Mutation(
-        "34 what a bit takes does not count",
+        "37 what a bit takes does not count",
         "methods/allocation.py",
         " - math.log2(cost(i) / demand.weights)",
         "",
         ("methods/test_allocation.py::test_a_bit_goes_where_it_takes_least",),
     ),
     Mutation(
-        "35 the filling of tiles is free",
+        "38 the filling of tiles is free",
         "methods/budget.py",
         "-(-m // 4) * 4 * (-(-n // 64) * 64) * bits // 8",
         "m * (-(-n // 64) * 64) * bits // 8",
         ("methods/test_budget.py::test_symbols_take_the_bytes_of_a_file",),
     ),
     Mutation(
-        "36 the top bit of 3 lies in front, written and read",
+        "39 the top bit of 3 lies in front, written and read",
         "packing/tiles.py",
         "3: (2, 1)",
         "3: (1, 2)",

@@ -62,8 +62,9 @@ def test_above_a_row_alone_is_an_even_symbol():
 
 
 def test_the_sign_of_the_first_row_comes_from_the_last():
+    """Which takes the farther of its two symbols for it."""
     levels = torch.tensor([1.0, 2.0, 10.0, 20.0])
-    codes, values = nearest_codes(torch.tensor([-10.0, 10.0, 10.0, 2.0]), torch.ones(4), levels)
+    codes, values = nearest_codes(torch.tensor([-10.0, 10.0, 10.0, 1.4]), torch.ones(4), levels)
     assert codes.tolist() == [2, 2, 2, 1]
     assert values.tolist() == [-10.0, 10.0, 10.0, 2.0]
 
