@@ -106,7 +106,7 @@ def test_the_default_is_better_than_the_papers_algorithm_at_half_the_size(dense_
     (better, better_error, size), (paper, paper_error, larger_size) = results
     assert size <= 4.0 < 0.5 * larger_size
     assert better < paper
-    assert better_error < 0.9 * paper_error
+    assert better_error < 0.6 * paper_error  # measured: 0.47
 
 
 def test_two_runs_are_identical(shallow_folder, config, tmp_path):
