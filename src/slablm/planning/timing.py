@@ -133,7 +133,7 @@ def _trial(shape: tuple[int, int], config: CompressionConfig, dtype: torch.dtype
         if config.bits_per_weight is None:
             config = replace(config, ratio=DEFAULT_RATIO)
         else:
-            config = replace(config, bits_per_weight=Demand.of(shape, config.group_size).sizes[-1])
+            config = replace(config, bits_per_weight=Demand.of(shape).sizes[-1])
     return _seconds(lambda: compress_layer("trial", weight, stats, config), device, repeats=1)
 
 
