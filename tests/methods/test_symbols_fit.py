@@ -4,14 +4,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slablm.errors import SlabError
-from slablm.methods.symbols import signs
+from slablm.methods.symbols import patterns, signs
 from slablm.methods.symbols_fit import (
     Alphabet,
     Problem,
     _fitted_levels,
     fit_alphabet,
     nearest_symbols,
-    patterns,
     refit,
 )
 from slablm.methods.trellis import nearest_codes

@@ -68,6 +68,16 @@ def signs(codes: Tensor) -> Tensor:
     return 1 - 2 * (_above(codes) & 1).float()
 
 
+def patterns(codes: Tensor, levels: Tensor) -> Tensor:
+    """τ a of every entry, [m, n] float32.
+
+    Args:
+        codes: c, [m, n] uint8.
+        levels: a, [2^p] float32.
+    """
+    return signs(codes) * levels[codes.long()]
+
+
 def _above(codes: Tensor) -> Tensor:
     """The symbol in the row above, [m, n]; that of a row that the last tile lacks is 0."""
     m, n = codes.shape
@@ -118,7 +128,7 @@ class SymbolWeight:
 
     def rotated_dense(self) -> Tensor:
         """Ŵ R, the matrix for rotated inputs (Ŵ where there is no rotation), [m, n] float32, exact."""
-        return signs(self.codes) * self.scales.float()[:, None] * level_values(self.levels)[self.codes.long()]
+        return self.scales.float()[:, None] * patterns(self.codes, level_values(self.levels))
 
     def dense(self) -> Tensor:
         """Ŵ, [m, n] float32."""

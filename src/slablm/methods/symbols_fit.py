@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from slablm.errors import SlabError
-from slablm.methods.symbols import TILE_ROWS, level_values, on_grid, signs
+from slablm.methods.symbols import TILE_ROWS, level_values, on_grid, patterns, signs
 from slablm.methods.trellis import nearest_codes, trellis_columns
 
 ROUNDS = 10
@@ -66,16 +66,6 @@ class Alphabet:
     def dense(self, codes: Tensor) -> Tensor:
         """Ŵ for symbols c, [m, n]: float32."""
         return self.scales[:, None] * patterns(codes, self.values())
-
-
-def patterns(codes: Tensor, levels: Tensor) -> Tensor:
-    """τ a of every entry, [m, n] float32.
-
-    Args:
-        codes: c, [m, n] uint8.
-        levels: a, [2^p] float32.
-    """
-    return signs(codes) * levels[codes.long()]
 
 
 def fit_alphabet(weight: Tensor, importance: Tensor, bits: int) -> Alphabet:
