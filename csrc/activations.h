@@ -66,6 +66,12 @@ inline void from_float(float value, Half* out) {
     out->bits = static_cast<uint16_t>(bits | sign);
 }
 
+inline float number(const SlabVector& vector, int64_t i) {
+    if (vector.type == kFloat32) return static_cast<const float*>(vector.data)[i];
+    if (vector.type == kFloat16) return to_float(static_cast<const Half*>(vector.data)[i]);
+    return to_float(static_cast<const BFloat*>(vector.data)[i]);
+}
+
 template <class Input>
 void to_floats(const Input* in, int64_t count, int64_t padded, float* out) {
     for (int64_t j = 0; j < count; ++j) out[j] = to_float(in[j]);

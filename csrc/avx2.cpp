@@ -61,10 +61,17 @@ struct Avx2 {
         const __m128i shuffle = _mm_load_si128(reinterpret_cast<const __m128i*>(kSpread.halves[mask]));
         return _mm_shuffle_epi8(_mm_loadu_si128(static_cast<const __m128i*>(values)), shuffle);
     }
-    static Floats expand(const Half* values, uint64_t mask) { return _mm256_cvtph_ps(spread_halves(values, mask)); }
-    static Floats expand(const BFloat* values, uint64_t mask) {
-        const __m256i wide = _mm256_cvtepu16_epi32(spread_halves(values, mask));
-        return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
+    static Floats widened(const Half*, __m128i halves) { return _mm256_cvtph_ps(halves); }
+    static Floats widened(const BFloat*, __m128i halves) {
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+    }
+    template <class Value>
+    static Floats expand(const Value* values, uint64_t mask) {
+        return widened(values, spread_halves(values, mask));
+    }
+    template <class Value>
+    static Floats load(const Value* from) {
+        return widened(from, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
     static Floats expand(const int8_t* values, uint64_t mask) {
         const __m128i shuffle = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread.bytes[mask]));

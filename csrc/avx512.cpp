@@ -53,10 +53,17 @@ struct Avx512 {
         const __m256i packed = in_register(_mm256_loadu_si256(static_cast<const __m256i*>(values)));
         return _mm256_maskz_expand_epi16(static_cast<__mmask16>(mask), packed);
     }
-    static Floats expand(const Half* values, uint64_t mask) { return _mm512_cvtph_ps(expand_halves(values, mask)); }
-    static Floats expand(const BFloat* values, uint64_t mask) {
-        const __m512i wide = _mm512_cvtepu16_epi32(expand_halves(values, mask));
-        return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    static Floats widened(const Half*, __m256i halves) { return _mm512_cvtph_ps(halves); }
+    static Floats widened(const BFloat*, __m256i halves) {
+        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+    }
+    template <class Value>
+    static Floats expand(const Value* values, uint64_t mask) {
+        return widened(values, expand_halves(values, mask));
+    }
+    template <class Value>
+    static Floats load(const Value* from) {
+        return widened(from, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }
     static Floats expand(const int8_t* values, uint64_t mask) {
         const __m128i packed = in_register(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));

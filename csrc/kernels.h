@@ -6,6 +6,7 @@
 // Isa offers, with Floats a vector of kLanes floats:
 //   Bits, bits(word)                     a plane word, ready for `select`
 //   select(bits, c, off, on)             lanes 0 ... of chunk c of the word: on where the bit is set, else off
+//   load(const Value*)                   kLanes floats, or 16-bit numbers as floats
 //   expand(const Value*, mask)           consecutive values to the set lanes of a chunk, as floats; rest arbitrary
 //   Word, word(planes, plane_count)      the plane words of 64 columns, ready for `values8` and `signs8`
 //   Bytes, values8(const int8_t*, Word)  64 int8 lanes: consecutive values where kept, 0 elsewhere
@@ -252,40 +253,41 @@ void quick(const SlabWeight& weight, const Activations& act, const Output& outpu
 
 // --- A weight without planes ---------------------------------------------------------------------------------------
 
-template <class Isa, class Value, int T, int R>
-void dense_rows(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row) {
-    constexpr int64_t kLanes = Isa::kLanes;
+// One row, from left to right: a single stream is what memory is fastest at. A sums take turns.
+template <class Isa, class Value, int T>
+void dense_row(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row) {
+    constexpr int64_t kLanes = Isa::kLanes, A = T <= 2 ? 4 : 8 / T;
     const int64_t n = weight.columns, padded = padded_words(weight) * kWordBits;
     const Value* values = static_cast<const Value*>(weight.values) + row * n;
-    typename Isa::Floats sum[R][T];
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) sum[r][t] = Isa::zero();
+    typename Isa::Floats sum[A][T];
+    for (auto& sums : sum) {
+        for (auto& one : sums) one = Isa::zero();
     }
-    const auto add = [&](int64_t column, int r, const Value* from) {
-        const auto entries = Isa::expand(from, Isa::kLaneMask);
-        for (int t = 0; t < T; ++t) {
-            sum[r][t] = Isa::fma(entries, Isa::load(act.x + t * padded + column), sum[r][t]);
-        }
+    const auto add = [&](int64_t column, int64_t a, const Value* from) {
+        const auto entries = Isa::load(from);
+        for (int t = 0; t < T; ++t) sum[a][t] = Isa::fma(entries, Isa::load(act.x + t * padded + column), sum[a][t]);
     };
-    const int64_t whole = n / kLanes * kLanes;
-    for (int64_t column = 0; column < whole; column += kLanes) {
-        for (int r = 0; r < R; ++r) add(column, r, values + r * n + column);
+    int64_t column = 0;
+    for (; column + A * kLanes <= n; column += A * kLanes) {
+        __builtin_prefetch(reinterpret_cast<const char*>(values + column) + kBytesAhead);
+        __builtin_prefetch(reinterpret_cast<const char*>(values + column) + kBytesAhead + 64);
+        UNROLLED for (int64_t a = 0; a < A; ++a) add(column + a * kLanes, a, values + column + a * kLanes);
     }
-    for (int r = 0; whole < n && r < R; ++r) {
+    for (; column + kLanes <= n; column += kLanes) add(column, 0, values + column);
+    if (column < n) {
         Value last[kLanes] = {};
-        memcpy(last, values + r * n + whole, sizeof(Value) * static_cast<size_t>(n - whole));
-        add(whole, r, last);
+        memcpy(last, values + column, sizeof(Value) * static_cast<size_t>(n - column));
+        add(column, 0, last);
     }
-    for (int r = 0; r < R; ++r) {
-        for (int t = 0; t < T; ++t) store(output, weight.rows, row + r, t, Isa::total(sum[r][t]));
+    for (int t = 0; t < T; ++t) {
+        for (int64_t a = 1; a < A; ++a) sum[0][t] = Isa::add(sum[0][t], sum[a][t]);
+        store(output, weight.rows, row, t, Isa::total(sum[0][t]));
     }
 }
 
 template <class Isa, class Value, int T>
 void dense_range(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row, int64_t end) {
-    constexpr int R = T == 1 ? 4 : 1;
-    for (; row + R <= end; row += R) dense_rows<Isa, Value, T, R>(weight, act, output, row);
-    for (; row < end; ++row) dense_rows<Isa, Value, T, 1>(weight, act, output, row);
+    for (; row < end; ++row) dense_row<Isa, Value, T>(weight, act, output, row);
 }
 
 template <class Isa, class Value>

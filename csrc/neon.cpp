@@ -61,14 +61,21 @@ struct Neon {
         const uint8x16_t packed = vld1q_u8(static_cast<const uint8_t*>(values));
         return vreinterpretq_u16_u8(vqtbl1q_u8(packed, vld1q_u8(kSpread.halves[mask])));
     }
-    static Floats expand(const Half* values, uint64_t mask) {
-        const float16x8_t halves = vreinterpretq_f16_u16(spread_halves(values, mask));
+    static Floats widened(const Half*, uint16x8_t bits) {
+        const float16x8_t halves = vreinterpretq_f16_u16(bits);
         return {vcvt_f32_f16(vget_low_f16(halves)), vcvt_f32_f16(vget_high_f16(halves))};
     }
-    static Floats expand(const BFloat* values, uint64_t mask) {
-        const uint16x8_t halves = spread_halves(values, mask);
+    static Floats widened(const BFloat*, uint16x8_t halves) {
         return {vreinterpretq_f32_u32(vshll_n_u16(vget_low_u16(halves), 16)),
                 vreinterpretq_f32_u32(vshll_n_u16(vget_high_u16(halves), 16))};
+    }
+    template <class Value>
+    static Floats expand(const Value* values, uint64_t mask) {
+        return widened(values, spread_halves(values, mask));
+    }
+    template <class Value>
+    static Floats load(const Value* from) {
+        return widened(from, vld1q_u16(reinterpret_cast<const uint16_t*>(from)));
     }
     static int8x8_t spread_bytes(const int8_t* values, uint64_t mask) {
         return vtbl1_s8(vld1_s8(values), vld1_s8(reinterpret_cast<const int8_t*>(kSpread.bytes[mask])));

@@ -33,6 +33,12 @@ struct Portable {
         memcpy(out.lane, from, sizeof out.lane);
         return out;
     }
+    template <class Value>
+    static Floats load(const Value* from) {
+        Floats out;
+        for (int i = 0; i < kLanes; ++i) out.lane[i] = to_float(from[i]);
+        return out;
+    }
     template <class Out>
     static void save(const Floats& a, Out* to) {
         for (int i = 0; i < kLanes; ++i) from_float(a.lane[i], to + i);

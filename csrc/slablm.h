@@ -10,7 +10,7 @@
 #endif
 
 // Changes whenever a struct or a signature below does; Python refuses a library with another number.
-constexpr int32_t kAbiVersion = 4;
+constexpr int32_t kAbiVersion = 5;
 
 constexpr int64_t kWordBits = 64;      // columns per plane word, and per activation scale
 constexpr int64_t kMaxTokens = 8;      // tokens of one decode call
@@ -19,7 +19,7 @@ constexpr int64_t kPadding = 64;       // bytes that may be read after the last 
 constexpr int64_t kTileRows = 4;       // rows and columns of a tile of symbols
 constexpr int64_t kTileColumns = 128;
 constexpr int64_t kMostLanes = 16;     // of a vector of floats
-constexpr int32_t kNotFinite = 1;      // what slablm_symbols_matvec returns if nothing was computed
+constexpr int32_t kNotFinite = 1;      // what is returned if inputs have an infinity or NaN and nothing was computed
 
 enum ScalarType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
 enum InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3, kInstructionSets = 4 };
@@ -82,6 +82,57 @@ SLABLM_API int32_t slablm_symbols_unpack(int32_t set, const SlabSymbols* weight,
 SLABLM_API int32_t slablm_rotate(int32_t set, float* rows, int64_t count, int64_t columns, int64_t block, uint64_t seed,
                                  int32_t restore);
 
+// Numbers of a type; without data, none.
+struct SlabVector {
+    const void* data;
+    int64_t type;
+};
+
+// x (offset + weight) / sqrt(mean of x^2 + epsilon); without a weight, x.
+struct SlabNorm {
+    SlabVector weight;
+    double offset, epsilon;
+};
+
+struct SlabProjection {
+    SlabSymbols weight;
+    SlabVector bias;
+};
+
+enum Activation : int64_t { kSilu = 0, kGeluTanh = 1 };
+
+// A decoder block of a transformer; `hidden` and `head_dim` are multiples of kMostLanes.
+//
+//   h = inputs + norm(o attention(q, k, v)),   q, k, v of norm(inputs), q and k normed by head and turned by position
+//   outputs = h + norm(down (f(gate) * up)),   gate, up of norm(h)
+struct SlabBlock {
+    int64_t hidden, intermediate, heads, kv_heads, head_dim;
+    Activation activation;
+    double scaling;  // of the products of q and k
+    SlabNorm attention_norm, attention_out_norm, mlp_norm, mlp_out_norm, query_norm, key_norm;
+    SlabProjection query, key, value, attention_out;  // without rows, key and value follow query in the same weight
+    SlabProjection gate, up, down;                    // so up follows gate
+};
+
+// One new token of each of a few sequences. All caches have heads of [capacity, head_dim] without gaps.
+struct SlabStep {
+    int64_t sequences;  // up to kMaxTokens
+    const void* inputs;  // [sequences, hidden]
+    void* outputs;
+    int64_t type;  // of both
+    const void *cosines, *sines;  // [sequences, rotary_dim], or one row for all
+    int64_t rotary_type, rotary_dim, rotary_stride;  // stride from sequence to sequence
+    void *keys, *values;
+    int64_t cache_type, sequence_stride, head_stride;  // strides in numbers
+    int64_t first, slot;  // attention is from token `first` of the cache on; the new one is written to `slot`
+    const uint8_t* mask;  // of the tokens from `first` on, 0 where there is no attention; or null
+    int64_t mask_stride;  // from sequence to sequence
+};
+
+// Runs the block. Returns 0; kNotFinite, with nothing written but perhaps the slot of the caches; or -1 if the arguments
+// are out of range or memory is short.
+SLABLM_API int32_t slablm_block(int32_t set, const SlabBlock* block, const SlabStep* step, int32_t threads);
+
 // Activations of one call as the kernels read them: columns filled up with 0 to 64 * words.
 struct Activations {
     int64_t tokens;         // a power of two; missing tokens are 0
@@ -110,6 +161,17 @@ struct Output {
     int32_t type;
 };
 
+// One head of attention for one token.
+struct AttentionHead {
+    const float* query;  // [head_dim]
+    const void *keys, *values;  // [tokens, head_dim]
+    int64_t cache_type, tokens, head_dim;
+    float scaling;
+    const uint8_t* mask;  // [tokens] or null
+    float* scores;        // [tokens rounded up to kMostLanes], scratch
+    float* output;        // [head_dim]
+};
+
 // What one translation unit, compiled for one instruction set, provides.
 struct Kernels {
     int64_t quick_tokens;  // with int8 values and up to so many tokens, `quick` is the faster path
@@ -135,6 +197,12 @@ struct Kernels {
                           int64_t begin, int64_t end);
     void (*unpack_symbols)(const SlabSymbols& weight, int64_t begin, int64_t end, void* output, int32_t output_type);
     void (*rotate)(float* row, int64_t columns, int64_t block, uint64_t seed, bool restore);
+
+    // For blocks; counts are multiples of kMostLanes.
+    void (*normalize)(float* x, int64_t count, const SlabNorm& norm);
+    void (*attend)(const AttentionHead& head);
+    // out = f(gate) * up
+    void (*activate)(Activation activation, const float* gate, const float* up, float* out, int64_t count);
 };
 
 extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kNeonKernels;

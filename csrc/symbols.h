@@ -30,6 +30,7 @@
 // With 8 lanes, sums of a tile stay below 3 * 255 * 8191 * 16 < 2^27.
 #pragma once
 
+#include "attention.h"
 #include "symbols_exact.h"
 #include "symbols_inputs.h"
 #include "symbols_quick.h"
@@ -99,7 +100,10 @@ constexpr Kernels kernels_of() {
             exact_symbols<SymbolIsa>,
             quick_symbols<SymbolIsa>,
             unpack_symbols<SymbolIsa>,
-            rotate<SymbolIsa>};
+            rotate<SymbolIsa>,
+            normalize<SymbolIsa>,
+            attend<SymbolIsa>,
+            activate<SymbolIsa>};
 }
 
 }  // namespace

@@ -36,6 +36,7 @@ from slablm.runtime import kernels
 from slablm.runtime.linear import RowLinear, SlabLinear
 from slablm.runtime.narrow import narrow_matrices
 from slablm.runtime.replace_module import replace_module
+from slablm.runtime.token_path import use_token_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -301,6 +302,7 @@ def use_kernels(model: nn.Module, value_bits: int = 16) -> None:
             wanted = value_bits != layer.value_bits
         if wanted:
             layer.use_native(value_bits, name)
+    use_token_path(model)
 
 
 def _use_own_save(model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from operator import is_not
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,10 +47,13 @@ class SlabLinear(nn.Module):
     Attributes:
         runs_native: whether kernels run it; else the reference does.
         value_bits: bits of kept entries in memory, as of `use_native`.
+        changes: rises whenever an attribute of any layer is set or any of them is moved: as long as it has not, all are
+            where they were.
     """
 
     runs_native = False
     value_bits = 16
+    changes: ClassVar[int] = 0
 
     def __init__(self, spec: Spec, parts: Mapping[str, Tensor], bias: Tensor | None = None) -> None:
         super().__init__()
@@ -164,6 +167,11 @@ class SlabLinear(nn.Module):
         """What there is beside the shape."""
         raise NotImplementedError
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As for every module, and counted."""
+        super().__setattr__(name, value)
+        SlabLinear.changes += 1
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SlabLinear:
         """Move the packed weight, never cast it: float16 → bfloat16 would change the stored weight."""
 
@@ -177,6 +185,7 @@ class SlabLinear(nn.Module):
 
         buffers = list(self._buffers.values())
         super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
+        SlabLinear.changes += 1
         return self
 
 

@@ -24,7 +24,7 @@ from slablm.packing.symbols import PackedSymbols
 from slablm.runtime.kernels.layout import NativeWeight
 
 MAX_TOKENS = 8
-ABI_VERSION = 4
+ABI_VERSION = 5
 # Fastest first; the number is the library's.
 INSTRUCTION_SETS = {"avx512": 2, "avx2": 1, "neon": 3, "portable": 0}
 
@@ -47,6 +47,8 @@ class _Weight(ctypes.Structure):
 
 # `SlabSymbols` of csrc/slablm.h: rows, columns and block, seed, bits, and pointers.
 _SYMBOLS = struct.Struct("@3qQq3P")
+# A weight without rows.
+NO_SYMBOLS = _SYMBOLS.pack(0, 1, 0, 0, 2, 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def load() -> Library | str:
     functions.slablm_symbols_matvec.argtypes = (i32, pointer, pointer, i32, i64, pointer, i32, i32)
     functions.slablm_symbols_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
     functions.slablm_trellis_columns.argtypes = (i32, pointer, i32)
+    functions.slablm_block.argtypes = (i32, pointer, pointer, i32)
     functions.slablm_rotate.argtypes = (i32, pointer, i64, i64, i64, ctypes.c_uint64, i32)
     supported = tuple(name for name, number in INSTRUCTION_SETS.items() if functions.slablm_supports(number))
     return Library(functions, found[0], supported)
@@ -185,7 +188,7 @@ def symbols_matvec(library: Library, instruction_set: str, weight: PackedSymbols
     scalar_type = _SCALAR_TYPES[inputs.dtype]
     status = library.functions.slablm_symbols_matvec(
         INSTRUCTION_SETS[instruction_set],
-        _symbols_struct(weight),
+        symbols_struct(weight),
         inputs.data_ptr(),
         scalar_type,
         inputs.numel() // weight.in_features,
@@ -193,10 +196,7 @@ def symbols_matvec(library: Library, instruction_set: str, weight: PackedSymbols
         scalar_type,
         torch.get_num_threads(),
     )
-    if status == _NOT_FINITE:
-        return None
-    _check(status)
-    return outputs
+    return outputs if ran(status) else None
 
 
 def symbols_unpack(
@@ -206,7 +206,7 @@ def symbols_unpack(
     _check_readable(output, weight.in_features, rows=end - begin)
     status = library.functions.slablm_symbols_unpack(
         INSTRUCTION_SETS[instruction_set],
-        _symbols_struct(weight),
+        symbols_struct(weight),
         begin,
         end,
         output.data_ptr(),
@@ -240,7 +240,15 @@ def rotate(library: Library, instruction_set: str, rotation: Rotation, rows: Ten
     _check(status)
 
 
-def _symbols_struct(weight: PackedSymbols) -> bytes:
+def ran(status: int) -> bool:
+    """Whether a function computed something: not where its inputs are not finite."""
+    if status == _NOT_FINITE:
+        return False
+    _check(status)
+    return True
+
+
+def symbols_struct(weight: PackedSymbols) -> bytes:
     """The weight's `SlabSymbols`, made per call: that takes 1.5 µs, and nothing can go stale."""
     spec, parts = weight.spec, (weight.symbols, weight.scales, weight.levels)
     for part in parts:

@@ -1,0 +1,179 @@
+"""The path of a token: decoder blocks that run as a whole while a model generates.
+
+A block of a small model is a millisecond of products and as much again of small operators around them, each with its
+way through Python. For one new token of each of a few sequences the kernels do all of it in one call
+(`slablm.runtime.kernels.block`): `use_token_path` gives blocks a forward that takes it where it can, and else is the
+forward that the block has. `generate`, servers and chats need not know.
+
+It is taken with no gradients, outside of `torch.compile`, with a `DynamicCache` on the CPU that is not empty, and where
+nobody has hooked into the block or replaced a part of it. Its results are those of the block up to rounding.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from slablm.runtime import kernels
+from slablm.runtime.cache_room import Room, known_room, new_room
+from slablm.runtime.decoder_block import DecoderBlock, recognise
+from slablm.runtime.kernels import block as kernel
+
+_logger = logging.getLogger(__name__)
+_PATH = "_slablm_token_path"
+# Implementations of attention that compute what the kernels do; another one may do anything.
+_ATTENTION = ("sdpa", "eager")
+# What models pass that changes nothing for one token beside what is used here. Nor does anything that is None or False.
+_KNOWN = frozenset(
+    ("attention_mask", "cache", "cache_position", "past_key_values", "position_embeddings", "position_ids", "use_cache")
+)
+# Largest difference to the block itself, relative to what the block adds to the residual stream: rounding of inputs to
+# 14 bits, and of results in 16-bit models.
+_TOLERANCES = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+def use_token_path(model: nn.Module) -> int:
+    """Let decoder blocks in symbols run as a whole where they can; each is compared with itself first.
+
+    Args:
+        model: a compressed model whose layers run on kernels.
+
+    Returns:
+        How many blocks do.
+    """
+    count = 0
+    for layer in model.modules():
+        block = None if _PATH in vars(layer) else recognise(layer)
+        if block is not None and _agrees(layer, block):
+            vars(layer).update({_PATH: block, "forward": MethodType(forward, layer)})
+        count += _PATH in vars(layer)
+    return count
+
+
+def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The forward of a decoder block: the kernels' or its class's own."""
+    outputs = None
+    if not args and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
+        outputs = _step(vars(self)[_PATH], hidden_states, kwargs)
+    return type(self).forward(self, hidden_states, *args, **kwargs) if outputs is None else outputs
+
+
+def _step(block: DecoderBlock, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+    """The block for one new token, or None where it has to run itself."""
+    rotary = kwargs.get("position_embeddings")
+    if not _is_one_token(hidden_states) or rotary is None or not all(map(_is_plain, rotary)) or _asks_for_more(kwargs):
+        return None
+    cache = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
+    layer = _cache_layer(cache, block.index)
+    description = None if layer is None else block.description()
+    if description is None:
+        return None
+    mask, count = kwargs.get("attention_mask"), layer.keys.shape[2] + 1
+    if mask is not None:
+        mask = _readable_mask(mask, len(hidden_states), count)
+        if mask is None:
+            return None
+    room = known_room(layer) or _new_room(layer, block)
+    if room is None or room.keys.shape[0] != hidden_states.shape[0]:
+        return None
+    place = kernel.Place(room.keys, room.values, room.slot + 1 - count, room.slot, mask)
+    outputs = _run(description, hidden_states, rotary, place)
+    if outputs is not None:
+        if layer.is_sliding:
+            layer.cumulative_length += 1
+            count = min(count, layer.sliding_window - 1)
+        room.show(layer, count)
+    return outputs
+
+
+def _run(
+    description: bytes, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], place: kernel.Place
+) -> Tensor | None:
+    chosen = kernels.backend("cpu")
+    if chosen.library is None:
+        return None
+    return kernel.run(chosen.library, chosen.name, description, hidden_states, rotary, place)
+
+
+def _asks_for_more(kwargs: dict[str, Any]) -> bool:
+    others = kwargs.keys() - _KNOWN
+    return any(kwargs[name] is not None and kwargs[name] is not False for name in others)
+
+
+def _is_one_token(hidden_states: Tensor) -> bool:
+    sequences, tokens, _ = hidden_states.shape
+    return tokens == 1 and sequences <= kernel.MAX_SEQUENCES and _is_plain(hidden_states)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    plain = type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous()
+    return plain and tensor.dtype in kernel.FLOAT_TYPES
+
+
+def _cache_layer(cache: Any, index: int) -> Any:
+    """The layer of a cache that keys and values can be appended to, or None."""
+    if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
+        return None
+    layer: Any = cache.layers[index]
+    if type(layer) is DynamicSlidingWindowLayer:
+        appends = not getattr(layer, "record_past", False)  # transformers 5.18 has no such thing
+    else:
+        appends = type(layer) is DynamicLayer
+    return layer if appends and layer.keys is not None and layer.keys.numel() > 0 else None
+
+
+def _new_room(layer: Any, block: DecoderBlock) -> Room | None:
+    """Room in a layer of a cache, where it and the model's attention are such as the kernels know."""
+    keys, values = layer.keys, layer.values
+    readable = keys.is_cpu and values.is_cpu and keys.dtype == values.dtype and keys.dtype in kernel.FLOAT_TYPES
+    return new_room(layer) if readable and block.attention in _ATTENTION else None
+
+
+def _readable_mask(mask: Any, sequences: int, count: int) -> Tensor | None:
+    """[sequences or 1, 1, 1, tokens] bool, where True is attention, as the kernels read it; None if it is none such."""
+    if type(mask) is not Tensor or mask.dtype != torch.bool or not mask.is_cpu:
+        return None
+    return mask.contiguous() if mask.shape in ((sequences, 1, 1, count), (1, 1, 1, count)) else None
+
+
+@torch.no_grad()
+def _agrees(layer: nn.Module, block: DecoderBlock) -> bool:
+    """Whether the kernels do to random inputs what the block does."""
+    weight = next(layer.parameters())
+    if not weight.is_cpu or weight.dtype not in _TOLERANCES or block.description() is None or layer.training:
+        return False
+    generator, shape = torch.Generator().manual_seed(0), block.shape
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, device="cpu").to(weight.dtype)
+
+    inputs, keys = random(1, 1, shape.hidden), random(1, shape.kv_heads, 3, shape.head_dim)
+    values, angles = torch.randn_like(keys), random(1, 1, shape.head_dim // 2).repeat(1, 1, 2)
+    # The name has changed in transformers 5.2x.
+    name = "cache" if "cache" in inspect.signature(type(layer).forward).parameters else "past_key_values"
+    ways = (partial(type(layer).forward, layer), lambda states, **kwargs: _step(block, states, kwargs))
+    results = []
+    for way in ways:
+        cache = DynamicCache()
+        cache.update(keys, values, block.index)
+        outputs = way(inputs, attention_mask=None, position_embeddings=(angles.cos(), angles.sin()), **{name: cache})
+        if outputs is None:
+            return False
+        kept: Any = cache.layers[block.index]
+        results.append((outputs - inputs, kept.keys, kept.values))
+    worst = max(_difference(own, other) for own, other in zip(*results, strict=True))
+    if worst > _TOLERANCES[weight.dtype]:
+        where = f"block {block.index} ({type(layer).__name__})"
+        _logger.warning("%s and its kernel differ by %.2g: it runs without; please report this", where, worst)
+    return worst <= _TOLERANCES[weight.dtype]
+
+
+def _difference(own: Tensor, other: Tensor) -> float:
+    return float((own.float() - other.float()).norm() / own.float().norm())
