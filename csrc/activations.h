@@ -89,31 +89,35 @@ inline void read_token(const void* inputs, int32_t type, int64_t offset, int64_t
 // per lane, 8 * 256 * 127 * 8191, still fits into 32 bits.
 constexpr float kLargest = 8191.0f;
 
-// Floats to fixed point with one scale, largest magnitude to kLargest; groups of 8 go where `place` says. Adding
-// 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits, in a form that compilers vectorize. Returns the
-// scale of dot products with plain integers, which is not finite if one of the floats is not: as integers, magnitudes
-// have the order of the floats, with NaN on top.
-template <int64_t kCount>
-float to_fixed_point(const float* x, int64_t (*place)(int64_t), int16_t* out) {
+// What a float is divided by: its largest magnitude becomes `to`. 0 stands for all of them being tiny, and it is not finite if one
+// of them is not: as integers, magnitudes have the order of the floats, with NaN on top.
+inline float fixed_unit(const float* x, int64_t count, float to = kLargest) {
     uint32_t top = 0;
-    for (int64_t j = 0; j < kCount; ++j) {
+    for (int64_t j = 0; j < count; ++j) {
         const uint32_t magnitude = as_bits(x[j]) & 0x7FFFFFFFu;
         top = magnitude > top ? magnitude : top;
     }
     const float largest = as_float(top);
-    const bool tiny = largest < 1e-30f;
-    const float inverse = tiny ? 0.0f : kLargest / largest;
-    int16_t fixed[kCount];
-    for (int64_t j = 0; j < kCount; ++j) {
-        fixed[j] = static_cast<int16_t>(as_bits(x[j] * inverse + 12582912.0f) & 0xFFFFu);
-    }
-    for (int64_t g = 0; g < kCount / 8; ++g) memcpy(out + 8 * place(g), fixed + 8 * g, 8 * sizeof(int16_t));
-    return tiny ? 0.0f : largest / kLargest;
+    return largest < 1e-30f ? 0.0f : largest / to;
 }
 
+// Adding 1.5 * 2^23 rounds to the nearest integer and leaves it in the low bits, in a form that compilers vectorize.
+template <int64_t kCount>
+void to_fixed_point(const float* x, float unit, int16_t* out) {
+    const float inverse = unit == 0.0f ? 0.0f : 1.0f / unit;
+    for (int64_t j = 0; j < kCount; ++j) {
+        out[j] = static_cast<int16_t>(as_bits(x[j] * inverse + 12582912.0f) & 0xFFFFu);
+    }
+}
+
+// A word's inputs, groups of 8 in the instruction set's order. Returns the scale of dot products with plain integers.
 template <class Isa>
 float word_to_fixed_point(const float* x, int16_t* out) {
-    return to_fixed_point<kWordBits>(x, Isa::group, out) / Isa::kUnit;
+    const float unit = fixed_unit(x, kWordBits);
+    int16_t fixed[kWordBits];
+    to_fixed_point<kWordBits>(x, unit, fixed);
+    for (int64_t g = 0; g < kWordBits / 8; ++g) memcpy(out + 8 * Isa::group(g), fixed + 8 * g, 8 * sizeof(int16_t));
+    return unit / Isa::kUnit;
 }
 
 inline bool is_finite(float value) { return (as_bits(value) & 0x7FFFFFFFu) < 0x7F800000u; }

@@ -151,6 +151,7 @@ struct Avx2 {
 struct Avx2Symbols : Avx2 {
     static constexpr int64_t kQuickTokens = 4;
     static constexpr int64_t kChunk = 32;
+    static constexpr int kBatchTokens = 0;
     static constexpr int quick_rows(int tokens) { return tokens == 4 ? 2 : 4; }
 
     struct Symbols {

@@ -125,6 +125,7 @@ constexpr Matrices kHalvesSwapped = moving([](int, int i) { return (i + 4) % 8; 
 // symbol in the low plane these are, from the lowest on: they, whether the symbol above is odd, and the symbol's top bit.
 struct Avx512Symbols : Avx512 {
     static constexpr int64_t kChunk = 64;
+    static constexpr int kBatchTokens = 6;
     static constexpr int quick_rows(int tokens) { return tokens == 4 ? 2 : 4; }
 
     struct Symbols {
@@ -200,12 +201,37 @@ struct Avx512Symbols : Avx512 {
             bytes[kChunk + k] = static_cast<int8_t>(2 * (fixed[k] & 63));
         }
     }
+    static Bytes bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
+    static void save(Bytes bytes, uint8_t* to) { _mm512_storeu_si512(to, bytes); }
     static Bytes all(uint8_t byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
     static Sums start(const int32_t* starts) { return {_mm512_setzero_si512(), _mm512_loadu_si512(starts)}; }
     static Sums dot(const Sums& sums, Bytes a, const int16_t* x) {
         return {_mm512_dpbusd_epi32(sums.high, a, _mm512_loadu_si512(x)),
                 _mm512_dpbusd_epi32(sums.low, a, _mm512_loadu_si512(x + 32))};
     }
+    template <int Planes>
+    static void arrange(const int16_t* fixed, int8_t* out) {
+        if (Planes == 2) return arrange(fixed, reinterpret_cast<int16_t*>(out));
+        for (int64_t k = 0; k < kChunk; ++k) out[k] = static_cast<int8_t>(fixed[k]);
+    }
+    template <int N, int Planes>
+    struct BatchSums {
+        __m512i high[Planes == 2 ? N : 1], low[N];  // without a second plane, nothing is high
+
+        void start(int i, const int32_t* starts) {
+            if (Planes == 2) high[i] = _mm512_setzero_si512();
+            low[i] = _mm512_loadu_si512(starts);
+        }
+        void add(int i, Bytes a, const int8_t* x) {
+            if (Planes == 2) add(high[i], a, _mm512_loadu_si512(x));
+            add(low[i], a, _mm512_loadu_si512(x + 64 * (Planes - 1)));
+        }
+        // GCC 12 moves accumulators from register to register around the intrinsic, and some of them to memory.
+        static void add(__m512i& sum, Bytes a, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(x)); }
+        __m512i whole(int i) const { return Planes == 2 ? Avx512Symbols::whole({high[i], low[i]}) : low[i]; }
+        void save(int i, int32_t* to) const { _mm512_storeu_si512(to, whole(i)); }
+        Floats floats(int i) const { return _mm512_cvtepi32_ps(whole(i)); }
+    };
     static __m512i whole(const Sums& sums) { return _mm512_add_epi32(_mm512_slli_epi32(sums.high, 7), sums.low); }
     static void save(const Sums& sums, int32_t* to) { _mm512_storeu_si512(to, whole(sums)); }
     static Floats to_floats(const Sums& sums) { return _mm512_cvtepi32_ps(whole(sums)); }

@@ -20,6 +20,7 @@ constexpr int64_t kTileRows = 4;       // rows and columns of a tile of symbols
 constexpr int64_t kTileColumns = 128;
 constexpr int64_t kMostLanes = 16;     // of a vector of floats
 constexpr int32_t kNotFinite = 1;      // what is returned if inputs have an infinity or NaN and nothing was computed
+constexpr int32_t kNoKernel = 2;
 
 enum ScalarType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3 };
 enum InstructionSet : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3, kInstructionSets = 4 };
@@ -73,6 +74,13 @@ SLABLM_API int32_t slablm_unpack(int32_t set, const SlabWeight* weight, int64_t 
 // finite: an infinity among the inputs would be one in all columns of its block.
 SLABLM_API int32_t slablm_symbols_matvec(int32_t set, const SlabSymbols* weight, const void* inputs, int32_t input_type,
                                          int64_t tokens, void* outputs, int32_t output_type, int32_t threads);
+
+// The same for any number of tokens; kNotFinite wherever an input is not finite. Inputs are rounded to 14 bits, or to
+// `input_bits` = 8 where they are rotated. Returns kNoKernel, and computes nothing, if the instruction set has none that is
+// faster than unpacking.
+SLABLM_API int32_t slablm_symbols_matmul(int32_t set, const SlabSymbols* weight, const void* inputs, int32_t input_type,
+                                         int64_t tokens, int32_t input_bits, void* outputs, int32_t output_type,
+                                         int32_t threads);
 
 // As slablm_unpack, of the matrix for rotated inputs; `begin` must be a multiple of kTileRows.
 SLABLM_API int32_t slablm_symbols_unpack(int32_t set, const SlabSymbols* weight, int64_t begin, int64_t end,
@@ -153,6 +161,18 @@ struct SymbolActivations {
     float* x_scales;  // quick: of these sums, [tokens, T]
 };
 
+// Inputs of many tokens likewise, in fixed point only.
+struct BatchActivations {
+    int64_t tokens;    // a multiple of those that are multiplied together; missing tokens are 0
+    int64_t padded;    // columns, filled up with 0 to whole tiles
+    int64_t segment;   // columns with the same scale, whole tiles
+    int64_t segments;
+    int64_t planes;    // of bytes: 1 (8 bits) or 2 (14 bits)
+    int8_t* x;         // [tokens, planes * padded], arranged by the instruction set
+    int32_t* starts;   // [tokens, segments, lanes]
+    float* scales;     // [tokens, segments]
+};
+
 enum class Suits { kExact, kQuick, kNeither };
 
 struct Output {
@@ -197,6 +217,11 @@ struct Kernels {
                           int64_t begin, int64_t end);
     void (*unpack_symbols)(const SlabSymbols& weight, int64_t begin, int64_t end, void* output, int32_t output_type);
     void (*rotate)(float* row, int64_t columns, int64_t block, uint64_t seed, bool restore);
+    int64_t batch_tokens;  // of one plane that are multiplied together, of two half of them; 0: no kernel for many
+    bool (*prepare_batch)(const SlabSymbols& weight, const void* inputs, int32_t input_type, int64_t token, float* x,
+                          const BatchActivations& activations);
+    void (*batch_symbols)(const SlabSymbols& weight, const BatchActivations& activations, const Output& output,
+                          int64_t begin, int64_t end, uint8_t* bytes);
 
     // For blocks; counts are multiples of kMostLanes.
     void (*normalize)(float* x, int64_t count, const SlabNorm& norm);

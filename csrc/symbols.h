@@ -31,20 +31,12 @@
 #pragma once
 
 #include "attention.h"
+#include "symbols_batch.h"
 #include "symbols_exact.h"
 #include "symbols_inputs.h"
 #include "symbols_quick.h"
 
 namespace {
-
-// Calls run with the number of bits as a constant.
-template <class Run>
-void for_bits(const SlabSymbols& weight, const Run& run) {
-    if (weight.bits == 2) return run(Constant<2>());
-    if (weight.bits == 3) return run(Constant<3>());
-    if (weight.bits == 4) return run(Constant<4>());
-    run(Constant<5>());
-}
 
 template <class Isa, int P>
 void exact_symbol_tokens(const SlabSymbols& weight, const SymbolActivations& act, const Output& out, int64_t row,
@@ -101,6 +93,9 @@ constexpr Kernels kernels_of() {
             quick_symbols<SymbolIsa>,
             unpack_symbols<SymbolIsa>,
             rotate<SymbolIsa>,
+            SymbolIsa::kBatchTokens,
+            prepare_batch<SymbolIsa>,
+            batch_symbols<SymbolIsa>,
             normalize<SymbolIsa>,
             attend<SymbolIsa>,
             activate<SymbolIsa>};

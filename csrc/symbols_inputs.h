@@ -33,7 +33,8 @@ bool prepare_quick(SymbolActivations& act, int64_t token) {
     for (int64_t t = 0; t < act.tiles; ++t) {
         const int64_t tile = token * act.tiles + t, at = tile * kTileColumns;
         int16_t fixed[kTileColumns];
-        const float unit = to_fixed_point<kTileColumns>(act.x + at, [](int64_t g) { return g; }, fixed);
+        const float unit = fixed_unit(act.x + at, kTileColumns);
+        to_fixed_point<kTileColumns>(act.x + at, unit, fixed);
         act.x_scales[tile] = unit / (2 * kSteps);
         finite &= is_finite(act.x_scales[tile]);
         for (int64_t h = 0; h < kTileColumns; h += Isa::kChunk) Isa::arrange(fixed + h, act.x16 + at + h);

@@ -13,6 +13,7 @@ struct PlainSymbols : Base {
     using Base::save;
     static_assert(Base::kLanes == 8);
     static constexpr int64_t kChunk = 32;
+    static constexpr int kBatchTokens = 0;
     static constexpr int quick_rows(int) { return 1; }
 
     struct Symbols {

@@ -18,6 +18,15 @@ struct Constant {
     static constexpr int value = N;
 };
 
+// Calls run with the number of bits as a constant.
+template <class Run>
+void for_bits(const SlabSymbols& weight, const Run& run) {
+    if (weight.bits == 2) return run(Constant<2>());
+    if (weight.bits == 3) return run(Constant<3>());
+    if (weight.bits == 4) return run(Constant<4>());
+    run(Constant<5>());
+}
+
 constexpr int low_bits(int bits) { return bits < 4 ? 2 : 4; }
 constexpr int64_t tile_bytes(int bits) { return kTileRows * kTileColumns * bits / 8; }
 // Bytes of a row of a tile in the low plane and in the top one.

@@ -7,6 +7,7 @@ and up (Phi-3).
 
 from __future__ import annotations
 
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ _CLASSES = frozenset(
     name + "DecoderLayer" for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma3", "Phi3")
 )
 _ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+# Implementations of attention that compute what the kernels do; another one may do anything.
+_ATTENTION = ("sdpa", "eager")
 
 _Part = nn.Module | None
 
@@ -67,22 +70,32 @@ class DecoderBlock:
         modules = list(layer.modules())
         self._children = [(module._modules, list(module._modules.values())) for module in modules if module._modules]
         self._hooks = [hooks for part in modules[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        self._attributes = [vars(part) for part in modules[1:] if not isinstance(part, SymbolLinear)]
+        self._plain = [part for part in modules[1:] if not isinstance(part, SymbolLinear)]
         self._packed = [part for part in self._linears if part is not None]
-        # What can move by itself; layers in symbols count their changes.
         self._floats: list[tuple[dict[str, Any], str]] = [
             *((part._parameters, "bias") for part in self._packed if part._parameters.get("bias") is not None),
             *((part._parameters, "weight") for part in self._norms if part is not None),
         ]
+        self._forget()
+
+    def _forget(self) -> None:
         self._changes = -1
         self._addresses: list[Any] = []
+        self._buffers: list[Any] = []
+        self._memory: list[Any] = []  # so that it is there if somebody sets the `data` of a buffer, which goes unseen
         self._description: bytes | None = None
 
-    @property
-    def attention(self) -> str:
-        """Name of the implementation of attention that the model uses."""
-        name: str = self._config._attn_implementation
-        return name
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, and what comes from a file, have tensors elsewhere."""
+        state = dict(vars(self))
+        for name in ("_changes", "_addresses", "_buffers", "_memory", "_description"):
+            del state[name]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See `__getstate__`."""
+        vars(self).update(state)
+        self._forget()
 
     @property
     def fits(self) -> bool:
@@ -93,22 +106,28 @@ class DecoderBlock:
 
     def description(self) -> bytes | None:
         """For the kernels; None while a part is not what it was, or not where kernels can read it."""
-        # For every block and token, and what is looked at has left the cache since: so as little as can be.
+        # For every block and token, and what is looked at has left the cache since: so as little as can be. Layers in
+        # symbols count what happens to them, so that their buffers need only be the same tensors.
         if any(self._hooks) or not all(map(_is_intact, self._children)):
             return None
-        if any("forward" in attributes for attributes in self._attributes):
+        if any("forward" in part.__dict__ for part in self._plain):
             return None
-        floats = [place[name] for place, name in self._floats]
-        addresses = [*map(Tensor.data_ptr, floats), floats[-1].dtype]
-        if addresses != self._addresses or self._changes != SlabLinear.changes:
-            self._addresses, self._changes = addresses, SlabLinear.changes
+        try:
+            floats = [place[name] for place, name in self._floats]
+            addresses = [*map(Tensor.data_ptr, floats), *[tensor.dtype for tensor in floats]]
+        except (KeyError, TypeError):  # it is computed, or there is none any more
+            return None
+        buffers: list[Any] = [tensor for part in self._packed for tensor in part._buffers.values()]
+        same = addresses == self._addresses and self._changes == SlabLinear.changes
+        if not same or not all(map(is_, buffers, self._buffers)):
+            self._addresses, self._buffers, self._changes = addresses, buffers, SlabLinear.changes
             self._description = self._described() if self._is_readable(floats) else None
-        return self._description
+            self._memory = [buffer.untyped_storage() for buffer in buffers]
+        return self._description if self._config._attn_implementation in _ATTENTION else None
 
     def _is_readable(self, floats: list[Tensor]) -> bool:
-        tensors = [*floats, *(tensor for part in self._packed for tensor in part.buffers())]
         layers = all(part.runs_native and "forward" not in vars(part) for part in self._packed)
-        return layers and all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+        return layers and all(tensor.is_cpu and tensor.is_contiguous() for tensor in (*floats, *self._buffers))
 
     def _described(self) -> bytes:
         norms = [self._norm(part) for part in self._norms]

@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 import logging
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
@@ -27,9 +26,6 @@ from slablm.runtime.decoder_block import DecoderBlock, recognise
 from slablm.runtime.kernels import block as kernel
 
 _logger = logging.getLogger(__name__)
-_PATH = "_slablm_token_path"
-# Implementations of attention that compute what the kernels do; another one may do anything.
-_ATTENTION = ("sdpa", "eager")
 # What models pass that changes nothing for one token beside what is used here. Nor does anything that is None or False.
 _KNOWN = frozenset(
     ("attention_mask", "cache", "cache_position", "past_key_values", "position_embeddings", "position_ids", "use_cache")
@@ -50,19 +46,34 @@ def use_token_path(model: nn.Module) -> int:
     """
     count = 0
     for layer in model.modules():
-        block = None if _PATH in vars(layer) else recognise(layer)
+        own = vars(layer).get("forward")
+        # Where somebody else has given it a forward, as accelerate does, that has to be called.
+        block = recognise(layer) if own is None else None
         if block is not None and _agrees(layer, block):
-            vars(layer).update({_PATH: block, "forward": MethodType(forward, layer)})
-        count += _PATH in vars(layer)
+            vars(layer)["forward"] = own = BlockForward(layer, block)
+        count += isinstance(own, BlockForward)
     return count
 
 
-def forward(self: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The forward of a decoder block: the kernels' or its class's own."""
-    outputs = None
-    if not args and not torch.compiler.is_compiling() and not torch.is_grad_enabled() and not self.training:
-        outputs = _step(vars(self)[_PATH], hidden_states, kwargs)
-    return type(self).forward(self, hidden_states, *args, **kwargs) if outputs is None else outputs
+class BlockForward:
+    """The forward of a decoder block: the kernels' or its class's own.
+
+    Args:
+        layer: the block.
+        block: its parts.
+    """
+
+    def __init__(self, layer: nn.Module, block: DecoderBlock) -> None:
+        self.layer, self.block = layer, block
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the class's."""
+        outputs = None
+        if not (args or torch.compiler.is_compiling() or torch.is_grad_enabled() or self.layer.training):
+            outputs = _step(self.block, hidden_states, kwargs)
+        if outputs is None:
+            return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
+        return outputs
 
 
 def _step(block: DecoderBlock, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -71,20 +82,20 @@ def _step(block: DecoderBlock, hidden_states: Tensor, kwargs: dict[str, Any]) ->
     if not _is_one_token(hidden_states) or rotary is None or not all(map(_is_plain, rotary)) or _asks_for_more(kwargs):
         return None
     cache = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
-    layer = _cache_layer(cache, block.index)
-    description = None if layer is None else block.description()
-    if description is None:
+    layer, chosen = _cache_layer(cache, block.index), _kernels()
+    description = None if layer is None or chosen is None else block.description()
+    if description is None or chosen is None:
         return None
     mask, count = kwargs.get("attention_mask"), layer.keys.shape[2] + 1
     if mask is not None:
         mask = _readable_mask(mask, len(hidden_states), count)
         if mask is None:
             return None
-    room = known_room(layer) or _new_room(layer, block)
+    room = known_room(layer) or _new_room(layer, block.shape)
     if room is None or room.keys.shape[0] != hidden_states.shape[0]:
         return None
     place = kernel.Place(room.keys, room.values, room.slot + 1 - count, room.slot, mask)
-    outputs = _run(description, hidden_states, rotary, place)
+    outputs = kernel.run(*chosen, description, hidden_states, rotary, place)
     if outputs is not None:
         if layer.is_sliding:
             layer.cumulative_length += 1
@@ -93,13 +104,9 @@ def _step(block: DecoderBlock, hidden_states: Tensor, kwargs: dict[str, Any]) ->
     return outputs
 
 
-def _run(
-    description: bytes, hidden_states: Tensor, rotary: tuple[Tensor, Tensor], place: kernel.Place
-) -> Tensor | None:
+def _kernels() -> tuple[kernels.Library, str] | None:
     chosen = kernels.backend("cpu")
-    if chosen.library is None:
-        return None
-    return kernel.run(chosen.library, chosen.name, description, hidden_states, rotary, place)
+    return None if chosen.library is None else (chosen.library, chosen.name)
 
 
 def _asks_for_more(kwargs: dict[str, Any]) -> bool:
@@ -129,11 +136,12 @@ def _cache_layer(cache: Any, index: int) -> Any:
     return layer if appends and layer.keys is not None and layer.keys.numel() > 0 else None
 
 
-def _new_room(layer: Any, block: DecoderBlock) -> Room | None:
-    """Room in a layer of a cache, where it and the model's attention are such as the kernels know."""
+def _new_room(layer: Any, shape: kernel.BlockShape) -> Room | None:
+    """Room in a layer of a cache, where its tensors are such as the kernels know."""
     keys, values = layer.keys, layer.values
+    heads = (keys.shape[1], keys.shape[3]) == (shape.kv_heads, shape.head_dim) and values.shape == keys.shape
     readable = keys.is_cpu and values.is_cpu and keys.dtype == values.dtype and keys.dtype in kernel.FLOAT_TYPES
-    return new_room(layer) if readable and block.attention in _ATTENTION else None
+    return new_room(layer) if heads and readable else None
 
 
 def _readable_mask(mask: Any, sequences: int, count: int) -> Tensor | None:
@@ -168,11 +176,12 @@ def _agrees(layer: nn.Module, block: DecoderBlock) -> bool:
             return False
         kept: Any = cache.layers[block.index]
         results.append((outputs - inputs, kept.keys, kept.values))
-    worst = max(_difference(own, other) for own, other in zip(*results, strict=True))
-    if worst > _TOLERANCES[weight.dtype]:
+    differences = [_difference(own, other) for own, other in zip(*results, strict=True)]
+    agree = all(difference <= _TOLERANCES[weight.dtype] for difference in differences)  # no NaN does
+    if not agree:
         where = f"block {block.index} ({type(layer).__name__})"
-        _logger.warning("%s and its kernel differ by %.2g: it runs without; please report this", where, worst)
-    return worst <= _TOLERANCES[weight.dtype]
+        _logger.warning("%s and its kernel differ by %s: it runs without; please report this", where, differences)
+    return agree
 
 
 def _difference(own: Tensor, other: Tensor) -> float:

@@ -11,6 +11,7 @@ from slablm.runtime.kernels.backends import REFERENCE, Backend, backend, explain
 from slablm.runtime.kernels.dispatch import check_inputs, dense_linear, linear, to_runtime
 from slablm.runtime.kernels.gpu_layout import GpuWeight, to_gpu
 from slablm.runtime.kernels.layout import NativeWeight, to_native
+from slablm.runtime.kernels.native import Library
 from slablm.runtime.kernels.runtime_weight import from_runtime
 from slablm.runtime.kernels.symbols import linear as symbols_linear
 
@@ -18,6 +19,7 @@ __all__ = [
     "REFERENCE",
     "Backend",
     "GpuWeight",
+    "Library",
     "NativeWeight",
     "backend",
     "check_inputs",

@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -59,11 +60,13 @@ class Library:
         functions: the ctypes handle.
         path: the file.
         supported: names of the instruction sets that the library has and this CPU can run, fastest first.
+        batched: those of them that multiply many tokens with symbols as they are (`symbols_matmul`).
     """
 
     functions: ctypes.CDLL
     path: Path
     supported: tuple[str, ...]
+    batched: tuple[str, ...]
 
 
 @cache
@@ -84,12 +87,15 @@ def load() -> Library | str:
     functions.slablm_dense_matvec.argtypes = (i32, pointer, i32, i64, i64, pointer, i32, i64, pointer, i32, i32)
     functions.slablm_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
     functions.slablm_symbols_matvec.argtypes = (i32, pointer, pointer, i32, i64, pointer, i32, i32)
+    functions.slablm_symbols_matmul.argtypes = (i32, pointer, pointer, i32, i64, i32, pointer, i32, i32)
     functions.slablm_symbols_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
     functions.slablm_trellis_columns.argtypes = (i32, pointer, i32)
     functions.slablm_block.argtypes = (i32, pointer, pointer, i32)
     functions.slablm_rotate.argtypes = (i32, pointer, i64, i64, i64, ctypes.c_uint64, i32)
     supported = tuple(name for name, number in INSTRUCTION_SETS.items() if functions.slablm_supports(number))
-    return Library(functions, found[0], supported)
+    none = (NO_SYMBOLS, None, 0, 0, 14, None, 0, 1)
+    batched = tuple(name for name in supported if functions.slablm_symbols_matmul(INSTRUCTION_SETS[name], *none) == 0)
+    return Library(functions, found[0], supported, batched)
 
 
 def matvec(library: Library, instruction_set: str, weight: NativeWeight, inputs: Tensor) -> Tensor:
@@ -183,15 +189,40 @@ def symbols_matvec(library: Library, instruction_set: str, weight: PackedSymbols
         [..., m] in the inputs' dtype, accumulated in float32. None where inputs are rotated and then not all finite:
         an infinity among them would be one in all columns of its block.
     """
+    return _symbols_product(library.functions.slablm_symbols_matvec, instruction_set, weight, inputs)
+
+
+def symbols_matmul(
+    library: Library, instruction_set: str, weight: PackedSymbols, inputs: Tensor, input_bits: int
+) -> Tensor | None:
+    """As `symbols_matvec`, for any number of tokens.
+
+    Args:
+        library: from `load`.
+        instruction_set: one of `library.batched`.
+        weight: [m, n].
+        inputs: as for `matvec`, of any number of tokens; not yet rotated.
+        input_bits: 14, or 8 to round them to 8 bits where they are rotated.
+
+    Returns:
+        [..., m] in the inputs' dtype, accumulated in float32. None where inputs are not all finite.
+    """
+    return _symbols_product(library.functions.slablm_symbols_matmul, instruction_set, weight, inputs, input_bits)
+
+
+def _symbols_product(
+    function: Any, instruction_set: str, weight: PackedSymbols, inputs: Tensor, *input_bits: int
+) -> Tensor | None:
     _check_readable(inputs, weight.in_features)
     outputs = torch.empty(*inputs.shape[:-1], weight.spec.out_features, dtype=inputs.dtype, device="cpu")
     scalar_type = _SCALAR_TYPES[inputs.dtype]
-    status = library.functions.slablm_symbols_matvec(
+    status = function(
         INSTRUCTION_SETS[instruction_set],
         symbols_struct(weight),
         inputs.data_ptr(),
         scalar_type,
         inputs.numel() // weight.in_features,
+        *input_bits,
         outputs.data_ptr(),
         scalar_type,
         torch.get_num_threads(),

@@ -1,9 +1,9 @@
 """Weights in symbols: what a file holds is what the kernels read, so there is nothing to lay out first.
 
-`linear` is what layers call. On the CPU a few tokens are multiplied straight from the tiles (`native.symbols_matvec`).
-For more, the inputs are rotated, and rows of the matrix for rotated inputs are unpacked a tile at a time into a small
-buffer, which torch multiplies. Elsewhere the dense weight is made for the call: on other devices, without the compiled
-kernels, and for types that they do not know.
+`linear` is what layers call. On the CPU a few tokens are multiplied straight from the tiles (`native.symbols_matvec`),
+and with AVX-512 so are many (`native.symbols_matmul`). With the other sets the inputs of many are rotated, and rows of
+the matrix for rotated inputs are unpacked a tile at a time into a small buffer, which torch multiplies. Elsewhere the
+dense weight is made for the call: on other devices, without the compiled kernels, and for types that they do not know.
 
 An infinity among inputs that are rotated would be one in all columns of its block, with either sign, and make NaN of
 every output. Such inputs go to the dense weight as well.
@@ -25,7 +25,7 @@ from slablm.methods.rotation import Rotation
 from slablm.methods.symbols import TILE_ROWS
 from slablm.packing.symbols import PackedSymbols, SymbolSpec
 from slablm.runtime.kernels import gpu_symbols, native
-from slablm.runtime.kernels.backends import CUDA, backend, symbols_backend
+from slablm.runtime.kernels.backends import CUDA, activation_bits, backend, symbols_backend
 from slablm.runtime.kernels.dispatch import (
     DECODE_TOKENS,
     KERNEL_DTYPES,
@@ -35,6 +35,8 @@ from slablm.runtime.kernels.dispatch import (
     times_tiles,
 )
 
+# Where there is a kernel for many tokens, it is faster for more than these.
+_MATVEC_TOKENS = 4
 # As for the other layouts: large enough for an efficient matrix product, small enough to stay in the cache.
 _TILE_BYTES = 4 << 20
 # Integers of an operator have 64 bits and a sign; a seed has no sign.
@@ -44,8 +46,8 @@ _SEEDS = 2**64
 def linear(inputs: Tensor, weight: PackedSymbols) -> Tensor:
     """Ŵ applied to [..., n] → [..., m], in the inputs' dtype, accumulated in float32; differentiable in the inputs.
 
-    Exact up to rounding, with one exception: for a few tokens the inputs are rounded to 14 bits on the CPU and to 16 on
-    an NVIDIA GPU, and products are summed in integers (relative error about 1e-4).
+    Exact up to rounding, with one exception: for a few tokens, and for all with AVX-512, the inputs are rounded to 14
+    bits on the CPU and to 16 on an NVIDIA GPU, and products are summed in integers (relative error about 1e-4).
 
     Args:
         inputs: any float type, on the weight's device.
@@ -69,7 +71,9 @@ def _run(inputs: Tensor, weight: PackedSymbols) -> Tensor:
     chosen = _kernels(weight, inputs.dtype)
     if chosen is None:
         return _reference(inputs, weight)
-    few = inputs.numel() <= DECODE_TOKENS * weight.in_features
+    name, library = chosen
+    most = _MATVEC_TOKENS if name in library.batched else DECODE_TOKENS
+    few = inputs.numel() <= most * weight.in_features
     outputs = (_decode if few else _prefill)(*chosen, weight, inputs.contiguous())
     return _reference(inputs, weight) if outputs is None else outputs
 
@@ -106,7 +110,9 @@ def _decode(name: str, library: native.Library, weight: PackedSymbols, inputs: T
 
 
 def _prefill(name: str, library: native.Library, weight: PackedSymbols, inputs: Tensor) -> Tensor | None:
-    """As `_decode`. float16 is multiplied in float32."""
+    """As `_decode`; where rows have to be unpacked, float16 is multiplied in float32."""
+    if name in library.batched:
+        return native.symbols_matmul(library, name, weight, inputs, activation_bits())
     dtype = torch.bfloat16 if inputs.dtype == torch.bfloat16 else torch.float32
     rows = inputs.view(-1, weight.in_features)
     if weight.spec.rotation is not None:

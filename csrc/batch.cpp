@@ -1,0 +1,99 @@
+// Many tokens: all inputs are prepared first, threads share the tokens; then they share the rows of the weight.
+#include "runtime.h"
+
+namespace {
+
+// Inputs are prepared so many at a time: their memory does not grow with the tokens.
+constexpr int64_t kTokensAtATime = 1024;
+constexpr int64_t kTilesPerSegment = 16;  // with 8 lanes, sums stay below 255 * 16382 * 2048 / 8 < 2^31
+
+// Weights that a token's preparation takes as long as.
+constexpr int64_t kWeightsPerInput = 16;
+
+BatchActivations take_batch(Scratch& memory, const SlabSymbols& weight, int64_t tokens, int64_t planes) {
+    BatchActivations act{};
+    act.tokens = tokens;
+    act.planes = planes;
+    act.padded = (weight.columns + kTileColumns - 1) / kTileColumns * kTileColumns;
+    act.segment = weight.block == 0 ? kTileColumns : kTilesPerSegment * kTileColumns;
+    act.segments = (act.padded + act.segment - 1) / act.segment;
+    memory.start(tokens * (planes * act.padded + (4 * kMostLanes + 4) * act.segments));
+    memory.take(tokens * planes * act.padded, act.x);
+    memory.take(tokens * act.segments * kMostLanes, act.starts);
+    memory.take(tokens * act.segments, act.scales);
+    return act;
+}
+
+// Runs work(memory, begin, end) for rows on several threads, with so many numbers of memory for each. Returns whether there
+// was memory for all of them.
+template <class T, class Work>
+bool for_rows_with(int64_t count, int64_t rows, int64_t columns, int32_t threads, const Work& work) {
+    std::atomic<bool> enough{true};
+    for_rows(0, rows, columns, threads, [&](int64_t begin, int64_t end) {
+        static thread_local Scratch memory;
+        T* taken;
+        try {
+            memory.start(count * static_cast<int64_t>(sizeof(T)));
+        } catch (const std::exception&) {
+            enough = false;
+            return;
+        }
+        memory.take(count, taken);
+        work(taken, begin, end);
+    });
+    return enough;
+}
+
+int32_t prepare(const Kernels& kernels, const SlabSymbols& weight, const void* inputs, int32_t type, int64_t tokens,
+                int32_t threads, const BatchActivations& act) {
+    std::atomic<bool> finite{true};
+    const int64_t scales = tokens * act.segments, all_scales = act.tokens * act.segments;
+    std::fill(act.x + tokens * act.planes * act.padded, act.x + act.tokens * act.planes * act.padded, int8_t{0});
+    std::fill(act.starts + scales * kMostLanes, act.starts + all_scales * kMostLanes, 0);
+    std::fill(act.scales + scales, act.scales + all_scales, 0.0f);
+    const int64_t work = kWeightsPerInput * weight.columns;
+    const bool enough = for_rows_with<float>(act.padded, tokens, work, threads, [&](float* x, int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; ++token) {
+            if (!kernels.prepare_batch(weight, inputs, type, token, x, act)) finite = false;
+        }
+    });
+    return !enough ? -1 : finite ? 0 : kNotFinite;
+}
+
+int32_t multiply(const Kernels& kernels, const SlabSymbols& weight, const BatchActivations& act, const Output& output,
+                 int32_t threads) {
+    const auto run = [&](uint8_t* bytes, int64_t begin, int64_t end) {
+        kernels.batch_symbols(weight, act, output, begin, end, bytes);
+    };
+    const int64_t work = weight.columns * output.tokens;
+    return for_rows_with<uint8_t>(kTileRows * act.padded, weight.rows, work, threads, run) ? 0 : -1;
+}
+
+int64_t bytes_of(int32_t type) { return type == kFloat32 ? 4 : 2; }
+
+}  // namespace
+
+int32_t slablm_symbols_matmul(int32_t set, const SlabSymbols* weight, const void* inputs, int32_t input_type,
+                              int64_t tokens, int32_t input_bits, void* outputs, int32_t output_type,
+                              int32_t threads) {
+    const Kernels* kernels = kernels_of(set);
+    if (kernels == nullptr || !valid(weight) || tokens < 0 || (input_bits != 8 && input_bits != 14)) return -1;
+    if (kernels->batch_tokens == 0) return kNoKernel;
+    const int64_t planes = input_bits == 8 && weight->block != 0 ? 1 : 2, together = kernels->batch_tokens / planes;
+    try {
+        static thread_local Scratch memory;
+        for (int64_t first = 0; first < tokens; first += kTokensAtATime) {
+            const int64_t count = std::min(kTokensAtATime, tokens - first);
+            const int64_t filled_up = (count + together - 1) / together * together;
+            const BatchActivations act = take_batch(memory, *weight, filled_up, planes);
+            const char* from = static_cast<const char*>(inputs) + first * weight->columns * bytes_of(input_type);
+            char* to = static_cast<char*>(outputs) + first * weight->rows * bytes_of(output_type);
+            int32_t status = prepare(*kernels, *weight, from, input_type, count, threads, act);
+            if (status == 0) status = multiply(*kernels, *weight, act, Output{to, count, output_type}, threads);
+            if (status != 0) return status;
+        }
+    } catch (const std::exception&) {
+        return -1;
+    }
+    return 0;
+}
