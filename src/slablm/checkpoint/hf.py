@@ -33,7 +33,7 @@ from slablm.errors import SlabError
 from slablm.methods.drift import Drift
 from slablm.packing import CodedSpec, PackedSpec
 from slablm.runtime import kernels
-from slablm.runtime.int8 import int8_names, use_int8
+from slablm.runtime.int8 import int8_names, tie_scales, use_int8
 from slablm.runtime.linear import RowLinear, SlabLinear
 from slablm.runtime.narrow import narrow_matrices
 from slablm.runtime.replace_module import replace_module
@@ -138,6 +138,7 @@ class SlabHfQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check the planes and make `save_pretrained` write the complete format again."""
+        tie_scales(model)
         _widen(model)
         self._renew(model)
         narrow_matrices(model, getattr(torch, self.quantization_config.value_dtype))
@@ -231,11 +232,12 @@ def _place_int8_rows(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     Raises:
         SlabError: the model has none of them, or one of another shape.
     """
-    pieces, names = checkpoint.pieces, []
+    pieces, names, stored = checkpoint.pieces, [], set()
     for name, holder in checkpoint.int8_rows.items():
         found = _find(model, name, nn.Embedding, nn.Linear)
         if found is not None:  # a model need not have a head
             names.append(found[0])
+            stored |= {found[0]} if name == holder else set()
             _check_shape(model, name, pieces[f"{holder}.weight"].shape, found[1])
     if checkpoint.int8_rows and not names:
         raise SlabError(
@@ -246,6 +248,8 @@ def _place_int8_rows(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         if not set(names).isdisjoint(modules):
             names += [module for module in modules if module not in names]
     use_int8(model, names)
+    for name in set(names) - stored:  # transformers would look for them in the files
+        model.get_submodule(name)._buffers["scales"] = None
 
 
 def _check_shape(model: PreTrainedModel, name: str, shape: tuple[int, ...], module: nn.Module) -> None:

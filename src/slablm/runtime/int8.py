@@ -3,8 +3,9 @@
     ŵ_ij = s_i q_ij,    q ∈ {−127 … 127}
 
 They run as they are stored (FORMAT.md). The embedding widens the rows it looks up; the head multiplies int8 numbers,
-accumulates in float32, and multiplies by the scale in the end. Both matrices are parameters, without gradient, as
-transformers ties and accelerate moves those; where the two share one matrix, they share its scales as well.
+accumulates in float32, and multiplies by the scale in the end. The matrix is a parameter, without gradient, as
+transformers ties and accelerate moves those. Scales are a buffer: the first parameter of a float type is taken for the
+type of the model. Where embedding and head share a matrix, they share its scales as well.
 """
 
 from __future__ import annotations
@@ -38,25 +39,26 @@ class Int8Rows(nn.Module):
     """
 
     weight: nn.Parameter
-    scales: nn.Parameter
+    scales: Tensor
     like: Tensor
 
     def __init__(self, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight, self.scales = nn.Parameter(weight, requires_grad=False), nn.Parameter(scales, requires_grad=False)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_buffer("scales", scales)
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=weight.device), persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Int8Rows:
-        """Move the scales, never cast them."""
+        """Move the scales, never cast them; one tensor in two modules stays one, as a parameter does."""
         scales = self.scales
-
-        def move_only(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            if tensor is not scales or moved.dtype == tensor.dtype:
-                return moved
-            return tensor if moved.device == tensor.device else tensor.to(moved.device)
-
-        super()._apply(move_only, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        moved, self.scales = self.scales, scales
+        if moved.device != scales.device:
+            moved = moved if moved.dtype == scales.dtype else scales.to(moved.device)
+            if torch._has_compatible_shallow_copy_type(scales, moved):
+                scales.data = moved
+            else:
+                self.scales = moved
         return self
 
 
@@ -160,15 +162,40 @@ def use_int8(model: PreTrainedModel, names: Iterable[str]) -> None:
         dense = module.weight
         assert isinstance(dense, nn.Parameter)
         first = made.get(id(dense))
-        parts = quantize_rows(dense, name) if first is None else (first.weight.data, first.scales.data)
+        parts = quantize_rows(dense, name) if first is None else (first.weight, first.scales)
         own = _int8(module, *parts, dense.dtype)
         if first is None:
             made[id(dense)] = own
         else:
-            own.weight, own.scales = first.weight, first.scales
+            own.weight = first.weight
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, own)
-    _tie_scales(model)
+    tie_scales(model)
+
+
+def tie_scales(model: PreTrainedModel) -> None:
+    """Let tied int8 rows have one tensor of scales, now and whenever transformers ties or saves.
+
+    Args:
+        model: of tied int8 rows at least one has scales.
+
+    Raises:
+        SlabError: rows without scales are tied to none that have some.
+    """
+    rows = {name: module for name, module in model.named_modules() if isinstance(module, Int8Rows)}
+    if not rows:
+        return
+    scales = {}
+    for pair in model.all_tied_weights_keys.items():
+        target, source = (tensor.rpartition(".")[0] for tensor in pair)
+        if target in rows and source in rows:
+            scales[f"{target}.scales"] = f"{source}.scales"
+            given = rows[target].scales if rows[source].scales is None else rows[source].scales
+            rows[target].scales = rows[source].scales = given
+    for name, module in rows.items():
+        if module.scales is None:
+            raise SlabError(f"{name} has no scales of its own: load the model with tie_word_embeddings as it was saved")
+    vars(model)["_tied_weights_keys"] = (model._tied_weights_keys or {}) | scales
 
 
 def _int8(module: nn.Module, weight: Tensor, scales: Tensor, dtype: torch.dtype) -> Int8Rows:
@@ -190,30 +217,3 @@ def _check_kind(name: str, module: nn.Module) -> None:
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:  # renormalises its weight in every forward
         raise SlabError(f"{name} has max_norm={module.max_norm:g} and stays in 16 bits: {_WAY_OUT}")
-
-
-def _tie_scales(model: PreTrainedModel) -> None:
-    """Let transformers tie scales where it ties matrices: while loading, saving, and in `tie_weights`."""
-
-    def with_scales(tied: dict[str, str]) -> dict[str, str]:
-        scales = {
-            _scales_of(target): _scales_of(source)
-            for target, source in tied.items()
-            if all(_is_int8(model, name) for name in (target, source))
-        }
-        return tied | scales
-
-    declared = model._tied_weights_keys
-    if isinstance(declared, dict):
-        vars(model)["_tied_weights_keys"] = with_scales(declared)
-    model.all_tied_weights_keys = with_scales(model.all_tied_weights_keys)
-
-
-def _scales_of(weight: str) -> str:
-    return weight.removesuffix("weight") + "scales"
-
-
-def _is_int8(model: nn.Module, weight: str) -> bool:
-    name, _, leaf = weight.rpartition(".")
-    modules = dict(model.named_modules())
-    return leaf == "weight" and isinstance(modules.get(name), Int8Rows)
