@@ -58,7 +58,7 @@ def quantize_rows(weight: Tensor, name: str = "weight") -> tuple[Tensor, Tensor]
         own = _scales_above(rows.abs().amax(dim=1))
         divisors = torch.where(own > 0, own, torch.ones_like(own)).float()
         scales[begin : begin + step] = own
-        quantized[begin : begin + step] = rows.div_(divisors[:, None]).round_().to(torch.int8)
+        quantized[begin : begin + step] = (rows / divisors[:, None]).round_().to(torch.int8)
     if not weight.is_meta and not torch.isfinite(scales).all():
         raise SlabError(f"{name}: a value does not fit into int8 rows with FP16 scales: use --head-bits 16")
     return quantized, scales

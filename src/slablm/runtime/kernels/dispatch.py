@@ -211,7 +211,9 @@ def _tiles(
 
 def _dense_tiles(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     """Rows of a dense weight in `dtype`, as many as fill a tile, and which they are."""
-    step = max(1, _TILE_BYTES // (weight.shape[1] * dtype.itemsize))
+    # A GPU has no such cache, and needs time for every launch.
+    room = _TILE_BYTES if weight.device.type == "cpu" else 16 * _TILE_BYTES
+    step = max(1, room // (weight.shape[1] * dtype.itemsize))
     for begin in range(0, weight.shape[0], step):
         span = slice(begin, begin + step)
         tile = weight[span].to(dtype)
