@@ -192,7 +192,6 @@ struct NeonSymbols : PlainSymbols<Neon> {
         }
         return sums;
     }
-    using Neon::load;
     using Neon::save;
     static void save(const Sums& sums, int32_t* to) {
         vst1q_s32(to, sums.low);
