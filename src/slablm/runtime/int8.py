@@ -163,7 +163,7 @@ def use_int8(model: PreTrainedModel, names: Iterable[str]) -> None:
         assert isinstance(dense, nn.Parameter)
         first = made.get(id(dense))
         parts = quantize_rows(dense, name) if first is None else (first.weight, first.scales)
-        own = _int8(module, *parts, dense.dtype)
+        own = _int8(module, *parts, dense.dtype).train(module.training)
         if first is None:
             made[id(dense)] = own
         else:
