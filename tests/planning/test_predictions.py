@@ -76,7 +76,7 @@ def test_a_head_in_8_bits_that_cannot_be_is_a_problem(tiny_folder, quick, monkey
     monkeypatch.setattr(planning_plan, "open_skeleton", odd_skeleton)
     assert planned(tiny_folder, quick).problems == ()
     (problem,) = planned(tiny_folder, replace(quick, head_bits=8)).problems
-    assert problem.startswith("lm_head is a Odd, ")
+    assert problem.startswith("lm_head has class Odd, ")
     assert problem.endswith("use --head-bits 16")
 
 

@@ -165,11 +165,11 @@ class OddLinear(nn.Linear):
 def test_other_classes_are_refused_by_name():
     model = tiny("llama")
     model.model.embed_tokens = Odd(200, 64)
-    with pytest.raises(SlabError, match=r"^model.embed_tokens is a Odd, .* stays in 16 bits: use --head-bits 16$"):
+    with pytest.raises(SlabError, match=r"^model.embed_tokens has class Odd, .* stays in 16 bits: use --head-bits 16$"):
         head_and_embedding(model)
     model = tiny("llama")
     model.lm_head = OddLinear(64, 200)
-    with pytest.raises(SlabError, match=r"^lm_head is a OddLinear, .*: use --head-bits 16$"):
+    with pytest.raises(SlabError, match=r"^lm_head has class OddLinear, .*: use --head-bits 16$"):
         head_and_embedding(model)
     model = tiny("llama")
     model.model.embed_tokens.max_norm = 0.5
@@ -181,7 +181,7 @@ def test_what_shares_the_matrix_is_seen():
     model = tiny("llama")
     model.model.layers[0].other = OddLinear(64, 200, bias=False)
     model.model.layers[0].other.weight = model.lm_head.weight
-    with pytest.raises(SlabError, match="layers.0.other is a OddLinear"):
+    with pytest.raises(SlabError, match="layers.0.other has class OddLinear"):
         head_and_embedding(model)
 
 

@@ -213,7 +213,7 @@ def _check_kind(name: str, module: nn.Module) -> None:
     scaled = kind.__name__ in _SCALED and isinstance(module, nn.Embedding) and hasattr(module, "scalar_embed_scale")
     if not (plain or scaled):
         raise SlabError(
-            f"{name} is a {kind.__name__}, no plain nn.Embedding or nn.Linear, and stays in 16 bits: {_WAY_OUT}"
+            f"{name} has class {kind.__name__}, no plain nn.Embedding or nn.Linear, and stays in 16 bits: {_WAY_OUT}"
         )
     if isinstance(module, nn.Embedding) and module.max_norm is not None:  # renormalises its weight in every forward
         raise SlabError(f"{name} has max_norm={module.max_norm:g} and stays in 16 bits: {_WAY_OUT}")
