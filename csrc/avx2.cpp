@@ -73,6 +73,9 @@ struct Avx2 {
     static Floats load(const Value* from) {
         return widened(from, _mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
     }
+    static Floats load(const int8_t* from) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    }
     static Floats expand(const int8_t* values, uint64_t mask) {
         const __m128i shuffle = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kSpread.bytes[mask]));
         const __m128i bytes = _mm_shuffle_epi8(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(values)), shuffle);

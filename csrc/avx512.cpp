@@ -65,6 +65,9 @@ struct Avx512 {
     static Floats load(const Value* from) {
         return widened(from, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
     }
+    static Floats load(const int8_t* from) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+    }
     static Floats expand(const int8_t* values, uint64_t mask) {
         const __m128i packed = in_register(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
         const __m128i spread = _mm_maskz_expand_epi8(static_cast<__mmask16>(mask), packed);

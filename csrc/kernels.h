@@ -6,7 +6,7 @@
 // Isa offers, with Floats a vector of kLanes floats:
 //   Bits, bits(word)                     a plane word, ready for `select`
 //   select(bits, c, off, on)             lanes 0 ... of chunk c of the word: on where the bit is set, else off
-//   load(const Value*)                   kLanes floats, or 16-bit numbers as floats
+//   load(const Value*)                   kLanes floats, or 16-bit or int8 numbers as floats
 //   expand(const Value*, mask)           consecutive values to the set lanes of a chunk, as floats; rest arbitrary
 //   Word, word(planes, plane_count)      the plane words of 64 columns, ready for `values8` and `signs8`
 //   Bytes, values8(const int8_t*, Word)  64 int8 lanes: consecutive values where kept, 0 elsewhere
@@ -255,7 +255,8 @@ void quick(const SlabWeight& weight, const Activations& act, const Output& outpu
 
 // One row, from left to right: a single stream is what memory is fastest at. A sums take turns.
 template <class Isa, class Value, int T>
-void dense_row(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row) {
+void dense_row(const SlabWeight& weight, const uint16_t* scales, const Activations& act, const Output& output,
+               int64_t row) {
     constexpr int64_t kLanes = Isa::kLanes, A = T <= 2 ? 4 : 8 / T;
     const int64_t n = weight.columns, padded = padded_words(weight) * kWordBits;
     const Value* values = static_cast<const Value*>(weight.values) + row * n;
@@ -279,29 +280,34 @@ void dense_row(const SlabWeight& weight, const Activations& act, const Output& o
         memcpy(last, values + column, sizeof(Value) * static_cast<size_t>(n - column));
         add(column, 0, last);
     }
+    const float scale = scales == nullptr ? 1.0f : to_float(Half{scales[row]});
     for (int t = 0; t < T; ++t) {
         for (int64_t a = 1; a < A; ++a) sum[0][t] = Isa::add(sum[0][t], sum[a][t]);
-        store(output, weight.rows, row, t, Isa::total(sum[0][t]));
+        store(output, weight.rows, row, t, scale * Isa::total(sum[0][t]));
     }
 }
 
 template <class Isa, class Value, int T>
-void dense_range(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row, int64_t end) {
-    for (; row < end; ++row) dense_row<Isa, Value, T>(weight, act, output, row);
+void dense_range(const SlabWeight& weight, const uint16_t* scales, const Activations& act, const Output& output,
+                 int64_t row, int64_t end) {
+    for (; row < end; ++row) dense_row<Isa, Value, T>(weight, scales, act, output, row);
 }
 
 template <class Isa, class Value>
-void dense_tokens(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row, int64_t end) {
-    if (act.tokens == 1) return dense_range<Isa, Value, 1>(weight, act, output, row, end);
-    if (act.tokens == 2) return dense_range<Isa, Value, 2>(weight, act, output, row, end);
-    if (act.tokens == 4) return dense_range<Isa, Value, 4>(weight, act, output, row, end);
-    dense_range<Isa, Value, 8>(weight, act, output, row, end);
+void dense_tokens(const SlabWeight& weight, const uint16_t* scales, const Activations& act, const Output& output,
+                  int64_t row, int64_t end) {
+    if (act.tokens == 1) return dense_range<Isa, Value, 1>(weight, scales, act, output, row, end);
+    if (act.tokens == 2) return dense_range<Isa, Value, 2>(weight, scales, act, output, row, end);
+    if (act.tokens == 4) return dense_range<Isa, Value, 4>(weight, scales, act, output, row, end);
+    dense_range<Isa, Value, 8>(weight, scales, act, output, row, end);
 }
 
 template <class Isa>
-void dense(const SlabWeight& weight, const Activations& act, const Output& output, int64_t row, int64_t end) {
-    if (weight.value_type == kFloat16) return dense_tokens<Isa, Half>(weight, act, output, row, end);
-    dense_tokens<Isa, BFloat>(weight, act, output, row, end);
+void dense(const SlabWeight& weight, const uint16_t* scales, const Activations& act, const Output& output, int64_t row,
+           int64_t end) {
+    if (weight.value_type == kFloat16) return dense_tokens<Isa, Half>(weight, scales, act, output, row, end);
+    if (weight.value_type == kBFloat16) return dense_tokens<Isa, BFloat>(weight, scales, act, output, row, end);
+    dense_tokens<Isa, int8_t>(weight, scales, act, output, row, end);
 }
 
 // --- Dense rows ----------------------------------------------------------------------------------------------------

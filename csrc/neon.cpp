@@ -77,13 +77,15 @@ struct Neon {
     static Floats load(const Value* from) {
         return widened(from, vld1q_u16(reinterpret_cast<const uint16_t*>(from)));
     }
+    static Floats widened(int8x8_t bytes) {
+        const int16x8_t wide = vmovl_s8(bytes);
+        return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
+    }
+    static Floats load(const int8_t* from) { return widened(vld1_s8(from)); }
     static int8x8_t spread_bytes(const int8_t* values, uint64_t mask) {
         return vtbl1_s8(vld1_s8(values), vld1_s8(reinterpret_cast<const int8_t*>(kSpread.bytes[mask])));
     }
-    static Floats expand(const int8_t* values, uint64_t mask) {
-        const int16x8_t wide = vmovl_s8(spread_bytes(values, mask));
-        return {vcvtq_f32_s32(vmovl_s16(vget_low_s16(wide))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(wide)))};
-    }
+    static Floats expand(const int8_t* values, uint64_t mask) { return widened(spread_bytes(values, mask)); }
 
     struct Word {
         uint64_t kept, minus;
@@ -190,7 +192,6 @@ struct NeonSymbols : PlainSymbols<Neon> {
         }
         return sums;
     }
-    using Neon::load;
     using Neon::save;
     static void save(const Sums& sums, int32_t* to) {
         vst1q_s32(to, sums.low);

@@ -33,10 +33,15 @@ struct Portable {
         memcpy(out.lane, from, sizeof out.lane);
         return out;
     }
+    static float as_entry(int8_t value) { return value; }
+    template <class Value>
+    static float as_entry(Value value) {
+        return to_float(value);
+    }
     template <class Value>
     static Floats load(const Value* from) {
         Floats out;
-        for (int i = 0; i < kLanes; ++i) out.lane[i] = to_float(from[i]);
+        for (int i = 0; i < kLanes; ++i) out.lane[i] = as_entry(from[i]);
         return out;
     }
     template <class Out>
@@ -66,11 +71,6 @@ struct Portable {
         Floats out;
         for (int i = 0; i < kLanes; ++i) out.lane[i] = bits >> (chunk * kLanes + i) & 1 ? on.lane[i] : off.lane[i];
         return out;
-    }
-    static float as_entry(int8_t value) { return value; }
-    template <class Value>
-    static float as_entry(Value value) {
-        return to_float(value);
     }
     template <class Value>
     static Floats expand(const Value* values, uint64_t mask) {

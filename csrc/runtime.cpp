@@ -85,11 +85,12 @@ int32_t slablm_matvec(int32_t set, const SlabWeight* weight, const void* inputs,
     return 0;
 }
 
-int32_t slablm_dense_matvec(int32_t set, const void* weight, int32_t weight_type, int64_t rows, int64_t columns,
-                            const void* inputs, int32_t input_type, int64_t tokens, void* outputs, int32_t output_type,
-                            int32_t threads) {
+int32_t slablm_dense_matvec(int32_t set, const void* weight, int32_t weight_type, const uint16_t* scales, int64_t rows,
+                            int64_t columns, const void* inputs, int32_t input_type, int64_t tokens, void* outputs,
+                            int32_t output_type, int32_t threads) {
     const Kernels* kernels = kernels_of(set);
-    const bool fits = rows >= 0 && columns > 0 && (weight_type == kFloat16 || weight_type == kBFloat16);
+    const bool fits = rows >= 0 && columns > 0 && weight_type >= kFloat16 && weight_type <= kInt8 &&
+                      (weight_type == kInt8) == (scales != nullptr);
     if (kernels == nullptr || !fits || tokens < 0 || tokens > kMaxTokens) return -1;
     if (tokens == 0) return 0;
     SlabWeight described{};
@@ -102,7 +103,7 @@ int32_t slablm_dense_matvec(int32_t set, const void* weight, int32_t weight_type
         kernels->prepare(described, inputs, input_type, tokens, false, act);
         const Output output{outputs, tokens, output_type};
         for_rows(0, rows, columns, threads,
-                 [&](int64_t begin, int64_t end) { kernels->dense(described, act, output, begin, end); });
+                 [&](int64_t begin, int64_t end) { kernels->dense(described, scales, act, output, begin, end); });
     } catch (const std::exception&) {
         return -1;
     }

@@ -10,7 +10,7 @@
 #endif
 
 // Changes whenever a struct or a signature below does; Python refuses a library with another number.
-constexpr int32_t kAbiVersion = 5;
+constexpr int32_t kAbiVersion = 6;
 
 constexpr int64_t kWordBits = 64;      // columns per plane word, and per activation scale
 constexpr int64_t kMaxTokens = 8;      // tokens of one decode call
@@ -61,10 +61,11 @@ SLABLM_API int32_t slablm_supports(int32_t set);
 SLABLM_API int32_t slablm_matvec(int32_t set, const SlabWeight* weight, const void* inputs, int32_t input_type,
                                  int64_t tokens, void* outputs, int32_t output_type, int32_t threads);
 
-// The same for a dense weight of kFloat16 or kBFloat16, [rows, columns] row-major without gaps.
-SLABLM_API int32_t slablm_dense_matvec(int32_t set, const void* weight, int32_t weight_type, int64_t rows,
-                                       int64_t columns, const void* inputs, int32_t input_type, int64_t tokens,
-                                       void* outputs, int32_t output_type, int32_t threads);
+// The same for a dense weight of kFloat16, kBFloat16 or kInt8, [rows, columns] row-major without gaps. Rows of kInt8, and
+// no others, have FP16 scales, [rows].
+SLABLM_API int32_t slablm_dense_matvec(int32_t set, const void* weight, int32_t weight_type, const uint16_t* scales,
+                                       int64_t rows, int64_t columns, const void* inputs, int32_t input_type,
+                                       int64_t tokens, void* outputs, int32_t output_type, int32_t threads);
 
 // rows [begin, end) of the weight as a dense [end - begin, columns] matrix of kFloat32 or kBFloat16.
 SLABLM_API int32_t slablm_unpack(int32_t set, const SlabWeight* weight, int64_t begin, int64_t end, void* output,
@@ -202,9 +203,9 @@ struct Kernels {
                   int64_t end);
     void (*quick)(const SlabWeight& weight, const Activations& activations, const Output& output, int64_t begin,
                   int64_t end);
-    // `weight` has no planes: all entries are kept.
-    void (*dense)(const SlabWeight& weight, const Activations& activations, const Output& output, int64_t begin,
-                  int64_t end);
+    // `weight` has no planes and no scales: all entries are kept, and int8 rows have FP16 `scales`, others null.
+    void (*dense)(const SlabWeight& weight, const uint16_t* scales, const Activations& activations,
+                  const Output& output, int64_t begin, int64_t end);
     void (*unpack)(const SlabWeight& weight, int64_t begin, int64_t end, void* output, int32_t output_type);
 
     // The same for weights in symbols; rows begin at a multiple of kTileRows.

@@ -42,6 +42,8 @@ KINDS = {
     "symbols": {"method": "slab+", "bits_per_weight": 7.0},
     "sharded": {"ratio": 0.6},
     "tied": {"method": "slab+", "bits_per_weight": 8.0},
+    "int8": {"head_bits": 8},
+    "tied int8": {"method": "slab+", "bits_per_weight": 8.0, "head_bits": 8},
 }
 # Written by earlier versions.
 OLD_KINDS = {"codes": "v5-signs-in-codes", "plane": "v5-signs-in-a-plane"}
@@ -66,7 +68,7 @@ def build_originals(place: Path, text: Path):
     basic = {"method": "slab", "calibration": str(text), "num_samples": 4, "seq_len": 32, "iterations": 2}
     for kind, settings in KINDS.items():
         options = RunOptions(max_shard_size=20_000) if kind == "sharded" else RunOptions()
-        source = str(place / f"dense-{kind == 'tied'}")
+        source = str(place / f"dense-{'tied' in kind}")
         compress_folder(source, place / "kinds" / kind, CompressionConfig(**basic | settings), options)
     for kind, folder in OLD_KINDS.items():
         shutil.copytree(Path(__file__).parent / "checkpoint" / "old" / folder, place / "kinds" / kind)

@@ -19,7 +19,7 @@ NAMES = [
     "dtype", "transformers_version", "quantization_config", "modules", "architectures", "kept", "group_size", "model",
     "value_bits", "unseen_error", "rope_scaling", "text_config", "num_labels", "__metadata__", "tied", "digests",
     "attn_implementation", "_attn_implementation", "use_cache", "pad_token_id", "base_model_tp_plan", "model_type",
-    "symbol_bits", "in_features", "rotation", "seed",
+    "symbol_bits", "in_features", "rotation", "seed", "int8_rows",
 ]  # fmt: skip
 FILES = ["../x", "/dev/null", "model.safetensors", "config.json", "sub/x", "..", "", "a\0b", "x" * 300, 3, None, "x"]
 

@@ -46,6 +46,7 @@ def test_settings_of_slab_plus_before_it_had_symbols_are_told_apart():
         ({"bits_per_weight": 2.0}, "bits_per_weight must lie above 2, got 2.0"),
         ({"bits_per_weight": float("nan")}, "bits_per_weight must lie above 2, got nan"),
         ({"rank": 0}, "rank must be at least 1"),
+        ({"head_bits": 4}, "head_bits must be 16 or 8, got 4"),
         ({"iterations": 0}, "iterations must be at least 1"),
         ({"num_samples": 0}, "num_samples must be at least 1"),
         ({"seq_len": 1}, "seq_len must be at least 2"),

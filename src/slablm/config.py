@@ -19,6 +19,7 @@ from slablm.errors import SlabError
 ALL_LINEAR = "all-linear"
 CALIBRATION_SOURCES = ("c4", "wikitext2", "self", "builtin")
 VALUE_DTYPES = ("float16", "bfloat16")
+HEAD_BITS = (16, 8)
 # What `slab+` was before format 6 (kept positions and codes), in the settings of checkpoints that it has made.
 FORMER_SLAB_PLUS = "slab+1"
 _FORMER_SETTINGS = ("magnitude_bits", "refine")
@@ -174,6 +175,7 @@ class CompressionConfig:
         targets: modules to compress: ``"all-linear"``, a module name or name suffix, or ``"re:"`` and a pattern.
         ignore: modules to leave dense, same syntax; wins over `targets`.
         value_dtype: stored type of values and factors, ``float16`` or ``bfloat16`` (None: by the model's dtype).
+        head_bits: bits of a weight of embedding and head: 16, or 8 for int8 rows with a scale each.
         seed: seed of everything that is sampled.
 
     Raises:
@@ -195,6 +197,7 @@ class CompressionConfig:
     targets: tuple[str, ...] = (ALL_LINEAR,)
     ignore: tuple[str, ...] = ()
     value_dtype: str | None = None
+    head_bits: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -215,6 +218,8 @@ class CompressionConfig:
             raise SlabError("targets is empty: name at least one module or use 'all-linear'")
         if self.value_dtype is not None and self.value_dtype not in VALUE_DTYPES:
             raise SlabError(f"value_dtype must be one of {', '.join(VALUE_DTYPES)}, got {self.value_dtype!r}")
+        if self.head_bits not in HEAD_BITS:
+            raise SlabError(f"head_bits must be 16 or 8, got {self.head_bits}")
         Pattern.parse(self.pattern)
 
     def _check_size(self) -> None:

@@ -56,7 +56,8 @@ class Reader:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.entries = config["quantization_config"]
         assert self.entries["quant_method"] == "slab"
-        assert self.entries["format_version"] == 7
+        assert self.entries["format_version"] == 8
+        self.int8_rows = self.entries.get("int8_rows", [])
         self.modules, self.value_dtype = self.entries["modules"], self.entries["value_dtype"]
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
@@ -86,10 +87,25 @@ class Reader:
             stored |= set(group)
         assert stored == record["digests"].keys()
         modules = {name: {k: v for k, v in entry.items() if k not in ERRORS} for name, entry in self.modules.items()}
-        assert blake(canonical({"modules": modules, "value_dtype": self.value_dtype})) == record["modules"]
+        decoding = {"modules": modules, "value_dtype": self.value_dtype}
+        if self.int8_rows:
+            decoding["int8_rows"] = self.int8_rows
+        assert blake(canonical(decoding)) == record["modules"]
         for key in ("_name_or_path", "transformers_version", "transformers_weights"):
             config.pop(key, None)
         assert blake(canonical(config)) == record["config"]
+
+    def stored(self, name):
+        """The name under which a tensor is in the files: its own, or that of one it is tied to."""
+        names = [name, *(other for group in self.record["tied"] if name in group for other in group)]
+        return next(other for other in names if other in self.tensors)
+
+    def from_int8(self, name):
+        """An embedding or a head in int8 rows."""
+        dtype, shape, raw = self.tensors[self.stored(f"{name}.weight")]
+        scales = self.numbers(self.stored(f"{name}.scales"))
+        assert dtype == "I8"
+        return np.frombuffer(raw, "i1").reshape(shape).astype(np.float32) * scales[:, None]
 
     def numbers(self, name):
         dtype, shape, raw = self.tensors[name]

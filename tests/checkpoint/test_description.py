@@ -33,13 +33,13 @@ def symbol_folder(tmp_path_factory, tiny_folder, text_file):
     return out
 
 
-@pytest.fixture(params=[3, 4, 7])
+@pytest.fixture(params=[3, 4, 8])
 def copy_of(request, tmp_path):
     """A copy of a folder in the present format, in format 4, or in format 3, which has no digest of config.json."""
 
     def copy(folder):
         shutil.copytree(folder, tmp_path / "copy")
-        return tmp_path / "copy" if request.param == 7 else age(tmp_path / "copy", request.param)
+        return tmp_path / "copy" if request.param == 8 else age(tmp_path / "copy", request.param)
 
     return copy
 
@@ -161,7 +161,7 @@ def test_entries_of_the_checkpoint(case, copy_of, compressed_folder):
     refused(folder, match)
 
 
-@pytest.mark.parametrize("version", [True, "4", 3.0, None, [5], 0, 8])
+@pytest.mark.parametrize("version", [True, "4", 3.0, None, [5], 0, 9])
 def test_versions_that_are_none(version):
     with pytest.raises(SlabError, match="is not supported"):
         check_version(version)
@@ -201,7 +201,7 @@ def test_a_changed_setting_can_be_kept(compressed_folder, tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").config.rms_norm_eps == 0.25
 
 
-@pytest.mark.parametrize("version", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("version", [1, 2, 3, 4, 5, 7])
 def test_earlier_versions_are_read_and_saved_in_the_present_one(version, compressed_folder, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(compressed_folder, folder)
@@ -213,7 +213,7 @@ def test_earlier_versions_are_read_and_saved_in_the_present_one(version, compres
     with torch.no_grad():
         assert torch.equal(old(tokens).logits, new(tokens).logits)
     old.save_pretrained(tmp_path / "again")
-    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format_version"] == 7
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]["format_version"] == 8
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (compressed_folder / name).read_bytes()
 
@@ -238,7 +238,7 @@ def test_taking_the_digest_out_is_no_way_around_it(compressed_folder, tmp_path):
     folder = tmp_path / "copy"
     shutil.copytree(compressed_folder, folder)
     edit_json(folder / "config.json", lambda config: config["quantization_config"].update(format_version=3))
-    refused(folder, "config.json says format version 3, the files have version 7")
+    refused(folder, "config.json says format version 3, the files have version 8")
     edit_record(folder / "model.safetensors", lambda record: record.pop("modules"))
     refused(folder, "carries no slablm digests")
 

@@ -21,6 +21,8 @@ KINDS = {
     "positions alone": ("llama", {"method": "wanda"}, {}, "positions"),
     "symbols": ("llama-tied", {"method": "slab+", "ratio": None}, {}, "symbols"),
     "symbols of many bits": ("llama", {"method": "slab+", "ratio": None, "bits_per_weight": 6.0}, {}, "levels"),
+    "int8 rows": ("llama", {"head_bits": 8}, {}, "scales"),
+    "tied int8 rows": ("gemma3_text", {"head_bits": 8}, {"max_shard_size": 60_000}, "scales"),
     "several files": ("llama-tied", {}, {"max_shard_size": 60_000}, "states"),
 }
 
@@ -39,6 +41,10 @@ def test_a_second_reader(kind, quick, tmp_path):
         expected, found = layer.packed.dense().numpy(), reader.dense(name)
         assert found.dtype == expected.dtype == np.float32
         assert np.array_equal(found, expected), name
+    for name in reader.int8_rows:
+        rows = model.get_submodule(name)
+        expected = rows.weight.float() * rows.scales.float()[:, None]
+        assert np.array_equal(reader.from_int8(name), expected.numpy()), name
     for name, tensor in model.state_dict().items():
         if name in reader.tensors and reader.tensors[name][0] in {"F32", "F16", "BF16"} and tensor.is_floating_point():
             assert np.array_equal(reader.numbers(name), tensor.float().numpy()), name

@@ -115,7 +115,7 @@ def test_format_4_has_no_drift(damaged, compressed_folder, tmp_path):
     assert len(inspect_folder(compressed_folder).drift) == 2
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "again")  # and it stays without
     config = json.loads((tmp_path / "again" / "config.json").read_text())["quantization_config"]
-    assert config["format_version"] == 7
+    assert config["format_version"] == 8
     assert "drift" not in config
 
 

@@ -139,6 +139,8 @@ def test_inspect(made):
     done = slablm("inspect", out)
     assert "model.layers.1.mlp.down_proj" in done.stdout
     assert "true bits per weight" in done.stdout
+    assert result["head_bits"] == 16
+    assert "head and embedding: 16 bits" in done.stdout
     drift = result["drift"]
     assert [set(block) for block in drift["blocks"]] == [{"first", "rest"}] * 2
     assert drift["last"] == drift["blocks"][1]

@@ -21,7 +21,7 @@ SHARED = {
 }
 SETTINGS = SHARED | {"method": "wanda", "ratio": 0.3, "pattern": "2:4", "rank": 2, "iterations": 7}
 SETTINGS |= {"value_dtype": "bfloat16"}
-SYMBOLS = {"method": "slab+", "bits_per_weight": 4.5}
+SYMBOLS = {"method": "slab+", "bits_per_weight": 4.5, "head_bits": 8}
 SEED = {"seed": 4}
 VERBS = {
     "compress": ("slablm.cli.compress.run", "model", "out"),

@@ -52,6 +52,22 @@ def test_a_model_without_weights_on_80_columns(monkeypatch):
         assert phrase in text, phrase
 
 
+def test_a_head_in_8_bits(tiny_folder, options, tmp_path):
+    options += ["--method", "slab", "--head-bits", 8]
+    text = " ".join(slablm("plan", tiny_folder, tmp_path / "out", *options).stdout.split())
+    for phrase in (
+        "head and embedding 8 bits",
+        "left dense: norms",
+        "head and embedding: int8, with an FP16 scale per row",
+    ):
+        assert phrase in text, phrase
+    assert "head and embedding 8 bits" in " ".join(
+        slablm("compress", tiny_folder, tmp_path / "out", *options).stdout.split()
+    )
+    assert "head and embedding: 8 bits" in slablm("inspect", tmp_path / "out").stdout
+    refused(slablm("plan", tiny_folder, *options[:-1], 4), "head_bits must be 16 or 8, got 4")
+
+
 def test_impossible_settings_are_listed(tiny_folder, options):
     done = slablm("plan", tiny_folder, *options, "--method", "slab", "--ratio", 0.99)
     assert done.returncode == 1

@@ -236,6 +236,7 @@ def errors(logs):
         ("llama-tied", 3, {"max_memory": "1B"}),
         ("gpt_neox", 2, {}),
         ("llama", 3, {"rank": 2}),
+        ("llama-tied", 2, {"head_bits": 8}),
         ("llama", 2, {"method": "slab+", "ratio": None, "bits_per_weight": 5.0}),
         ("llama", 3, {"method": "slab+", "ratio": None}),
     ],

@@ -28,6 +28,23 @@ def test_resume_with_symbols(tiny_folder, quick_plus, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["llama-tied", "gpt_neox"])
+def test_resume_with_a_head_in_8_bits(family, quick, tmp_path):
+    source, config = build(tmp_path / "dense", family), replace(quick, head_bits=8)
+    compress_folder(str(source), tmp_path / "straight", config, RunOptions())
+    half = len(inspect_folder(tmp_path / "straight").layers) // 2 + 1
+    out = tmp_path / "out"
+    with pytest.raises(Stop):
+        compress_folder(str(source), out, config, RunOptions(), stop_after(half))
+    with pytest.raises(SlabError, match=r"begun with another setting head_bits \(was 8, is 16\)"):
+        compress_folder(str(source), out, quick, RunOptions(resume=True))
+    assert compress_folder(str(source), out, config, RunOptions(resume=True)).resumed_blocks == 1
+    assert_same_folders(out, tmp_path / "straight")
+    assert compress_folder(str(source), out, config, RunOptions(resume=True)).dense_bytes is None
+    with pytest.raises(SlabError, match=r"made with another head_bits \(was 8, is 16\)"):
+        compress_folder(str(source), out, quick, RunOptions(resume=True))
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "gpt_neox"])
 @pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
 def test_resume_gives_the_same_files(family, share, quick, tmp_path):
     """Stopped in the first block, in the second, and at the very end; streamed and from the whole model."""

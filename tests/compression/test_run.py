@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from slablm import SlabError
-from slablm.api import compress_folder
+from slablm.api import compress, compress_folder
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.compression import blocks
 from slablm.compression.options import RunOptions
@@ -30,6 +31,44 @@ def test_every_family_gives_the_same_files_as_in_memory(family, quick, tmp_path)
     assert len(whole) == (family in RENAMED)
     assert result.dense_bytes == sum(p.nbytes for p in loading.load(str(source))[0].parameters())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "streamed", "whole"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_head_in_8_bits_gives_the_same_files_as_in_memory(family, quick, tmp_path):
+    source, config = build(tmp_path / "dense", family, max_shard_size="60KB"), replace(quick, head_bits=8)
+    result = compress_folder(str(source), tmp_path / "streamed", config, RunOptions())
+    in_memory(source, tmp_path / "whole", config)
+    assert_same_folders(tmp_path / "streamed", tmp_path / "whole", NOTE)
+    assert result.dense_bytes == sum(p.nbytes for p in loading.load(str(source))[0].parameters())
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["auto", "float32", "float16"])
+def test_a_head_in_8_bits_of_every_type(stored, dtype, quick_plus, tmp_path):
+    source, config = build(tmp_path / "dense", "gemma3_text", dtype=stored), replace(quick_plus, head_bits=8)
+    compress_folder(str(source), tmp_path / "streamed", config, RunOptions(dtype=dtype, max_shard_size=60_000))
+    in_memory(source, tmp_path / "whole", config, dtype, max_shard_size=60_000)
+    assert_same_folders(tmp_path / "streamed", tmp_path / "whole", NOTE)
+
+
+@torch.no_grad()
+def test_a_head_in_8_bits_is_what_is_evaluated(tiny_folder, quick, tmp_path):
+    """In memory, saved and loaded, streamed and loaded: the same logits; calibrated behind the same embedding."""
+    config, tokens = replace(quick, head_bits=8), torch.arange(20)[None]
+    model, tokenizer = loading.load(str(tiny_folder))
+    compress(model, config, tokenizer=tokenizer)
+    model.save_pretrained(tmp_path / "saved")
+    compress_folder(str(tiny_folder), tmp_path / "streamed", config, RunOptions())
+    for name in ("saved", "streamed"):
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / name)(tokens).logits, model(tokens).logits)
+    compress_folder(str(tiny_folder), tmp_path / "plain", quick, RunOptions())
+    plain = loading.load(str(tmp_path / "plain"))[0](tokens).logits
+    assert 0 < (plain - model(tokens).logits).norm() / plain.norm() < 0.1
+    sizes = [inspect_folder(tmp_path / name) for name in ("streamed", "plain")]
+    assert sizes[0].layers[0].true_bits == sizes[1].layers[0].true_bits
+    assert (
+        sizes[1].file_bytes - sizes[0].file_bytes > 2 * 258 * 62 - 1000
+    )  # two matrices of bytes, less scales, headers
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])

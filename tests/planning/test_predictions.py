@@ -1,5 +1,6 @@
 """Predictions beside what `compress` then does, and beside sizes worked out by hand."""
 
+import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +43,41 @@ def assert_exact(source, config, out, **options):
 def test_sizes_of_every_family_are_exact(family, quick, tmp_path):
     source = build(tmp_path / "dense", family)
     assert_exact(source, quick, tmp_path / "out", max_shard_size=60_000)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sizes_with_a_head_in_8_bits_are_exact(family, quick, tmp_path):
+    source = build(tmp_path / "dense", family)
+    plain, prediction = (
+        planned(source, quick),
+        assert_exact(source, replace(quick, head_bits=8), tmp_path / "out", max_shard_size=60_000),
+    )
+    size, before = prediction.outlook.size, plain.outlook.size
+    assert (size.head_bits, before.head_bits, prediction.to_dict()["head_bits"]) == (8, 16, 8)
+    assert size.dense_bytes == before.dense_bytes
+    assert [layer.true_bits for layer in size.layers] == [layer.true_bits for layer in before.layers]
+    assert size.bits_per_weight == pytest.approx(before.bits_per_weight, rel=0.1)  # headers have more names
+    matrices = 1 if before.stored.keys().isdisjoint({"lm_head.weight", "embed_out.weight"}) else 2
+    assert sum(before.stored.values()) - sum(size.stored.values()) == matrices * 258 * (64 - 2)
+
+
+def test_a_head_in_8_bits_that_cannot_be_is_a_problem(tiny_folder, quick, monkeypatch):
+    class Odd(torch.nn.Linear):
+        pass
+
+    planning_plan = importlib.import_module("slablm.planning.plan")
+    original = planning_plan.open_skeleton
+
+    def odd_skeleton(*args, **kwargs):
+        skeleton = original(*args, **kwargs)
+        skeleton.model.lm_head.__class__ = Odd
+        return skeleton
+
+    monkeypatch.setattr(planning_plan, "open_skeleton", odd_skeleton)
+    assert planned(tiny_folder, quick).problems == ()
+    (problem,) = planned(tiny_folder, replace(quick, head_bits=8)).problems
+    assert problem.startswith("lm_head has class Odd, ")
+    assert problem.endswith("use --head-bits 16")
 
 
 @pytest.mark.parametrize("method", PACKABLE)

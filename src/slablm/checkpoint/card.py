@@ -43,6 +43,7 @@ with [slablm](https://pypi.org/project/slablm/) {{ version }}.
 {% if drift is not none -%}
 | drift of the hidden states behind the last block, on that text | {{ "%.4f" | format(drift) }} |
 {% endif -%}
+| head and embedding | {{ config.head_bits }} bits |
 {% for key, value in settings.items() -%}
 | `{{ key }}` | {{ value | cell }} |
 {% endfor %}
@@ -161,7 +162,7 @@ def _cell(value: object) -> str:
 def _shown_settings(config: CompressionConfig) -> dict[str, Any]:
     """Settings worth a row; a calibration file by its name only."""
     settings = config.to_dict()
-    for key in ("method", "ratio", "bits_per_weight", "value_bits"):  # shown above, or of the quantizers
+    for key in ("method", "ratio", "bits_per_weight", "value_bits", "head_bits"):  # shown above, or of the quantizers
         settings.pop(key, None)
     settings["calibration"] = Excerpt.parse(config.calibration).name
     return {

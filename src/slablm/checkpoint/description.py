@@ -19,6 +19,7 @@ from slablm.checkpoint.config_file import json_digest
 from slablm.checkpoint.entries import DECIMALS, OLD_GRID, ModuleSpec, RowModule, SymbolModule, damaged, is_size
 from slablm.checkpoint.files import WAY_OUT
 from slablm.checkpoint.guard import FIRST_WITH_FP16_GRID, FIRST_WITH_SYMBOLS, UNRELEASED_SYMBOLS, check_version
+from slablm.checkpoint.int8_rows import read_int8_rows
 from slablm.checkpoint.shards import DTYPES, Piece
 from slablm.config import VALUE_DTYPES
 from slablm.errors import SlabError
@@ -37,18 +38,20 @@ class Description:
         modules: full name → what is stored of it.
         value_dtype: ``float16`` or ``bfloat16``.
         format_version: as `config.json` says.
+        int8_rows: full names of the modules whose matrix is stored in int8 rows.
     """
 
     modules: Mapping[str, ModuleSpec]
     value_dtype: str
     format_version: int
+    int8_rows: tuple[str, ...] = ()
 
     @classmethod
-    def from_json(cls, modules: Any, value_dtype: Any, format_version: Any) -> Description:
+    def from_json(cls, modules: Any, value_dtype: Any, format_version: Any, int8_rows: Any = None) -> Description:
         """Read the entries of ``quantization_config``; modules that are `ModuleSpec` already are taken as they are.
 
         Raises:
-            SlabError: see `check_version` and `ModuleSpec.from_json`; the value type is none.
+            SlabError: see `check_version`, `ModuleSpec.from_json` and `read_int8_rows`; the value type is none.
         """
         check_version(format_version)
         if not isinstance(modules, dict) or not modules or value_dtype not in VALUE_DTYPES:
@@ -65,7 +68,7 @@ class Description:
         if format_version < FIRST_WITH_FP16_GRID and value_dtype == OLD_GRID:
             # An old file means the numbers that were measured when it was written.
             specs = {name: _on_old_grid(spec) for name, spec in specs.items()}
-        return cls(specs, value_dtype, format_version)
+        return cls(specs, value_dtype, format_version, read_int8_rows(int8_rows, specs, format_version))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -81,7 +84,8 @@ class Description:
             name: {key: value for key, value in spec.to_dict().items() if key not in _ERRORS}
             for name, spec in self.modules.items()
         }
-        return json_digest({"modules": modules, "value_dtype": self.value_dtype})
+        rows = {"int8_rows": list(self.int8_rows)} if self.int8_rows else {}
+        return json_digest({"modules": modules, "value_dtype": self.value_dtype, **rows})
 
 
 def _on_old_grid(spec: ModuleSpec) -> ModuleSpec:

@@ -16,12 +16,13 @@ QUANT_METHOD = "slab"
 GUARD = "this model is compressed by slablm: run `pip install slablm` and `import slablm` before loading it"
 # Of FORMAT.md: what is written, and what can be read. Version 2 added values in few bits, 3 errors on unseen text, 4
 # digests of what config.json says, 5 the drift, 6 symbols in the place of values in few bits (of a form that was never
-# released, and is not read), 7 those of today; since 4 values in few bits are FP16 numbers in memory.
-FORMAT_VERSION = 7
-READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
+# released, and is not read), 7 those of today, 8 int8 rows; since 4 values in few bits are FP16 numbers in memory.
+FORMAT_VERSION = 8
+READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
 FIRST_WITH_FP16_GRID = 4
 UNRELEASED_SYMBOLS = 6
 FIRST_WITH_SYMBOLS = 7
+FIRST_WITH_INT8_ROWS = 8
 
 
 def check_version(version: Any) -> None:

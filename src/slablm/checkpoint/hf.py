@@ -27,12 +27,13 @@ from slablm.checkpoint.files import WAY_OUT
 from slablm.checkpoint.guard import FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.stored import stored_form
-from slablm.checkpoint.verification import check_inside, open_checkpoint
+from slablm.checkpoint.verification import Checkpoint, check_inside, open_checkpoint
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods.drift import Drift
 from slablm.packing import CodedSpec, PackedSpec
 from slablm.runtime import kernels
+from slablm.runtime.int8 import int8_names, tie_scales, use_int8
 from slablm.runtime.linear import RowLinear, SlabLinear
 from slablm.runtime.narrow import narrow_matrices
 from slablm.runtime.replace_module import replace_module
@@ -52,6 +53,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         compression: settings of the run (`CompressionConfig` or its dict).
         format_version: version of the format.
         drift: the drift behind each block (`Drift` or its dict); None if it was not measured.
+        int8_rows: full names of the modules whose matrix is stored in int8 rows; None for none.
 
     Raises:
         SlabError: the version is not one this slablm reads, or a field is missing or wrong.
@@ -64,17 +66,19 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         compression: dict[str, Any] | CompressionConfig | None = None,
         format_version: int = FORMAT_VERSION,
         drift: Sequence[Any] | None = None,
+        int8_rows: Sequence[str] | None = None,
         **unknown: Any,
     ) -> None:
         check_version(format_version)  # a newer version may have new entries
         unknown.pop("quant_method", None)
         if unknown:
             raise SlabError(f"config.json: quantization_config is damaged (unknown entry {sorted(unknown)[0]!r})")
-        description = Description.from_json(modules, value_dtype, format_version)
+        description = Description.from_json(modules, value_dtype, format_version, int8_rows)
         self.modules = dict(description.modules)
         self.quant_method = QUANT_METHOD  # type: ignore[assignment] # the enum lists only built-in methods
         self.format_version = format_version
         self.value_dtype = description.value_dtype
+        self.int8_rows = description.int8_rows
         self.drift = read_drift(drift)
         self.compression = (
             compression
@@ -85,7 +89,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
     @property
     def description(self) -> Description:
         """What decides decoding."""
-        return Description(self.modules, self.value_dtype, self.format_version)
+        return Description(self.modules, self.value_dtype, self.format_version, self.int8_rows)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready form, as in `config.json`; what is written is always in the present version."""
@@ -95,6 +99,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
             "value_dtype": self.value_dtype,
             "compression": self.compression.to_dict(),
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
+            **({"int8_rows": list(self.int8_rows)} if self.int8_rows else {}),
             **({"drift": [drift_entry(block) for block in self.drift]} if self.drift else {}),
         }
 
@@ -123,18 +128,17 @@ class SlabHfQuantizer(HfQuantizer):
         for name, module in self.quantization_config.modules.items():
             own_name, linear = _find_linear(model, name)
             spec = checkpoint.specs[name]
-            if (linear.out_features, linear.in_features) != (spec.out_features, spec.in_features):
-                raise SlabError(
-                    f"layer {name!r} is {spec.out_features} × {spec.in_features} in the files and "
-                    f"{linear.out_features} × {linear.in_features} in {type(model).__name__}: {WAY_OUT}"
-                )
+            _check_shape(model, name, (spec.out_features, spec.in_features), linear)
             modules[own_name] = module
             replace_module(model, own_name, SlabLinear.from_spec(spec, linear.bias))
         # From here on they are this model's: it is saved under its own names.
         self.quantization_config.modules = modules
+        _place_int8_rows(model, checkpoint)
+        self.quantization_config.int8_rows = tuple(int8_names(model))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check the planes and make `save_pretrained` write the complete format again."""
+        tie_scales(model)
         _widen(model)
         self._renew(model)
         narrow_matrices(model, getattr(torch, self.quantization_config.value_dtype))
@@ -201,15 +205,61 @@ def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear]:
     Raises:
         SlabError: there is none.
     """
+    found = _find(model, name, nn.Linear)
+    if found is None:
+        raise SlabError(f"config.json lists a compressed layer {name!r} that {type(model).__name__} lacks")
+    own_name, linear = found
+    assert isinstance(linear, nn.Linear)
+    return own_name, linear
+
+
+def _find(model: PreTrainedModel, name: str, *kinds: type[nn.Module]) -> tuple[str, nn.Module] | None:
+    """This model's own name of a module of a checkpoint, and the module; None if there is none of these classes."""
     prefix = f"{model.base_model_prefix}."
     for own_name in (name, name.removeprefix(prefix), prefix + name):
         try:
-            linear = model.get_submodule(own_name)
+            module = model.get_submodule(own_name)
         except AttributeError:
             continue
-        if isinstance(linear, nn.Linear):
-            return own_name, linear
-    raise SlabError(f"config.json lists a compressed layer {name!r} that {type(model).__name__} lacks")
+        if isinstance(module, kinds):
+            return own_name, module
+    return None
+
+
+def _place_int8_rows(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Put empty int8 rows where the checkpoint has some, and where this model ties another module to them.
+
+    Raises:
+        SlabError: the model has none of them, or one of another shape.
+    """
+    pieces, names, stored = checkpoint.pieces, [], set()
+    for name, holder in checkpoint.int8_rows.items():
+        found = _find(model, name, nn.Embedding, nn.Linear)
+        if found is not None:  # a model need not have a head
+            names.append(found[0])
+            stored |= {found[0]} if name == holder else set()
+            _check_shape(model, name, pieces[f"{holder}.weight"].shape, found[1])
+    if checkpoint.int8_rows and not names:
+        raise SlabError(
+            f"config.json lists int8 rows {next(iter(checkpoint.int8_rows))!r} that {type(model).__name__} lacks"
+        )
+    for pair in model.all_tied_weights_keys.items():
+        modules = [tensor.removesuffix(".weight") for tensor in pair]
+        if not set(names).isdisjoint(modules):
+            names += [module for module in modules if module not in names]
+    use_int8(model, names)
+    for name in set(names) - stored:  # transformers would look for them in the files
+        model.get_submodule(name)._buffers["scales"] = None
+
+
+def _check_shape(model: PreTrainedModel, name: str, shape: tuple[int, ...], module: nn.Module) -> None:
+    own = module.weight.shape
+    assert isinstance(own, torch.Size)
+    if own != shape:
+        raise SlabError(
+            f"layer {name!r} is {' × '.join(map(str, shape))} in the files and "
+            f"{' × '.join(map(str, own))} in {type(model).__name__}: {WAY_OUT}"
+        )
 
 
 def _widen(model: PreTrainedModel) -> None:
@@ -251,7 +301,9 @@ def describe(
         assert not isinstance(layer.spec, CodedSpec)
         dtype = getattr(torch, config.value_dtype or "")
         modules[report.name] = ModuleSpec.of(layer.spec, dtype, report.output_error, report.unseen_error)
-    quantization_config = SlabQuantizationConfig(modules, config.value_dtype or "", config, drift=drift)
+    quantization_config = SlabQuantizationConfig(
+        modules, config.value_dtype or "", config, drift=drift, int8_rows=int8_names(model) or None
+    )
     model.config.quantization_config = quantization_config
     return quantization_config
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,13 @@ class SizeOnDisk:
         layers: one report per compressed layer.
         header_bytes: bytes of all safetensors headers, digests included.
         file_bytes: bytes of all safetensors files.
+        head_bits: bits of a weight of head and embedding, 16 or 8.
     """
 
     layers: tuple[LayerReport, ...]
     header_bytes: int
     file_bytes: int
+    head_bits: int = field(default=16, kw_only=True)
 
     @property
     def weights(self) -> int:
@@ -73,6 +75,7 @@ class Inspection(SizeOnDisk):
             "kept_fraction": self.kept_fraction,
             "weights": self.weights,
             "file_bytes": self.file_bytes,
+            "head_bits": self.head_bits,
             "compression": self.settings,
             "drift": drift_summary(self.drift),
             "tensors": [
@@ -116,6 +119,7 @@ def inspect_folder(folder: Path, variant: str | None = None) -> Inspection:
         file_bytes=sum(file.path.stat().st_size for file in checkpoint.files),
         settings=quantization.compression.to_dict(),
         drift=quantization.drift,
+        head_bits=8 if quantization.int8_rows else 16,
     )
 
 

@@ -27,6 +27,7 @@ from slablm.checkpoint.guard import GUARD
 from slablm.checkpoint.shards import Piece, open_all, write_tensors
 from slablm.checkpoint.staging import staging_folder
 from slablm.errors import SlabError
+from slablm.runtime.int8 import int8_names
 from slablm.runtime.linear import SlabLinear
 
 if TYPE_CHECKING:
@@ -190,6 +191,8 @@ def _count_parameters(model: PreTrainedModel, folder: Path, variant: str | None 
     if not path.exists():
         return
     elements = {name: math.prod(piece.shape) for name, piece in open_all(weight_files(folder, variant)).items()}
+    for name in int8_names(model):
+        elements.pop(f"{name}.scales", None)  # tied ones are stored once
     for name, layer in model.named_modules():
         if isinstance(layer, SlabLinear):
             for part in layer.spec.parts():

@@ -25,6 +25,7 @@ from slablm.checkpoint.files import (
     weight_files,
     with_variant,
 )
+from slablm.checkpoint.int8_rows import check_int8_rows, check_scales
 from slablm.checkpoint.shards import Piece, TensorFile
 from slablm.errors import SlabError
 from slablm.packing import Spec
@@ -38,11 +39,13 @@ class Checkpoint:
         files: its safetensors files.
         record: what their headers say.
         specs: what is stored of each compressed layer.
+        int8_rows: name of each module of int8 rows → the one under which its matrix is stored.
     """
 
     files: tuple[TensorFile, ...]
     record: integrity.Record
     specs: dict[str, Spec]
+    int8_rows: dict[str, str]
 
     @property
     def pieces(self) -> dict[str, Piece]:
@@ -53,9 +56,10 @@ class Checkpoint:
         """Read every tensor and compare it with its digest.
 
         Raises:
-            SlabError: see `integrity.verify_tensors`.
+            SlabError: see `integrity.verify_tensors` and `check_scales`.
         """
         integrity.verify_tensors(self.files, self.record.digests)
+        check_scales(self.int8_rows, self.pieces, self.files[0].path.parent)
 
 
 def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
@@ -69,7 +73,8 @@ def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
         SlabError: it is no slablm checkpoint, or damaged.
     """
     entries = read_config(folder)["quantization_config"]
-    description = Description.from_json(*(entries.get(key) for key in ("modules", "value_dtype", "format_version")))
+    keys = ("modules", "value_dtype", "format_version", "int8_rows")
+    description = Description.from_json(*(entries.get(key) for key in keys))
     return open_checkpoint(weight_files(folder, variant), description)
 
 
@@ -89,7 +94,8 @@ def open_checkpoint(paths: Sequence[Path], description: Description) -> Checkpoi
     record = integrity.common_record(files)
     _check_config(record, description, folder)
     pieces = {name: piece for file in files for name, piece in file.pieces.items()}
-    return Checkpoint(files, record, check_parts(description, pieces, folder))
+    int8_rows = check_int8_rows(description.int8_rows, pieces, record.tied, folder)
+    return Checkpoint(files, record, check_parts(description, pieces, folder), int8_rows)
 
 
 def check_inside(paths: Sequence[str], source: str | None) -> list[Path]:
@@ -160,7 +166,8 @@ def _check_config(record: integrity.Record, description: Description, folder: Pa
         return
     if description.digest != record.modules:
         raise SlabError(
-            f"{folder}: modules or value_dtype of config.json is not what the files were written with: {WAY_OUT}"
+            f"{folder}: modules, value_dtype or int8_rows of config.json is not what the files were written with: "
+            f"{WAY_OUT}"
         )
     # A config that the user hands to transformers need not lie here.
     if (folder / CONFIG).is_file() and config_digest(read_config(folder)) != record.config:

@@ -93,6 +93,7 @@ def run(source: str, out: Path, config: CompressionConfig, run_options: RunOptio
         "compression_ratio": inspection.compression_ratio,
         **error_summary(inspection.layers),
         "drift": drift_summary(inspection.drift),
+        "head_bits": inspection.head_bits,
         "bytes_on_disk": inspection.file_bytes,
         "dense_bytes": result.dense_bytes,
         "resumed_blocks": result.resumed_blocks,
@@ -111,6 +112,7 @@ def _print_summary(result: dict[str, Any]) -> None:
         "true bits per weight": f"{result['bits_per_weight']:.3f}",
         "compression ratio (paper)": f"{result['compression_ratio']:.4f}",
         "mean relative output error": _errors(result),
+        "head and embedding": f"{result['head_bits']} bits",
         "weights on disk": human_bytes(result["bytes_on_disk"]),
         "time": f"{result['seconds']:.1f} s",
     }

@@ -61,4 +61,5 @@ def _print_table(inspection: Inspection) -> None:
         f"{inspection.bits_per_weight:.3f} true bits per weight, "
         f"compression ratio {inspection.compression_ratio:.4f} (paper), {human_bytes(inspection.file_bytes)} on disk"
     )
+    shown.print(f"head and embedding: {inspection.head_bits} bits")
     shown.print("integrity: every tensor matches its digest")

@@ -48,6 +48,9 @@ Bos = Annotated[
 TargetNames = Annotated[list[str] | None, typer.Option("--targets", help="Modules to compress; repeat for several.")]
 IgnoredNames = Annotated[list[str] | None, typer.Option("--ignore", help="Modules to leave dense; repeat for several.")]
 ValueDtype = Annotated[str | None, typer.Option(help="Stored values: float16 or bfloat16.")]
+HeadBits = Annotated[
+    int, typer.Option(help="Bits of a weight of embedding and head: 16, or 8 (int8, a scale per row).")
+]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
 MaxMemory = Annotated[
     str | None,
@@ -76,6 +79,7 @@ class Settings:
     ignore: IgnoredNames = None
     dtype: Dtype = "auto"
     value_dtype: ValueDtype = None
+    head_bits: HeadBits = 16
     device: Device = "cpu"
 
 

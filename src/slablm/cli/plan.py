@@ -88,6 +88,7 @@ def _needs(plan: Plan) -> list[Table]:
     for name, value in {
         "true bits per weight (headers included)": f"{size.bits_per_weight:.3f}",
         "compression ratio (paper, positions not counted)": f"{size.compression_ratio:.4f}",
+        "head and embedding": f"{size.head_bits} bits",
         "weights on disk": human_bytes(size.file_bytes) + files,
         "dense weights": human_bytes(size.dense_bytes),
     }.items():
@@ -124,7 +125,11 @@ def _remarks(plan: Plan) -> list[str]:
     lines = [f"note: {note}" for note in plan.notes]
     left = Counter((_without_number(name), reason) for name, reason in plan.targets.left_dense.items())
     lines += [f"left dense: {name} ({reason}), {count} times" for (name, reason), count in left.items()]
-    lines.append("left dense: embeddings, head and norms (outside the blocks, or no matrices)")
+    rows = plan.config.head_bits == 8
+    kept = "norms" if rows else "embeddings, head and norms"
+    lines.append(f"left dense: {kept} (outside the blocks, or no matrices)")
+    if rows:
+        lines.append("head and embedding: int8, with an FP16 scale per row")
     if plan.whole_because:
         lines.append(f"the whole model will be in memory: {plan.whole_because}")
     if plan.duration is not None:

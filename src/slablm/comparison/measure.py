@@ -124,6 +124,8 @@ def cell_key(cell: Cell, conditions: Conditions) -> str:
     """
     settings = cell.config.to_dict() if cell.config else {}
     settings.pop("calibration", None)
+    if settings.get("head_bits") == 16:  # keys of before know nothing of it
+        del settings["head_bits"]
     tasks = conditions.tasks.identity()
     return _digest(
         {

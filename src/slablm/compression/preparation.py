@@ -12,6 +12,7 @@ from slablm.config import CompressionConfig
 from slablm.dense.targets import Targets
 from slablm.errors import SlabError
 from slablm.methods import get_method
+from slablm.runtime.int8 import head_and_embedding, use_int8
 from slablm.runtime.linear import SlabLinear
 from slablm.system.finite import check_finite
 
@@ -31,10 +32,12 @@ def prepare_model(model: PreTrainedModel, targets: Targets, config: CompressionC
         The settings with the value type filled in.
 
     Raises:
-        SlabError: the model is compressed already; NaN or Inf in weights; a value that the value type cannot hold.
+        SlabError: the model is compressed already; NaN or Inf in weights; a value that the value type cannot hold; see
+            `use_head_bits`.
     """
     check_model(model)
     _check_parameters(model)
+    use_head_bits(model, config)
     config = with_value_dtype(config, model)
     _round_other_matrices(model, targets, getattr(torch, config.value_dtype or ""))
     return config
@@ -43,6 +46,20 @@ def prepare_model(model: PreTrainedModel, targets: Targets, config: CompressionC
 def with_value_dtype(config: CompressionConfig, model: PreTrainedModel) -> CompressionConfig:
     """The settings with the value type filled in."""
     return replace(config, value_dtype=str(value_dtype(config, model.dtype)).removeprefix("torch."))
+
+
+def use_head_bits(model: PreTrainedModel, config: CompressionConfig) -> None:
+    """Put embedding and head into int8 rows if the settings say so, in place.
+
+    Args:
+        model: the dense model; on the meta device it gets empty ones.
+        config: settings.
+
+    Raises:
+        SlabError: one of them can only be stored in 16 bits.
+    """
+    if config.head_bits == 8:
+        use_int8(model, head_and_embedding(model))
 
 
 def check_model(model: PreTrainedModel) -> None:

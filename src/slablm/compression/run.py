@@ -32,7 +32,13 @@ from slablm.compression.blocks import Progress, compress_blocks, unreached
 from slablm.compression.fingerprint import differences, fingerprint, inputs, read_run, write_run
 from slablm.compression.journal import Journal, open_journal, unfinished_folder
 from slablm.compression.options import RunOptions
-from slablm.compression.preparation import check_model, check_packable, prepare_model, with_value_dtype
+from slablm.compression.preparation import (
+    check_model,
+    check_packable,
+    prepare_model,
+    use_head_bits,
+    with_value_dtype,
+)
 from slablm.compression.streaming import StreamedBlocks
 from slablm.config import CompressionConfig
 from slablm.dense.loading import check_dense, is_compressed
@@ -144,12 +150,13 @@ class _Run:
         journal.accept(found)
         options.world.tell((self.windows, found, journal.done))
         self._say_what_it_takes()
+        self.dense_bytes = sum(parameter.nbytes for parameter in self.dense.model.parameters())
         self.config = _prepared(self.dense, self.targets, config)
 
     def go(self, on_layer: Progress | None) -> RunResult:
         """Compress what is not done yet, put the result together, publish it."""
         model, journal = self.dense.model, self.journal
-        dense_bytes, resumed = sum(parameter.nbytes for parameter in model.parameters()), journal.done
+        resumed = journal.done
         limit, world = self.options.max_memory, self.options.world
         blocks = StreamedBlocks(
             self.dense, self.targets, self.config, journal,
@@ -163,7 +170,7 @@ class _Run:
         self._publish()
         journal.remove()
         world.tell(None)
-        return RunResult(self.config, dense_bytes, resumed)
+        return RunResult(self.config, self.dense_bytes, resumed)
 
     def _say_left_dense(self, reasons: dict[str, str]) -> None:
         for name, reason in reasons.items():
@@ -262,6 +269,7 @@ def _check_alike(first: dict[str, str], mine: dict[str, str]) -> None:
 def _prepared(dense: DenseModel, targets: Targets, config: CompressionConfig) -> CompressionConfig:
     """The settings with the value type filled in; a model in memory is checked and rounded."""
     if dense.weights:  # checked and rounded block by block
+        use_head_bits(dense.model, config)
         return with_value_dtype(config, dense.model)
     return prepare_model(dense.model, targets, config)
 
@@ -286,7 +294,9 @@ def _finished(source: str, out: Path, config: CompressionConfig, options: RunOpt
     if not is_compressed(str(out)):
         return False
     way_out = "choose another folder or give --overwrite"
-    before, wanted = read_quantization_config(out)["compression"], config.to_dict()
+    # Results of before know nothing of a head in 8 bits.
+    before = {"head_bits": CompressionConfig.head_bits} | read_quantization_config(out)["compression"]
+    wanted = config.to_dict()
     settings = {name: value for name, value in wanted.items() if value is not None}
     if found := differences({name: before.get(name) for name in settings}, settings):
         raise SlabError(f"{out} already holds a model, made with another {found}: {way_out}")

@@ -33,6 +33,8 @@ from slablm.config import CompressionConfig
 from slablm.dense.opening import DenseModel, is_parameter, put, tensor_names
 from slablm.dense.targets import Targets, find_blocks
 from slablm.methods.drift import Drift
+from slablm.packing.quantize import quantize_rows
+from slablm.runtime.int8 import Int8Rows, int8_names
 from slablm.system.finite import check_finite
 
 
@@ -40,7 +42,7 @@ class StreamedBlocks(BlockStore):
     """The blocks of a model, from its files into the journal.
 
     Args:
-        dense: the model.
+        dense: the model, with embedding and head in int8 rows if they are to be stored so.
         targets: the layers to compress.
         config: the settings, `value_dtype` included.
         journal: where finished blocks go; None on a rank that does not write.
@@ -69,12 +71,14 @@ class StreamedBlocks(BlockStore):
         self._prefix, self._blocks = find_blocks(dense.model)
         self._dtypes = {name: tensor.dtype for name, tensor in dense.model.state_dict().items()}
         self.names = tensor_names(dense.model)
-        self._outside = [names for names in self.names if not names[0].startswith(f"{self._prefix}.")]
+        self._groups = {names[0]: names for names in self.names if not names[0].startswith(f"{self._prefix}.")}
+        # Int8 rows come with their scales.
+        self._scales = {f"{name}.weight": f"{name}.scales" for name in int8_names(dense.model)}
+        self._outside = [names for first, names in self._groups.items() if first not in self._scales.values()]
         self._loaded: int | None = None
         for index, names in enumerate(self._outside):
             if journal is not None and not journal.has(outside_key(index)):
-                stored = self._stored(names[0], self._read(names))
-                journal.put(outside_key(index), {names[0]: stored})
+                journal.put(outside_key(index), self._made(names))
 
     def activations(self, count: int) -> Activations:
         """In RAM up to the limit, then in a file."""
@@ -89,18 +93,31 @@ class StreamedBlocks(BlockStore):
         present = model.state_dict(keep_vars=True)
         for index, names in enumerate(self._outside):
             if id(present[names[0]]) in needed:
-                tensor = self._outside_tensor(index)
-                put(model, names, tensor.to(self._dense.device, self._dtypes[names[0]]))
+                for name, tensor in self._outside_tensors(index).items():
+                    put(model, self._groups[name], tensor.to(self._dense.device, self._dtypes[name]))
         yield
-        for names in self._outside:
+        for names in self._groups.values():
             put(model, names, model.state_dict()[names[0]].to("meta"))
 
-    def _outside_tensor(self, index: int) -> Tensor:
-        """As it will be stored; a rank that does not write reads it from the model's files once more."""
-        name = self._outside[index][0]
+    def _outside_tensors(self, index: int) -> dict[str, Tensor]:
+        """As they will be stored; a rank that does not write reads them from the model's files once more."""
         if self._journal is None:
-            return self._stored(name, self._read(self._outside[index]))
-        return self._journal.pieces(outside_key(index))[name].read()
+            return self._made(self._outside[index])
+        return {name: piece.read() for name, piece in self._journal.pieces(outside_key(index)).items()}
+
+    def _made(self, names: list[str]) -> dict[str, Tensor]:
+        """What is stored of a tensor outside the blocks: itself, or int8 rows and their scales."""
+        scales = self._scales.get(names[0])
+        if scales is None:
+            return {names[0]: self._stored(names[0], self._read(names))}
+        if not self._dense.weights:  # they have been made already
+            return {name: self._read([name]).cpu() for name in (names[0], scales)}
+        owner = names[0].rpartition(".")[0]
+        rows = self._dense.model.get_submodule(owner)
+        assert isinstance(rows, Int8Rows)
+        dense = self._piece(names).to(rows.like.dtype)
+        check_finite(dense, names[0])
+        return dict(zip((names[0], scales), quantize_rows(dense, owner), strict=True))
 
     def load(self, index: int) -> None:
         """Read a block's tensors; the block loaded before is dropped."""
@@ -156,13 +173,15 @@ class StreamedBlocks(BlockStore):
         if not self._dense.weights:  # checked and rounded already
             whole: Tensor = model.state_dict()[name]
             return whole
-        tensor = next(self._dense.weights[n] for n in names if n in self._dense.weights).read()
-        tensor = tensor.to(self._dtypes[name])
+        tensor = self._piece(names).to(self._dtypes[name])
         if is_parameter(model, name):
             check_finite(tensor, name)
             if name not in self._compressed:
                 tensor = rounded(tensor, name, self._value_dtype)
         return tensor
+
+    def _piece(self, names: list[str]) -> Tensor:
+        return next(self._dense.weights[name] for name in names if name in self._dense.weights).read()
 
     def _stored(self, name: str, tensor: Tensor) -> Tensor:
         return stored_form(tensor, self._value_dtype).cpu()

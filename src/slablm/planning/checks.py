@@ -14,7 +14,7 @@ import torch
 from slablm.calibration.statistics import rows_per_window
 from slablm.calibration.stream import windows_held
 from slablm.calibration.windows import UNSEEN_WINDOWS
-from slablm.compression.preparation import with_value_dtype
+from slablm.compression.preparation import use_head_bits, with_value_dtype
 from slablm.config import CompressionConfig
 from slablm.dense.opening import empty_model
 from slablm.dense.targets import Targets, select_targets
@@ -132,6 +132,11 @@ def look_ahead(
         known: what shapes and settings do not tell.
     """
     stored_as, problems = budgets(model, targets, config)
+    largest_outside, dense_bytes = _largest_outside(model, targets), sum(p.nbytes for p in model.parameters())
+    try:
+        use_head_bits(model, config)
+    except SlabError as error:
+        problems.append(str(error))
     if problems:
         return None, problems
     device = torch.device(options.device)
@@ -143,14 +148,14 @@ def look_ahead(
         itemsize=model.dtype.itemsize,
         stored_itemsize=known.stored_itemsize,
         float32=model.dtype == torch.float32,
-        largest_outside=_largest_outside(model, targets),
+        largest_outside=largest_outside,
         whole=known.whole,
         file_bytes=known.file_bytes,
         accelerator=device.type != "cpu",
         max_memory=options.max_memory,
         ranks=ranks,
     )
-    size = plan_size(model, stored_as, config, options.max_shard_size)
+    size = plan_size(model, stored_as, config, options.max_shard_size, dense_bytes)
     memory = plan_memory(rehearsal, size, config, situation, known.base_bytes)
     disk = Disk(
         result_bytes=size.file_bytes + size.config_bytes + known.other_bytes,

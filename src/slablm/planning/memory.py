@@ -26,6 +26,7 @@ from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text
 from slablm.calibration.windows import UNSEEN_WINDOWS, windows_wanted
 from slablm.config import CompressionConfig, Excerpt
 from slablm.methods import get_method
+from slablm.packing.quantize import ENTRIES_AT_ONCE
 from slablm.planning.rehearsal import Rehearsal, Work
 from slablm.planning.size import Size
 
@@ -147,7 +148,8 @@ def plan_memory(
     phases = [Phase("text", (*dense, Part("tokenising the text", _text_bytes(config))))]
     if s.whole:
         phases.append(Phase("reading", (*dense, Part("the model's files", s.file_bytes))))
-    phases.append(Phase("outside", (*dense, Part("one matrix outside the blocks", _outside_bytes(s)))))
+    outside = _outside_bytes(s) if config.head_bits == 16 else _int8_bytes(s)
+    phases.append(Phase("outside", (*dense, Part("one matrix outside the blocks", outside))))
     blocks = [] if s.whole else [Part("one block", max(b.weight_bytes for b in rehearsal.blocks), s.accelerator)]
     held = [*dense, *blocks, states]
     copy = Part("the embeddings", rehearsal.outside_bytes, s.accelerator)
@@ -238,6 +240,16 @@ def _outside_bytes(situation: Situation) -> int:
         return checked
     converted = entries * s.stored_itemsize if s.stored_itemsize != s.itemsize else 0
     return entries * s.itemsize + max(checked, converted)
+
+
+def _int8_bytes(situation: Situation) -> int:
+    """Reading, checking, and rounding to int8 rows: a byte per entry, and three float32 copies of a piece."""
+    s, entries = situation, situation.largest_outside
+    checked = min(entries, _CHECKED_AT_ONCE) * (s.itemsize + 3)
+    rounded = entries + min(entries, ENTRIES_AT_ONCE) * 3 * FLOAT32_BYTES
+    read = 0 if s.whole else entries * s.itemsize
+    converted = 0 if s.whole or s.stored_itemsize == s.itemsize else entries * s.stored_itemsize
+    return read + max(checked, rounded, converted)
 
 
 def _text_bytes(config: CompressionConfig) -> int:

@@ -146,6 +146,7 @@ def _numbers(outlook: Outlook) -> dict[str, Any]:
         "weights": size.weights,
         "bits_per_weight": size.bits_per_weight,
         "compression_ratio": size.compression_ratio,
+        "head_bits": size.head_bits,
         "bytes_on_disk": size.file_bytes,
         "files": size.files,
         "dense_bytes": size.dense_bytes,

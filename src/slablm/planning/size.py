@@ -93,19 +93,20 @@ def plan_size(
     stored_as: dict[str, Stored],
     config: CompressionConfig,
     max_shard_size: int,
+    dense_bytes: int,
 ) -> Size:
     """Put empty packed layers into a model on the meta device, and look how large it is.
 
     Args:
-        model: on the meta device; changed in place.
+        model: on the meta device, embedding and head as they are to be stored; changed in place.
         stored_as: from `budgets`.
         config: the settings, `value_dtype` included.
         max_shard_size: bytes of tensors per file.
+        dense_bytes: bytes of the dense model's tensors.
     """
     from slablm.checkpoint import hf
 
     dtype: torch.dtype = getattr(torch, config.value_dtype or "")
-    dense_bytes = sum(parameter.nbytes for parameter in model.parameters())
     layers = tuple(_empty_layer(model, name, budget, dtype) for name, budget in stored_as.items())
     hf.describe(model, config, list(layers), [Drift(_ERROR, _ERROR)] * len(find_blocks(model)[1]))
     state, groups = model.state_dict(), tensor_names(model)
@@ -119,7 +120,8 @@ def plan_size(
     if shards.is_sharded:
         config_bytes += len(json.dumps(shards.tensor_to_filename, indent=2))
     file_bytes = sum(stored.values()) + header_bytes
-    return Size(layers, header_bytes, file_bytes, dense_bytes, stored, len(files), config_bytes)
+    sizes = header_bytes, file_bytes, dense_bytes, stored, len(files), config_bytes
+    return Size(layers, *sizes, head_bits=config.head_bits)
 
 
 def _shape(model: nn.Module, name: str) -> tuple[int, int]:

@@ -100,7 +100,7 @@ i64, pointer = ctypes.c_int64, ctypes.byref
 def product(threads):
     ctypes.memset(outputs, 0, ctypes.sizeof(outputs))
     status = library.slablm_dense_matvec(
-        0, pointer(weight), 2, i64(m), i64(n), pointer(inputs), 0, i64(1), pointer(outputs), 0, threads)
+        0, pointer(weight), 2, None, i64(m), i64(n), pointer(inputs), 0, i64(1), pointer(outputs), 0, threads)
     return status, set(outputs) == {float(sum(inputs))}
 
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

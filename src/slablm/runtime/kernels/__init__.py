@@ -2,7 +2,7 @@
 
 - `to_runtime(packed, value_bits)` lays a packed weight out for the kernels of its device (`to_native`: CPU, `to_gpu`:
   GPU); `from_runtime` is its inverse.
-- `linear(inputs, weight)` applies it, `dense_linear` does so for a dense 16-bit weight.
+- `linear(inputs, weight)` applies it, `dense_linear` does so for a dense weight in 16 bits or int8 rows.
 - `symbols_linear(inputs, weight)` applies a weight in symbols as it is stored: there is no other layout.
 - `explain(device)` says what code runs, and why; `explain_symbols(device)` that for weights in symbols.
 """

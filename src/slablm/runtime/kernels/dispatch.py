@@ -76,12 +76,13 @@ def linear(inputs: Tensor, weight: NativeWeight | GpuWeight) -> Tensor:
     return _run(inputs, weight)
 
 
-def dense_linear(inputs: Tensor, weight: Tensor) -> Tensor:
-    """A dense 16-bit weight applied to [..., n] → [..., m], in the inputs' dtype, accumulated in float32.
+def dense_linear(inputs: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
+    """A dense weight applied to [..., n] → [..., m], in the inputs' dtype, accumulated in float32.
 
     Args:
         inputs: any float type, on the weight's device.
-        weight: [m, n], float16 or bfloat16; the kernel takes it where it has no gaps.
+        weight: [m, n], float16 or bfloat16, or int8 rows; the kernel takes it where it has no gaps.
+        scales: what int8 rows are multiplied by, [m] float16; None for a 16-bit weight.
 
     Raises:
         SlabError: inputs on another device, or of another width.
@@ -92,9 +93,9 @@ def dense_linear(inputs: Tensor, weight: Tensor) -> Tensor:
     if weight.requires_grad and torch.is_grad_enabled():
         return functional.linear(inputs, weight.to(inputs.dtype))
     if needs_operator(inputs):
-        outputs: Tensor = _dense_operator(inputs, weight)
+        outputs: Tensor = _dense_operator(inputs, weight, scales)
         return outputs
-    return _run_dense(inputs, weight)
+    return _run_dense(inputs, weight, scales)
 
 
 def check_inputs(inputs: Tensor, device: torch.device, columns: int) -> None:
@@ -123,15 +124,17 @@ def needs_operator(inputs: Tensor) -> bool:
     return torch.compiler.is_compiling() or gradient or type(inputs) not in (Tensor, nn.Parameter)
 
 
-def _run_dense(inputs: Tensor, weight: Tensor) -> Tensor:
+def _run_dense(inputs: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
     m, n = weight.shape
     chosen = backend(weight.device)
-    readable = inputs.dtype in KERNEL_DTYPES and weight.is_contiguous()
+    readable = inputs.dtype in KERNEL_DTYPES and weight.is_contiguous() and (scales is None or scales.is_contiguous())
     if chosen.library is not None and readable and inputs.numel() <= native.MAX_TOKENS * n:
-        return native.dense_matvec(chosen.library, chosen.name, weight, inputs.contiguous())
-    rows = inputs.reshape(-1, n)
+        return native.dense_matvec(chosen.library, chosen.name, weight, inputs.contiguous(), scales)
+    # An int8 number times its scale is exact in float32, and in none of the 16-bit types.
+    dtype = inputs.dtype if scales is None else torch.promote_types(inputs.dtype, torch.float32)
+    rows = inputs.reshape(-1, n).to(dtype)
     with fast_float32():
-        tiles = [functional.linear(rows, tile.to(rows.dtype)) for _, tile in _dense_tiles(weight, rows.dtype)]
+        tiles = [functional.linear(rows, tile).to(inputs.dtype) for _, tile in _dense_tiles(weight, scales, dtype)]
     return torch.cat(tiles, dim=1).view(*inputs.shape[:-1], m)
 
 
@@ -206,11 +209,15 @@ def _tiles(
         yield slice(begin, end), buffer[: end - begin]
 
 
-def _dense_tiles(weight: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of a dense weight, as many as fill a tile when they are widened to `dtype`, and which they are."""
-    step = max(1, _TILE_BYTES // (weight.shape[1] * dtype.itemsize))
+def _dense_tiles(weight: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of a dense weight in `dtype`, as many as fill a tile, and which they are."""
+    # A GPU has no such cache, and needs time for every launch.
+    room = _TILE_BYTES if weight.device.type == "cpu" else 16 * _TILE_BYTES
+    step = max(1, room // (weight.shape[1] * dtype.itemsize))
     for begin in range(0, weight.shape[0], step):
-        yield slice(begin, begin + step), weight[begin : begin + step]
+        span = slice(begin, begin + step)
+        tile = weight[span].to(dtype)
+        yield span, tile if scales is None else tile.mul_(scales[span, None])
 
 
 def _run_gradient(gradient: Tensor, weight: NativeWeight) -> Tensor:
@@ -221,9 +228,9 @@ def _run_gradient(gradient: Tensor, weight: NativeWeight) -> Tensor:
     return sum_over_tiles(gradient, _tiles(chosen.name, chosen.library, weight, torch.float32), weight.in_features)
 
 
-def _run_dense_gradient(gradient: Tensor, weight: Tensor) -> Tensor:
+def _run_dense_gradient(gradient: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
     dtype = torch.promote_types(gradient.dtype, torch.float32)
-    return sum_over_tiles(gradient, _dense_tiles(weight, dtype), weight.shape[1])
+    return sum_over_tiles(gradient, _dense_tiles(weight, scales, dtype), weight.shape[1])
 
 
 def sum_over_tiles(gradient: Tensor, tiles: Iterator[tuple[slice, Tensor]], n: int) -> Tensor:
@@ -266,15 +273,15 @@ def _gradient_operator(
 
 
 @torch.library.custom_op("slablm::dense_linear", mutates_args=())
-def _dense_operator(inputs: Tensor, weight: Tensor) -> Tensor:
+def _dense_operator(inputs: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     """`dense_linear` for the compiler and for autograd."""
-    return _run_dense(inputs, weight)
+    return _run_dense(inputs, weight, scales)
 
 
 @torch.library.custom_op("slablm::dense_linear_gradient", mutates_args=())
-def _dense_gradient_operator(gradient: Tensor, weight: Tensor) -> Tensor:
+def _dense_gradient_operator(gradient: Tensor, weight: Tensor, scales: Tensor | None = None) -> Tensor:
     """Gradient of `_dense_operator` with respect to its inputs."""
-    return _run_dense_gradient(gradient, weight)
+    return _run_dense_gradient(gradient, weight, scales)
 
 
 def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -284,7 +291,7 @@ def _keep_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _keep_dense_weight(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -292,12 +299,12 @@ def _backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _dense_backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-    return _dense_gradient_operator(gradient, *ctx.saved_tensors), None
+    return _dense_gradient_operator(gradient, *ctx.saved_tensors), None, None
 
 
 _operator.register_autograd(_backward, setup_context=_keep_weight)
 _dense_operator.register_autograd(_dense_backward, setup_context=_keep_dense_weight)
 _operator.register_fake(lambda x, values, scales, planes, *_: x.new_empty(*x.shape[:-1], planes.shape[0]))
 _gradient_operator.register_fake(lambda gradient, *weight: gradient.new_empty(*gradient.shape[:-1], weight[-1]))
-_dense_operator.register_fake(lambda x, weight: x.new_empty(*x.shape[:-1], weight.shape[0]))
-_dense_gradient_operator.register_fake(lambda gradient, w: gradient.new_empty(*gradient.shape[:-1], w.shape[1]))
+_dense_operator.register_fake(lambda x, weight, *_: x.new_empty(*x.shape[:-1], weight.shape[0]))
+_dense_gradient_operator.register_fake(lambda grad, weight, *_: grad.new_empty(*grad.shape[:-1], weight.shape[1]))

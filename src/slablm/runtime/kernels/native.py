@@ -25,7 +25,7 @@ from slablm.packing.symbols import PackedSymbols
 from slablm.runtime.kernels.layout import NativeWeight
 
 MAX_TOKENS = 8
-ABI_VERSION = 5
+ABI_VERSION = 6
 # Fastest first; the number is the library's.
 INSTRUCTION_SETS = {"avx512": 2, "avx2": 1, "neon": 3, "portable": 0}
 
@@ -84,7 +84,20 @@ def load() -> Library | str:
         return f"{found[0]} belongs to another version of slablm: reinstall slablm"
     pointer, i32, i64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
     functions.slablm_matvec.argtypes = (i32, pointer, pointer, i32, i64, pointer, i32, i32)
-    functions.slablm_dense_matvec.argtypes = (i32, pointer, i32, i64, i64, pointer, i32, i64, pointer, i32, i32)
+    functions.slablm_dense_matvec.argtypes = (
+        i32,
+        pointer,
+        i32,
+        pointer,
+        i64,
+        i64,
+        pointer,
+        i32,
+        i64,
+        pointer,
+        i32,
+        i32,
+    )
     functions.slablm_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
     functions.slablm_symbols_matvec.argtypes = (i32, pointer, pointer, i32, i64, pointer, i32, i32)
     functions.slablm_symbols_matmul.argtypes = (i32, pointer, pointer, i32, i64, i32, pointer, i32, i32)
@@ -128,26 +141,33 @@ def matvec(library: Library, instruction_set: str, weight: NativeWeight, inputs:
     return outputs
 
 
-def dense_matvec(library: Library, instruction_set: str, weight: Tensor, inputs: Tensor) -> Tensor:
-    """A dense 16-bit weight applied to a few tokens.
+def dense_matvec(
+    library: Library, instruction_set: str, weight: Tensor, inputs: Tensor, scales: Tensor | None = None
+) -> Tensor:
+    """A dense weight in 16 bits or int8 rows applied to a few tokens.
 
     Args:
         library: from `load`.
         instruction_set: one of `library.supported`.
-        weight: [m, n], contiguous, float16 or bfloat16.
+        weight: [m, n], contiguous, float16, bfloat16 or int8.
         inputs: as for `matvec`.
+        scales: of int8 rows, [m] float16, contiguous; else None.
 
     Returns:
         [..., m] in the inputs' dtype, accumulated in float32.
     """
     _check_readable(inputs, weight.shape[1])
     _check_readable(weight, weight.shape[1])
+    if scales is not None:
+        _check_readable(scales, weight.shape[0])
+        assert scales.dtype == torch.float16
     outputs = torch.empty(*inputs.shape[:-1], weight.shape[0], dtype=inputs.dtype, device="cpu")
     scalar_type = _SCALAR_TYPES[inputs.dtype]
     status = library.functions.slablm_dense_matvec(
         INSTRUCTION_SETS[instruction_set],
         weight.data_ptr(),
         _SCALAR_TYPES[weight.dtype],
+        None if scales is None else scales.data_ptr(),
         *weight.shape,
         inputs.data_ptr(),
         scalar_type,
