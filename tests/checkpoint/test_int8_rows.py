@@ -177,7 +177,8 @@ def test_device_maps_with_offloading(case, folder, tmp_path):
     expected = logits(AutoModelForCausalLM.from_pretrained(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, device_map=places, offload_folder=tmp_path / "moved")
     for _ in range(2):
-        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+        # Layers that move run on the reference, the others on kernels, which round inputs to 14 bits.
+        torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=5e-4)
 
 
 def entry(value):
