@@ -45,7 +45,8 @@ def assert_same(model, folder):
     plain = load(folder)
     for part in (TOKENS, TOKENS[:, :1]):  # many tokens and one: different kernels
         for _ in range(2):  # weights come and go: the second time they lie elsewhere
-            torch.testing.assert_close(logits(model, part), logits(plain, part), rtol=1e-4, atol=1e-5)
+            # Layers that move run on the reference, the others on kernels, which round inputs to 14 bits.
+            torch.testing.assert_close(logits(model, part), logits(plain, part), rtol=1e-3, atol=5e-4)
 
 
 MAPS = {

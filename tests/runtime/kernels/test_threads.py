@@ -43,7 +43,7 @@ def test_what_one_thread_reads_survives_the_first_call_of_another():
         del garbage
         return status
 
-    library = native.Library(SimpleNamespace(slablm_matvec=interrupted), LIBRARY.path, LIBRARY.supported)
+    library = native.Library(SimpleNamespace(slablm_matvec=interrupted), LIBRARY.path, LIBRARY.supported, ())
     outputs = native.matvec(library, "portable", weight, inputs)
     torch.testing.assert_close(outputs, expected, rtol=1e-5, atol=1e-5)
 
