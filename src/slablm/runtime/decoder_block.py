@@ -120,14 +120,15 @@ class DecoderBlock:
         buffers: list[Any] = [tensor for part in self._packed for tensor in part._buffers.values()]
         same = addresses == self._addresses and self._changes == SlabLinear.changes
         if not same or not all(map(is_, buffers, self._buffers)):
-            self._addresses, self._buffers, self._changes = addresses, buffers, SlabLinear.changes
-            self._description = self._described() if self._is_readable(floats) else None
+            changes = SlabLinear.changes
+            self._description = self._described() if self._is_readable([*floats, *buffers]) else None
             self._memory = [buffer.untyped_storage() for buffer in buffers]
+            self._addresses, self._buffers, self._changes = addresses, buffers, changes
         return self._description if self._config._attn_implementation in _ATTENTION else None
 
-    def _is_readable(self, floats: list[Tensor]) -> bool:
+    def _is_readable(self, tensors: list[Tensor]) -> bool:
         layers = all(part.runs_native and "forward" not in vars(part) for part in self._packed)
-        return layers and all(tensor.is_cpu and tensor.is_contiguous() for tensor in (*floats, *self._buffers))
+        return layers and all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
 
     def _described(self) -> bytes:
         norms = [self._norm(part) for part in self._norms]

@@ -79,7 +79,7 @@ class BlockForward:
 def _step(block: DecoderBlock, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
     """The block for one new token, or None where it has to run itself."""
     rotary = kwargs.get("position_embeddings")
-    if not _is_one_token(hidden_states) or rotary is None or not all(map(_is_plain, rotary)) or _asks_for_more(kwargs):
+    if rotary is None or not _are_of_one_token(hidden_states, rotary, block.shape) or _asks_for_more(kwargs):
         return None
     cache = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
     layer, chosen = _cache_layer(cache, block.index), _kernels()
@@ -114,9 +114,15 @@ def _asks_for_more(kwargs: dict[str, Any]) -> bool:
     return any(kwargs[name] is not None and kwargs[name] is not False for name in others)
 
 
-def _is_one_token(hidden_states: Tensor) -> bool:
-    sequences, tokens, _ = hidden_states.shape
-    return tokens == 1 and sequences <= kernel.MAX_SEQUENCES and _is_plain(hidden_states)
+def _are_of_one_token(hidden_states: Tensor, rotary: tuple[Tensor, Tensor], shape: kernel.BlockShape) -> bool:
+    """Whether shapes are [sequences, 1, hidden_size], and [sequences or 1, 1, dimensions that are turned] twice."""
+    (sequences, tokens, width), (cosines, sines) = hidden_states.shape, rotary
+    if tokens != 1 or sequences > kernel.MAX_SEQUENCES or width != shape.hidden or cosines.shape != sines.shape:
+        return False
+    turned = cosines.shape[-1]
+    if cosines.shape not in ((1, 1, turned), (sequences, 1, turned)) or turned > shape.head_dim:
+        return False
+    return cosines.dtype == sines.dtype and _is_plain(hidden_states) and _is_plain(cosines) and _is_plain(sines)
 
 
 def _is_plain(tensor: Tensor) -> bool:
