@@ -72,6 +72,12 @@ inline float number(const SlabVector& vector, int64_t i) {
     return to_float(static_cast<const BFloat*>(vector.data)[i]);
 }
 
+inline void write(float value, void* to, int64_t type, int64_t at) {
+    if (type == kFloat32) from_float(value, static_cast<float*>(to) + at);
+    if (type == kFloat16) from_float(value, static_cast<Half*>(to) + at);
+    if (type == kBFloat16) from_float(value, static_cast<BFloat*>(to) + at);
+}
+
 template <class Input>
 void to_floats(const Input* in, int64_t count, int64_t padded, float* out) {
     for (int64_t j = 0; j < count; ++j) out[j] = to_float(in[j]);

@@ -24,26 +24,6 @@ BatchActivations take_batch(Scratch& memory, const SlabSymbols& weight, int64_t 
     return act;
 }
 
-// Runs work(memory, begin, end) for rows on several threads, with so many numbers of memory for each. Returns whether there
-// was memory for all of them.
-template <class T, class Work>
-bool for_rows_with(int64_t count, int64_t rows, int64_t columns, int32_t threads, const Work& work) {
-    std::atomic<bool> enough{true};
-    for_rows(0, rows, columns, threads, [&](int64_t begin, int64_t end) {
-        static thread_local Scratch memory;
-        T* taken;
-        try {
-            memory.start(count * static_cast<int64_t>(sizeof(T)));
-        } catch (const std::exception&) {
-            enough = false;
-            return;
-        }
-        memory.take(count, taken);
-        work(taken, begin, end);
-    });
-    return enough;
-}
-
 int32_t prepare(const Kernels& kernels, const SlabSymbols& weight, const void* inputs, int32_t type, int64_t tokens,
                 int32_t threads, const BatchActivations& act) {
     std::atomic<bool> finite{true};
@@ -68,8 +48,6 @@ int32_t multiply(const Kernels& kernels, const SlabSymbols& weight, const BatchA
     const int64_t work = weight.columns * output.tokens;
     return for_rows_with<uint8_t>(kTileRows * act.padded, weight.rows, work, threads, run) ? 0 : -1;
 }
-
-int64_t bytes_of(int32_t type) { return type == kFloat32 ? 4 : 2; }
 
 }  // namespace
 

@@ -115,8 +115,7 @@ class BlockRun {
         int64_t pieces[N + 1] = {}, total = 0;
         Suits suits[N] = {};
         for (const auto* projection : projections) total += projection->weight.rows;
-        const int64_t share = (total + threads * kPiecesPerThread - 1) / (threads * kPiecesPerThread);
-        const int64_t piece_rows = (share + kRowsPerPiece - 1) / kRowsPerPiece * kRowsPerPiece;
+        const int64_t piece_rows = rows_per_piece(total, threads);
         for (size_t i = 0; i < N; ++i) {
             const SlabSymbols& weight = projections[i]->weight;
             made[i] = {outputs[i], weight.rows};
@@ -201,8 +200,7 @@ class BlockRun {
         float* query = queries[t] + h * block.head_dim;
         kernels.normalize(query, block.head_dim, block.query_norm);
         turn(query, t);
-        const int64_t bytes = step.cache_type == kFloat32 ? 4 : 2;
-        const int64_t at = bytes * cache_offset(t, h / (block.heads / block.kv_heads), step.first);
+        const int64_t at = bytes_of(step.cache_type) * cache_offset(t, h / (block.heads / block.kv_heads), step.first);
         AttentionHead head{};
         head.query = query;
         head.keys = static_cast<const char*>(step.keys) + at;
@@ -241,12 +239,6 @@ class BlockRun {
         if (!multiply<1>({&block.down}, out)) return false;
         add_to_residual(out[0], block.mlp_out_norm);
         return true;
-    }
-
-    static void write(float value, void* to, int64_t type, int64_t at) {
-        if (type == kFloat32) from_float(value, static_cast<float*>(to) + at);
-        if (type == kFloat16) from_float(value, static_cast<Half*>(to) + at);
-        if (type == kBFloat16) from_float(value, static_cast<BFloat*>(to) + at);
     }
 
     void read_residual() {

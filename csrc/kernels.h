@@ -28,11 +28,7 @@
 namespace {
 
 inline void store(const Output& output, int64_t rows, int64_t row, int64_t token, float value) {
-    if (token >= output.tokens) return;
-    const int64_t at = token * rows + row;
-    if (output.type == kFloat32) from_float(value, static_cast<float*>(output.data) + at);
-    if (output.type == kFloat16) from_float(value, static_cast<Half*>(output.data) + at);
-    if (output.type == kBFloat16) from_float(value, static_cast<BFloat*>(output.data) + at);
+    if (token < output.tokens) write(value, output.data, output.type, token * rows + row);
 }
 
 // --- Memory ahead --------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ int32_t slablm_unpack(int32_t set, const SlabWeight* weight, int64_t begin, int6
                       int32_t output_type, int32_t threads) {
     const Kernels* kernels = kernels_of(set);
     if (kernels == nullptr || !valid(weight) || begin < 0 || begin > end || end > weight->rows) return -1;
-    const int64_t row_bytes = weight->columns * (output_type == kFloat32 ? 4 : 2);
+    const int64_t row_bytes = weight->columns * bytes_of(output_type);
     try {
         for_rows(begin, end, weight->columns, threads, [&](int64_t first, int64_t last) {
             kernels->unpack(*weight, first, last, static_cast<unsigned char*>(output) + (first - begin) * row_bytes,
@@ -154,7 +154,7 @@ int32_t slablm_symbols_unpack(int32_t set, const SlabSymbols* weight, int64_t be
     const Kernels* kernels = kernels_of(set);
     if (kernels == nullptr || !valid(weight) || begin < 0 || begin % kTileRows != 0) return -1;
     if (begin > end || end > weight->rows) return -1;
-    const int64_t row_bytes = weight->columns * (output_type == kFloat32 ? 4 : 2);
+    const int64_t row_bytes = weight->columns * bytes_of(output_type);
     try {
         for_rows(begin, end, weight->columns, threads, [&](int64_t first, int64_t last) {
             unsigned char* rows = static_cast<unsigned char*>(output) + (first - begin) * row_bytes;
@@ -209,18 +209,7 @@ int32_t slablm_trellis_columns(int32_t set, const TrellisBlock* block, int32_t t
     const TrellisKernel settle = trellis_of(set);
     if (settle == nullptr || block == nullptr || block->rows < 0 || block->columns < 0) return -1;
     if (block->bits < 2 || block->bits > 5) return -1;
-    std::atomic<bool> short_of_memory{false};
-    for_rows(0, block->rows, kWeightsPerEntry * block->columns, threads, [&](int64_t begin, int64_t end) {
-        static thread_local Scratch memory;
-        float* scratch;
-        try {
-            memory.start(static_cast<int64_t>(sizeof(float)) * kMostBatchRows * block->columns);
-        } catch (const std::exception&) {
-            short_of_memory = true;
-            return;
-        }
-        memory.take(kMostBatchRows * block->columns, scratch);
-        settle(*block, begin, end, scratch);
-    });
-    return short_of_memory ? -1 : 0;
+    const auto run = [&](float* scratch, int64_t begin, int64_t end) { settle(*block, begin, end, scratch); };
+    const int64_t numbers = kMostBatchRows * block->columns, work = kWeightsPerEntry * block->columns;
+    return for_rows_with<float>(numbers, block->rows, work, threads, run) ? 0 : -1;
 }

@@ -75,6 +75,11 @@ inline void on_own_threads(void (*function)(void*), void* data, int64_t count) {
     for (auto& helper : helpers) helper.join();
 }
 
+inline int64_t rows_per_piece(int64_t rows, int64_t threads) {
+    const int64_t share = (rows + threads * kPiecesPerThread - 1) / (threads * kPiecesPerThread);
+    return (share + kRowsPerPiece - 1) / kRowsPerPiece * kRowsPerPiece;
+}
+
 template <class Work>
 void for_rows(int64_t begin, int64_t end, int64_t columns, int32_t threads, const Work& work) {
     static const GompParallel gomp_parallel = find_gomp_parallel();
@@ -82,9 +87,7 @@ void for_rows(int64_t begin, int64_t end, int64_t columns, int32_t threads, cons
     const int64_t useful = std::max<int64_t>(1, rows * columns / kWeightsPerThread);
     const int64_t count = std::min<int64_t>(std::max(threads, 1), useful);
     if (count == 1) return work(begin, end);
-    const int64_t share = (rows + count * kPiecesPerThread - 1) / (count * kPiecesPerThread);
-    const int64_t piece = (share + kRowsPerPiece - 1) / kRowsPerPiece * kRowsPerPiece;
-    RowQueue<Work> queue{work, end, piece, {begin}};
+    RowQueue<Work> queue{work, end, rows_per_piece(rows, count), {begin}};
     if (gomp_parallel == nullptr || forked) return on_own_threads(RowQueue<Work>::drain, &queue, count);
     gomp_parallel(RowQueue<Work>::drain, &queue, static_cast<unsigned>(count), 0);
 }
@@ -111,7 +114,30 @@ public:
     }
 };
 
+// Runs work(memory, begin, end) for rows on several threads, with so many numbers of memory for each. Returns whether there
+// was memory for all of them.
+template <class T, class Work>
+bool for_rows_with(int64_t count, int64_t rows, int64_t columns, int32_t threads, const Work& work) {
+    std::atomic<bool> enough{true};
+    for_rows(0, rows, columns, threads, [&](int64_t begin, int64_t end) {
+        static thread_local Scratch memory;
+        T* taken;
+        try {
+            memory.start(count * static_cast<int64_t>(sizeof(T)));
+        } catch (const std::exception&) {
+            enough = false;
+            return;
+        }
+        memory.take(count, taken);
+        work(taken, begin, end);
+    });
+    return enough;
+}
+
 // --- Inputs --------------------------------------------------------------------------------------------------------
+
+// Of a number of one of the float types.
+inline int64_t bytes_of(int64_t type) { return type == kFloat32 ? 4 : 2; }
 
 inline int64_t next_power_of_two(int64_t count) {
     int64_t power = 1;

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from slablm.packing.symbols import PackedSymbols
 from slablm.runtime.kernels import native
+from slablm.runtime.kernels.dispatch import KERNEL_DTYPES
 
 # Sizes of a block must be multiples of it: `kMostLanes` of csrc/slablm.h.
 LANES = 16
 MAX_SEQUENCES = native.MAX_TOKENS
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
-FLOAT_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+FLOAT_TYPES = {dtype: native.SCALAR_TYPES[dtype] for dtype in KERNEL_DTYPES}
 
 _NORM = struct.Struct("@Pq2d")
 _BIAS = struct.Struct("@Pq")

@@ -30,7 +30,7 @@ ABI_VERSION = 6
 INSTRUCTION_SETS = {"avx512": 2, "avx2": 1, "neon": 3, "portable": 0}
 
 _NOT_FINITE = 1  # `kNotFinite`
-_SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+SCALAR_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 # Beside this file; an editable installation builds the library elsewhere.
 _FOLDERS = sys.modules[__name__.rpartition(".")[0]].__path__
 _SUFFIX = {"Windows": ".dll"}.get(platform.system(), ".so")
@@ -125,7 +125,7 @@ def matvec(library: Library, instruction_set: str, weight: NativeWeight, inputs:
     """
     _check_readable(inputs, weight.in_features)
     outputs = torch.empty(*inputs.shape[:-1], weight.out_features, dtype=inputs.dtype, device="cpu")
-    scalar_type = _SCALAR_TYPES[inputs.dtype]
+    scalar_type = SCALAR_TYPES[inputs.dtype]
     described = _struct(weight)
     status = library.functions.slablm_matvec(
         INSTRUCTION_SETS[instruction_set],
@@ -162,11 +162,11 @@ def dense_matvec(
         _check_readable(scales, weight.shape[0])
         assert scales.dtype == torch.float16
     outputs = torch.empty(*inputs.shape[:-1], weight.shape[0], dtype=inputs.dtype, device="cpu")
-    scalar_type = _SCALAR_TYPES[inputs.dtype]
+    scalar_type = SCALAR_TYPES[inputs.dtype]
     status = library.functions.slablm_dense_matvec(
         INSTRUCTION_SETS[instruction_set],
         weight.data_ptr(),
-        _SCALAR_TYPES[weight.dtype],
+        SCALAR_TYPES[weight.dtype],
         None if scales is None else scales.data_ptr(),
         *weight.shape,
         inputs.data_ptr(),
@@ -190,7 +190,7 @@ def unpack(library: Library, instruction_set: str, weight: NativeWeight, begin: 
         begin,
         end,
         output.data_ptr(),
-        _SCALAR_TYPES[output.dtype],
+        SCALAR_TYPES[output.dtype],
         torch.get_num_threads(),
     )
     _check(status)
@@ -235,7 +235,7 @@ def _symbols_product(
 ) -> Tensor | None:
     _check_readable(inputs, weight.in_features)
     outputs = torch.empty(*inputs.shape[:-1], weight.spec.out_features, dtype=inputs.dtype, device="cpu")
-    scalar_type = _SCALAR_TYPES[inputs.dtype]
+    scalar_type = SCALAR_TYPES[inputs.dtype]
     status = function(
         INSTRUCTION_SETS[instruction_set],
         symbols_struct(weight),
@@ -261,7 +261,7 @@ def symbols_unpack(
         begin,
         end,
         output.data_ptr(),
-        _SCALAR_TYPES[output.dtype],
+        SCALAR_TYPES[output.dtype],
         torch.get_num_threads(),
     )
     _check(status)
@@ -329,7 +329,7 @@ def _struct(weight: NativeWeight) -> _Weight:
     )
     found = _structs.get(weight)
     if found is None or found[0] != pointers:
-        m, n, value_type = weight.out_features, weight.in_features, _SCALAR_TYPES[weight.values.dtype]
+        m, n, value_type = weight.out_features, weight.in_features, SCALAR_TYPES[weight.values.dtype]
         described = _Weight(m, n, weight.kept, weight.rank, value_type, weight.planes.shape[2], *pointers)
         found = _structs[weight] = pointers, described
     return found[1]
@@ -340,7 +340,7 @@ def _check_readable(tensor: Tensor, columns: int, rows: int | None = None) -> No
 
     With `rows`, the tensor must be a matrix of at least so many.
     """
-    readable = tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in _SCALAR_TYPES
+    readable = tensor.is_cpu and tensor.is_contiguous() and tensor.dtype in SCALAR_TYPES
     if rows is not None:
         readable = readable and tensor.dim() == 2 and tensor.shape[0] >= rows
     if not readable or tensor.shape[-1] != columns:
