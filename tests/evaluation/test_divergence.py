@@ -20,6 +20,14 @@ def disturbed(model):
     return other
 
 
+def disturbed_blocks(model):
+    """As after compression: embedding and head are the dense model's."""
+    other = disturbed(model)
+    other.model.embed_tokens.load_state_dict(model.model.embed_tokens.state_dict())
+    other.lm_head.load_state_dict(model.lm_head.state_dict())
+    return other
+
+
 def tokens_apart(dense, other, windows):
     """KL of every predicted token, [windows, tokens], straight from the definition."""
     with torch.no_grad():
@@ -39,7 +47,7 @@ def softcapped():
 @pytest.mark.parametrize("name", ["tiny_model", "softcapped"])
 def test_it_is_the_divergence_of_the_whole_logits(name, request):
     dense = request.getfixturevalue(name)
-    other = disturbed(dense)
+    other = disturbed(dense)  # the head, too
     results = DenseOutputs.of(dense, TEXTS).compare(other)
     assert list(results) == ["one", "two"]
     for text, windows in TEXTS.items():
@@ -59,6 +67,27 @@ def test_the_head_is_the_dense_models_even_if_the_other_has_its_own(tiny_model):
     assert kl.window_means == pytest.approx(
         tokens_apart(tiny_model, other, TEXTS["one"]).mean(dim=1).tolist(), rel=1e-3
     )
+
+
+def test_with_one_head_there_is_one_product_with_it(tiny_model):
+    """Half of the time where the vocabulary is large; `test_it_is_the_divergence…` is about the numbers."""
+    rows = []
+    outputs, other = DenseOutputs.of(tiny_model, TEXTS), disturbed_blocks(tiny_model)
+    for head in (outputs.head, other.lm_head):
+        head.register_forward_hook(lambda module, args, output: rows.append(len(output)))
+    compared = outputs.compare(other)
+    assert rows == [1] * 5
+    for (_, kl), windows in zip(compared.values(), TEXTS.values(), strict=True):
+        assert kl.window_means == pytest.approx(tokens_apart(tiny_model, other, windows).mean(dim=1).tolist(), rel=1e-3)
+
+
+def test_logits_rounded_to_16_bits_are_what_is_compared(tiny_model):
+    """Their rounding is part of what such a model predicts, and no product of hidden states has it."""
+    dense, other = tiny_model.bfloat16(), disturbed_blocks(tiny_model.bfloat16())
+    (_, kl), *_ = DenseOutputs.of(dense, TEXTS).compare(other).values()
+    with torch.no_grad():
+        p, q = (model(TEXTS["one"]).logits[:, :-1].double().softmax(dim=-1) for model in (dense, other))
+    assert kl.window_means == pytest.approx((p * (p / q).log()).sum(dim=-1).mean(dim=1).tolist(), rel=1e-3)
 
 
 def test_the_dense_model_does_not_diverge_from_itself(tiny_model):

@@ -8,9 +8,15 @@ It is 0 for the same model and cannot be lowered by luck. Perplexity on a few wi
 text; the divergence shows what compression has changed with far fewer tokens. Its median is about ordinary tokens, its
 99th percentile about those that went wrong.
 
-Both distributions are needed at once. Logits of all windows would be gigabytes, but they are one product away from what
-the dense model's head is given: that is kept (`DenseOutputs`), and goes through a copy of the dense head in every
-forward pass of another model, as one more row of the batch, so that whatever the model does with logits is done to it.
+Both distributions are needed at once, and logits of all windows would be gigabytes. But they are W h, of the head W and
+what it is given; and where the other model has the same head and logits are nothing more, as after compression of the
+blocks, the sum over the vocabulary falls on the dense side alone:
+
+    KL = (Σ p w)ᵀ (h_p − h_q) + log Z_q − log Z_p,     log Z = log Σ exp(w h), w the head's rows
+
+So h_p, Σ p w [hidden_size] and log Z_p of every token are kept (`DenseOutputs`): the other model's own product with the
+head is the only one. In all other cases h_p goes through a copy of the dense head in every forward pass of the other
+model, as one more row of the batch, so that whatever that model does with logits is done to it.
 """
 
 from __future__ import annotations
@@ -20,14 +26,13 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slablm.evaluation.perplexity import ROWS_AT_A_TIME, OnWindow, Perplexity, perplexity, window_logits, window_loss
+from slablm.evaluation.perplexity import ROWS_AT_A_TIME, OnWindow, Perplexity, window_logits, window_loss
 from slablm.system.float32 import fast_float32
 
 if TYPE_CHECKING:
@@ -65,11 +70,14 @@ class DenseText:
     Attributes:
         windows: token ids, [windows, seq_len].
         states: of each window what the head is given, [1, seq_len, hidden_size], on the CPU.
+        averages: of each window, over the dense probabilities, the rows of the head, [seq_len − 1, hidden_size] on the
+            CPU, and the logarithms of the normalizers, [seq_len − 1]; none where logits are more than such products.
         perplexity: the dense model's.
     """
 
     windows: Tensor
     states: tuple[Tensor, ...]
+    averages: tuple[tuple[Tensor, Tensor], ...]
     perplexity: Perplexity
 
 
@@ -87,6 +95,7 @@ class DenseOutputs:
 
     @classmethod
     @torch.no_grad()
+    @fast_float32()
     def of(
         cls, model: PreTrainedModel, texts: Mapping[str, Tensor], on_window: OnWindow = lambda done, total: None
     ) -> DenseOutputs:
@@ -101,16 +110,20 @@ class DenseOutputs:
             SlabError: a loss is NaN or Inf.
         """
         known: dict[str, DenseText] = {}
-        states: list[Tensor] = []
         total, done = sum(map(len, texts.values())), 0
-        handle = _head(model).register_forward_pre_hook(lambda module, args: states.append(args[0].cpu()))
-        try:
-            for name, windows in texts.items():
-                result = perplexity(model, windows, partial(_further, on_window, done, total))
-                known[name] = DenseText(windows, tuple(states[done:]), result)
-                done += len(windows)
-        finally:
-            handle.remove()
+        for name, windows in texts.items():
+            losses, states, averages = [], [], []
+            for index, window in enumerate(windows):
+                with _watched_head(model) as seen:
+                    logits = window_logits(model, window)[0]
+                losses.append(window_loss(logits, window, index))
+                states.append(seen.inputs.cpu())
+                if seen.is_all_of(logits) and (weight := _only_weight(_head(model))) is not None:
+                    averages.append(_averages(logits, weight))
+                done += 1
+                on_window(done, total)
+            measured = Perplexity(tuple(losses), windows.shape[1] - 1)
+            known[name] = DenseText(windows, tuple(states), tuple(averages), measured)
         return cls(known, copy.deepcopy(_head(model)))
 
     @torch.no_grad()
@@ -129,18 +142,36 @@ class DenseOutputs:
         """
         results = {}
         total, done = sum(len(text.windows) for text in self.texts.values()), 0
+        own_head, head = _only_weight(_head(model)), _only_weight(self.head)
+        same = own_head is not None and head is not None and torch.equal(own_head.cpu(), head.cpu())
         for name, text in self.texts.items():
             losses, tokens = [], []
-            for index, (window, states) in enumerate(zip(text.windows, text.states, strict=True)):
-                with self._beside(model, states):
-                    own, dense = window_logits(model, window)
+            for index, window in enumerate(text.windows):
+                compared = self._through_one_head(model, text, index) if same and text.averages else None
+                own, apart = self._side_by_side(model, text, index) if compared is None else compared
                 losses.append(window_loss(own, window, index))
-                pairs = zip(dense.split(ROWS_AT_A_TIME), own.split(ROWS_AT_A_TIME), strict=True)
-                tokens.append(torch.cat([divergence(p, q) for p, q in pairs]).cpu())
+                tokens.append(apart.cpu())
                 done += 1
                 on_window(done, total)
             results[name] = Perplexity(tuple(losses), text.windows.shape[1] - 1), summary(tokens)
         return results
+
+    def _through_one_head(self, model: PreTrainedModel, text: DenseText, index: int) -> tuple[Tensor, Tensor] | None:
+        """The model's logits of a window, and its divergence at every token; None if logits are more than products."""
+        with _watched_head(model) as seen:
+            logits = window_logits(model, text.windows[index])[0]
+        if not seen.is_all_of(logits):
+            return None
+        rows, normalizers = (part.to(logits.device) for part in text.averages[index])
+        differences = text.states[index][0, :-1].to(logits.device) - seen.inputs[0, :-1]
+        return logits, (rows * differences).sum(dim=-1) + _normalizers(logits) - normalizers
+
+    def _side_by_side(self, model: PreTrainedModel, text: DenseText, index: int) -> tuple[Tensor, Tensor]:
+        """The same in all cases."""
+        with self._beside(model, text.states[index]):
+            own, dense = window_logits(model, text.windows[index])
+        pairs = zip(dense.split(ROWS_AT_A_TIME), own.split(ROWS_AT_A_TIME), strict=True)
+        return own, torch.cat([divergence(p, q) for p, q in pairs])
 
     @contextmanager
     def _beside(self, model: PreTrainedModel, states: Tensor) -> Iterator[None]:
@@ -157,9 +188,47 @@ class DenseOutputs:
             handle.remove()
 
 
-def _further(on_window: OnWindow, before: int, total: int, done: int, windows: int) -> None:
-    """Count the windows of one text among those of all."""
-    on_window(before + done, total)
+class _Seen:
+    """What went into a head, and what came out of it."""
+
+    inputs: Tensor
+    outputs: Tensor
+
+    def is_all_of(self, logits: Tensor) -> bool:
+        """Whether nothing has been done to what came out. In 16 bits its rounding would be no part of the sums."""
+        return logits.data_ptr() == self.outputs.data_ptr() and logits.dtype == self.outputs.dtype == torch.float32
+
+
+@contextmanager
+def _watched_head(model: PreTrainedModel) -> Iterator[_Seen]:
+    """Within it, the head's last inputs and outputs are seen."""
+    seen = _Seen()
+
+    def see(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        seen.inputs, seen.outputs = args[0], output
+
+    handle = _head(model).register_forward_hook(see)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _only_weight(head: nn.Module) -> Tensor | None:
+    """The rows of a head that does nothing but multiply with them, [vocabulary, hidden_size]."""
+    return head.weight if type(head) is nn.Linear and head.bias is None else None
+
+
+def _averages(logits: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`DenseText.averages` of a window."""
+    normalizers = _normalizers(logits)
+    pieces = zip(torch.split(logits, ROWS_AT_A_TIME), torch.split(normalizers, ROWS_AT_A_TIME), strict=True)
+    return torch.cat([(rows - z[:, None]).exp_() @ weight for rows, z in pieces]).cpu(), normalizers.cpu()
+
+
+def _normalizers(logits: Tensor) -> Tensor:
+    """The logarithm of Σ exp of every row."""
+    return torch.cat([rows.logsumexp(dim=-1) for rows in torch.split(logits, ROWS_AT_A_TIME)])
 
 
 def divergence(dense: Tensor, own: Tensor) -> Tensor:
