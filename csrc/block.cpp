@@ -1,8 +1,11 @@
-// A decoder block for one new token of each of a few sequences, in one call.
+// Decoder blocks for one new token of each of a few sequences, in one call.
 //
 // Threads are woken once. One of them leads: it prepares the inputs of a product by itself, which takes a microsecond or
-// two, and hands out the product's rows. The others look for work until the block is done. The leader waits for work
+// two, and hands out the product's rows. The others look for work until the last block is done. The leader waits for work
 // that somebody has begun and for nobody who has not come: a thread whose core is busy elsewhere is not missed.
+#include <array>
+#include <memory>
+
 #include "activations.h"
 #include "runtime.h"
 
@@ -26,7 +29,7 @@ void spin_until(const Condition& condition) {
     }
 }
 
-constexpr int kPhases = 5;  // of a block: q k v, attention, o, gate and up, down
+constexpr int64_t kPhases = 5;  // of a block: q k v, attention, o, gate and up, down
 
 class Team {
     struct alignas(64) Phase {
@@ -35,8 +38,9 @@ class Team {
         void (*run)(const void* work, int64_t piece) = nullptr;
         const void* work = nullptr;
     };
-    Phase phases[kPhases];
-    alignas(64) std::atomic<int> begun{0};
+    const int64_t count;
+    const std::unique_ptr<Phase[]> phases;
+    alignas(64) std::atomic<int64_t> begun{0};
     std::atomic<bool> led{false}, over{false};
 
     static void take_pieces(Phase& phase) {
@@ -47,7 +51,7 @@ class Team {
     }
 
     void follow() {
-        for (int k = 0; k < kPhases; ++k) {
+        for (int64_t k = 0; k < count; ++k) {
             spin_until([&] { return begun.load(std::memory_order_acquire) > k || over.load(std::memory_order_acquire); });
             if (begun.load(std::memory_order_acquire) <= k) return;
             take_pieces(phases[k]);
@@ -55,6 +59,8 @@ class Team {
     }
 
 public:
+    explicit Team(int64_t count) : count(count), phases(new Phase[static_cast<size_t>(count)]) {}
+
     // Calls work(piece) for all pieces, on whatever threads are there. For the leader.
     template <class Work>
     void share(int64_t pieces, const Work& work) {
@@ -98,12 +104,13 @@ struct Rows {
 class BlockRun {
     const Kernels& kernels;
     const SlabBlock& block;
+    const SlabPlace& place;
     const SlabStep& step;
+    Team& team;
     const int64_t tokens, padded_tokens, threads;
     const int64_t query_size = block.heads * block.head_dim, key_size = block.kv_heads * block.head_dim;
-    const int64_t attended = step.slot + 1 - step.first;
+    const int64_t attended = place.slot + 1 - place.first;
     const int64_t score_stride = (attended + kMostLanes - 1) / kMostLanes * kMostLanes;
-    Team team;
     Rows residual{};
     float *inputs = nullptr, *outputs[3] = {}, *scores = nullptr;  // of products; of attention
     SymbolActivations activations[3] = {};
@@ -176,7 +183,7 @@ class BlockRun {
     }
 
     int64_t cache_offset(int64_t token, int64_t kv_head, int64_t position) const {
-        return token * step.sequence_stride + kv_head * step.head_stride + position * block.head_dim;
+        return token * place.sequence_stride + kv_head * place.head_stride + position * block.head_dim;
     }
 
     void append_to_cache(const Rows& keys, const Rows& values) const {
@@ -186,10 +193,10 @@ class BlockRun {
                 const float* value = values[t] + h * block.head_dim;
                 kernels.normalize(key, block.head_dim, block.key_norm);
                 turn(key, t);
-                const int64_t at = cache_offset(t, h, step.slot);
+                const int64_t at = cache_offset(t, h, place.slot);
                 for (int64_t i = 0; i < block.head_dim; ++i) {
-                    write(key[i], step.keys, step.cache_type, at + i);
-                    write(value[i], step.values, step.cache_type, at + i);
+                    write(key[i], place.keys, place.type, at + i);
+                    write(value[i], place.values, place.type, at + i);
                 }
             }
         }
@@ -200,12 +207,12 @@ class BlockRun {
         float* query = queries[t] + h * block.head_dim;
         kernels.normalize(query, block.head_dim, block.query_norm);
         turn(query, t);
-        const int64_t at = bytes_of(step.cache_type) * cache_offset(t, h / (block.heads / block.kv_heads), step.first);
+        const int64_t at = bytes_of(place.type) * cache_offset(t, h / (block.heads / block.kv_heads), place.first);
         AttentionHead head{};
         head.query = query;
-        head.keys = static_cast<const char*>(step.keys) + at;
-        head.values = static_cast<const char*>(step.values) + at;
-        head.cache_type = step.cache_type;
+        head.keys = static_cast<const char*>(place.keys) + at;
+        head.values = static_cast<const char*>(place.values) + at;
+        head.cache_type = place.type;
         head.tokens = attended;
         head.head_dim = block.head_dim;
         head.scaling = static_cast<float>(block.scaling);
@@ -241,41 +248,45 @@ class BlockRun {
         return true;
     }
 
-    void read_residual() {
-        const SlabVector given{step.inputs, step.type};
-        for (int64_t i = 0; i < tokens * block.hidden; ++i) residual.data[i] = number(given, i);
+    int64_t widest() const { return std::max({block.hidden, query_size, block.intermediate}); }
+
+    // Floats of residual, inputs, outputs and scores.
+    std::array<int64_t, 6> sizes() const {
+        const int64_t tallest = std::max({block.hidden, block.query.weight.rows, block.gate.weight.rows});
+        return {tokens * block.hidden, tokens * widest(), tokens * tallest,
+                tokens * std::max(block.intermediate, key_size), tokens * key_size, tokens * block.heads * score_stride};
     }
 
-    void write_residual() const {
-        for (int64_t i = 0; i < tokens * block.hidden; ++i) write(residual.data[i], step.outputs, step.type, i);
+    void take(Scratch& memory) {
+        memory.start(bytes());
+        for (int i = 0; i < 3; ++i) activations[i] = take_activations(memory, i == 0 ? widest() : block.hidden, padded_tokens);
+        residual.stride = block.hidden;
+        float** const arrays[] = {&residual.data, &inputs, &outputs[0], &outputs[1], &outputs[2], &scores};
+        const auto counts = sizes();
+        for (size_t i = 0; i < counts.size(); ++i) memory.take(counts[i], *arrays[i]);
     }
 
 public:
-    BlockRun(const Kernels& kernels, const SlabBlock& block, const SlabStep& step, int64_t threads, Scratch& memory)
-        : kernels(kernels), block(block), step(step), tokens(step.sequences), padded_tokens(next_power_of_two(tokens)),
-          threads(threads) {
-        const int64_t widest = std::max({block.hidden, query_size, block.intermediate});
-        const int64_t tallest = std::max({block.hidden, block.query.weight.rows, block.gate.weight.rows});
-        const int64_t sizes[] = {tokens * block.hidden, tokens * widest, tokens * tallest, tokens * std::max(block.intermediate, key_size),
-                                 tokens * key_size, tokens * block.heads * score_stride};
-        int64_t bytes = 0;
-        for (const int64_t size : sizes) bytes += 4 * size;
-        memory.start(bytes + activation_bytes(widest, padded_tokens) + 2 * activation_bytes(block.hidden, padded_tokens));
-        for (int i = 0; i < 3; ++i) activations[i] = take_activations(memory, i == 0 ? widest : block.hidden, padded_tokens);
-        residual.stride = block.hidden;
-        float** const arrays[] = {&residual.data, &inputs, &outputs[0], &outputs[1], &outputs[2], &scores};
-        for (int i = 0; i < 6; ++i) memory.take(sizes[i], *arrays[i]);
+    BlockRun(const Kernels& kernels, const SlabBlock& block, const SlabPlace& place, const SlabStep& step, Team& team,
+             int64_t threads)
+        : kernels(kernels), block(block), place(place), step(step), team(team), tokens(step.sequences),
+          padded_tokens(next_power_of_two(tokens)), threads(threads) {}
+
+    // Of memory.
+    int64_t bytes() const {
+        int64_t floats = 0;
+        for (const int64_t size : sizes()) floats += size;
+        return 4 * floats + activation_bytes(widest(), padded_tokens) + 2 * activation_bytes(block.hidden, padded_tokens);
     }
 
-    // Returns whether all inputs of products were finite.
-    bool run() {
-        bool finite = false;
-        team.run(threads, [&] {
-            read_residual();
-            finite = attention() && mlp();
-            if (finite) write_residual();
-        });
-        return finite;
+    // Returns whether all inputs of products were finite. Inputs and outputs are of the step's type.
+    bool run(const void* from, void* to, Scratch& memory) {
+        take(memory);
+        const int64_t count = tokens * block.hidden;
+        for (int64_t i = 0; i < count; ++i) residual.data[i] = number({from, step.type}, i);
+        if (!attention() || !mlp()) return false;
+        for (int64_t i = 0; i < count; ++i) write(residual.data[i], to, step.type, i);
+        return true;
     }
 };
 
@@ -305,11 +316,14 @@ bool valid(const SlabBlock& b) {
            has_shape(b.attention_out, b.hidden, queries) && has_shape(b.down, b.hidden, b.intermediate);
 }
 
-bool valid(const SlabStep& s, const SlabBlock& block) {
-    const auto known = [](int64_t type) { return type >= kFloat32 && type <= kBFloat16; };
-    return s.sequences > 0 && s.sequences <= kMaxTokens && known(s.type) && known(s.rotary_type) && known(s.cache_type) &&
-           s.rotary_dim >= 0 && s.rotary_dim % 2 == 0 && s.rotary_dim <= block.head_dim && s.first >= 0 && s.slot >= s.first;
+bool known(int64_t type) { return type >= kFloat32 && type <= kBFloat16; }
+
+bool valid(const SlabStep& s) {
+    return s.sequences > 0 && s.sequences <= kMaxTokens && known(s.type) && known(s.rotary_type) && s.rotary_dim >= 0 &&
+           s.rotary_dim % 2 == 0;
 }
+
+bool valid(const SlabPlace& place) { return known(place.type) && place.first >= 0 && place.slot >= place.first; }
 
 int64_t weights_of(const SlabBlock& b) {
     int64_t count = 0;
@@ -321,15 +335,39 @@ int64_t weights_of(const SlabBlock& b) {
 
 }  // namespace
 
-int32_t slablm_block(int32_t set, const SlabBlock* block, const SlabStep* step, int32_t threads) {
+int32_t slablm_blocks(int32_t set, const SlabBlock* blocks, const SlabPlace* places, int64_t count, const SlabStep* step,
+                      int32_t threads) {
     const Kernels* kernels = kernels_of(set);
-    if (kernels == nullptr || block == nullptr || step == nullptr) return -1;
-    if (!valid(*block) || !valid(*step, *block)) return -1;
-    const int64_t useful = std::max<int64_t>(1, weights_of(*block) / kWeightsPerThread);
+    if (kernels == nullptr || blocks == nullptr || places == nullptr || step == nullptr || count < 1) return -1;
+    if (!valid(*step)) return -1;
+    int64_t useful = 1;
+    for (int64_t i = 0; i < count; ++i) {
+        const SlabBlock& block = blocks[i];
+        if (!valid(block) || !valid(places[i]) || step->rotary_dim > block.head_dim || block.hidden != blocks->hidden) return -1;
+        useful = std::max(useful, weights_of(block) / kWeightsPerThread);
+    }
+    useful = std::min<int64_t>(std::max(threads, 1), useful);
     try {
         static thread_local Scratch memory;
-        BlockRun run(*kernels, *block, *step, std::min<int64_t>(std::max(threads, 1), useful), memory);
-        return run.run() ? 0 : kNotFinite;
+        Scratch& leaders = memory;  // whoever leads
+        Team team(kPhases * count);
+        std::vector<BlockRun> runs;
+        runs.reserve(static_cast<size_t>(count));
+        for (int64_t i = 0; i < count; ++i) {
+            runs.emplace_back(*kernels, blocks[i], places[i], *step, team, useful);
+            memory.start(runs.back().bytes());  // so that there is enough, and nothing can fail below
+        }
+        bool finite = true;
+        team.run(useful, [&] {
+            const void* from = step->inputs;
+            char* to = static_cast<char*>(step->outputs);
+            for (auto& run : runs) {
+                if (!(finite = run.run(from, to, leaders))) return;
+                from = to;
+                to += step->sequences * blocks->hidden * bytes_of(step->type);
+            }
+        });
+        return finite ? 0 : kNotFinite;
     } catch (const std::exception&) {
         return -1;
     }

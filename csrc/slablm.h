@@ -10,7 +10,7 @@
 #endif
 
 // Changes whenever a struct or a signature below does; Python refuses a library with another number.
-constexpr int32_t kAbiVersion = 6;
+constexpr int32_t kAbiVersion = 7;
 
 constexpr int64_t kWordBits = 64;      // columns per plane word, and per activation scale
 constexpr int64_t kMaxTokens = 8;      // tokens of one decode call
@@ -123,24 +123,29 @@ struct SlabBlock {
     SlabProjection gate, up, down;                    // so up follows gate
 };
 
-// One new token of each of a few sequences. All caches have heads of [capacity, head_dim] without gaps.
+// One new token of each of a few sequences.
 struct SlabStep {
     int64_t sequences;  // up to kMaxTokens
     const void* inputs;  // [sequences, hidden]
-    void* outputs;
+    void* outputs;  // of every block, [blocks, sequences, hidden]
     int64_t type;  // of both
     const void *cosines, *sines;  // [sequences, rotary_dim], or one row for all
     int64_t rotary_type, rotary_dim, rotary_stride;  // stride from sequence to sequence
-    void *keys, *values;
-    int64_t cache_type, sequence_stride, head_stride;  // strides in numbers
-    int64_t first, slot;  // attention is from token `first` of the cache on; the new one is written to `slot`
-    const uint8_t* mask;  // of the tokens from `first` on, 0 where there is no attention; or null
+    const uint8_t* mask;  // of the tokens with attention, 0 where there is none; or null
     int64_t mask_stride;  // from sequence to sequence
 };
 
-// Runs the block. Returns 0; kNotFinite, with nothing written but perhaps the slot of the caches; or -1 if the arguments
-// are out of range or memory is short.
-SLABLM_API int32_t slablm_block(int32_t set, const SlabBlock* block, const SlabStep* step, int32_t threads);
+// Where a block's keys and values are: heads of [capacity, head_dim] without gaps.
+struct SlabPlace {
+    void *keys, *values;
+    int64_t type, sequence_stride, head_stride;  // strides in numbers
+    int64_t first, slot;  // attention is from token `first` of the cache on; the new one is written to `slot`
+};
+
+// Runs so many blocks, one behind the other. Returns 0; kNotFinite, with nothing of use in the outputs and in the slots
+// of the caches; or -1 if the arguments are out of range or memory is short.
+SLABLM_API int32_t slablm_blocks(int32_t set, const SlabBlock* blocks, const SlabPlace* places, int64_t count,
+                                 const SlabStep* step, int32_t threads);
 
 // Activations of one call as the kernels read them: columns filled up with 0 to 64 * words.
 struct Activations {

@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from slablm.methods.rotation import Rotation, largest_block
-from slablm.runtime import token_path
+from slablm.runtime import block_run
+from slablm.runtime.block_run import BlockRuns
 from slablm.runtime.kernels import backends, native
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.replace_module import replace_module
@@ -71,7 +72,7 @@ def fed(model, tokens, cache=None, prompt=PROMPT, size=1, gradients=False, **kwa
 
 def compared(run):
     """What a function gives with the path, what without, and how often the path was taken."""
-    taken, step = [], token_path._step
+    taken, step = [], BlockRuns.step
 
     def counted(*arguments):
         outputs = step(*arguments)
@@ -79,9 +80,9 @@ def compared(run):
         return outputs
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(token_path, "_step", counted)
+        patch.setattr(BlockRuns, "step", counted)
         with_path = run()
-        patch.setattr(token_path, "_step", lambda *arguments: None)
+        patch.setattr(BlockRuns, "step", lambda *arguments: None)
         return with_path, run(), sum(taken)
 
 
@@ -276,9 +277,9 @@ def test_other_steps_are_left_to_the_block(other):
 
 @pytest.mark.parametrize("sizes", [(48, 2, 16, 16), (64, 3, 16, 16), (64, 2, 24, 16), (64, 2, 48, 48)])
 def test_shapes_that_kernels_would_misread(sizes):
-    (width, rows, turned, other), shape = sizes, token_path.kernel.BlockShape(64, 96, 4, 2, 32, "silu", 1.0)
+    (width, rows, turned, other), shape = sizes, block_run.kernel.BlockShape(64, 96, 4, 2, 32, "silu", 1.0)
     rotary = torch.ones(rows, 1, turned), torch.ones(rows, 1, other)
-    assert not token_path._are_of_one_token(torch.ones(2, 1, width), rotary, shape)
+    assert not block_run._are_of_one_token(torch.ones(2, 1, width), rotary, shape)
 
 
 def test_what_is_returned_beside_the_logits():
@@ -385,15 +386,21 @@ def test_tensors_that_are_swapped_for_one_call(name):
 @pytest.mark.parametrize("part", ["outputs", "keys", "values"])
 @pytest.mark.parametrize("value", [0.1, torch.nan])
 def test_a_kernel_that_disagrees_is_not_used(part, value, monkeypatch, caplog):
-    run = token_path.kernel.run
+    run, describe = block_run.kernel.run, block_run.kernel.describe_caches
+    caches = {}
 
-    def run_wrong(library, name, block, inputs, rotary, place):
-        outputs = run(library, name, block, inputs, rotary, place)
-        {"outputs": outputs, "keys": place.keys, "values": place.values}[part][..., 0] += value
+    def describe_and_keep(keys, values):
+        caches.update(keys=keys, values=values)
+        return describe(keys, values)
+
+    def run_wrong(*arguments):
+        outputs = run(*arguments)
+        (caches | {"outputs": outputs[0]})[part][..., 0] += value
         return outputs
 
     model = model_of(num_hidden_layers=1)
-    monkeypatch.setattr(token_path.kernel, "run", run_wrong)
+    monkeypatch.setattr(block_run.kernel, "run", run_wrong)
+    monkeypatch.setattr(block_run.kernel, "describe_caches", describe_and_keep)
     with caplog.at_level(logging.WARNING):
         assert use_token_path(model) == 0
     assert ["please report this" in record.message for record in caplog.records] == [True]

@@ -31,12 +31,14 @@ class Room:
         values: likewise.
         slot: where the next token goes; what is behind it may be anything.
         shown: the keys and values that the layer of the cache has, views of the last tokens before `slot`.
+        description: of keys and values, whatever whoever makes room needs.
     """
 
     keys: Tensor
     values: Tensor
     slot: int
     shown: tuple[Tensor, Tensor]
+    description: bytes = b""
 
     def show(self, layer: Any, count: int) -> None:
         """One more token is in its slot: let the layer of the cache have the last `count`."""

@@ -7,6 +7,7 @@ and up (Phi-3).
 
 from __future__ import annotations
 
+from itertools import chain
 from operator import is_
 from typing import Any
 
@@ -72,6 +73,7 @@ class DecoderBlock:
         self._hooks = [hooks for part in modules[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
         self._plain = [part for part in modules[1:] if not isinstance(part, SymbolLinear)]
         self._packed = [part for part in self._linears if part is not None]
+        self._kept = [part._buffers for part in self._packed]
         self._floats: list[tuple[dict[str, Any], str]] = [
             *((part._parameters, "bias") for part in self._packed if part._parameters.get("bias") is not None),
             *((part._parameters, "weight") for part in self._norms if part is not None),
@@ -104,6 +106,19 @@ class DecoderBlock:
         known = all(part is None or type(part) is SymbolLinear for part in self._linears)
         return known and all(size % kernel.LANES == 0 for size in sizes)
 
+    @property
+    def has_known_attention(self) -> bool:
+        """Whether its implementation of attention computes what the kernels do."""
+        return self._config._attn_implementation in _ATTENTION
+
+    def may_follow(self, other: DecoderBlock) -> bool:
+        """Whether what is known of another block's attention and inputs is known of its own.
+
+        Args:
+            other: a block of the same model.
+        """
+        return self._config is other._config and self.shape.head_dim == other.shape.head_dim
+
     def description(self) -> bytes | None:
         """For the kernels; None while a part is not what it was, or not where kernels can read it."""
         # For every block and token, and what is looked at has left the cache since: so as little as can be. Layers in
@@ -117,14 +132,14 @@ class DecoderBlock:
             addresses = [*map(Tensor.data_ptr, floats), *[tensor.dtype for tensor in floats]]
         except (KeyError, TypeError):  # it is computed, or there is none any more
             return None
-        buffers: list[Any] = [tensor for part in self._packed for tensor in part._buffers.values()]
+        buffers: list[Any] = [*chain.from_iterable(map(dict.values, self._kept))]
         same = addresses == self._addresses and self._changes == SlabLinear.changes
         if not same or not all(map(is_, buffers, self._buffers)):
             changes = SlabLinear.changes
             self._description = self._described() if self._is_readable([*floats, *buffers]) else None
             self._memory = [buffer.untyped_storage() for buffer in buffers]
             self._addresses, self._buffers, self._changes = addresses, buffers, changes
-        return self._description if self._config._attn_implementation in _ATTENTION else None
+        return self._description
 
     def _is_readable(self, tensors: list[Tensor]) -> bool:
         layers = all(part.runs_native and "forward" not in vars(part) for part in self._packed)

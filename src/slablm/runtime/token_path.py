@@ -1,9 +1,9 @@
 """The path of a token: decoder blocks that run as a whole while a model generates.
 
 A block of a small model is a millisecond of products and as much again of small operators around them, each with its
-way through Python. For one new token of each of a few sequences the kernels do all of it in one call
-(`slablm.runtime.kernels.block`): `use_token_path` gives blocks a forward that takes it where it can, and else is the
-forward that the block has. `generate`, servers and chats need not know.
+way through Python. For one new token of each of a few sequences the kernels do all of it, and all blocks that follow
+each other in one call (`slablm.runtime.block_run`): `use_token_path` gives blocks a forward that takes it where it can,
+and else is the forward that the block has. `generate`, servers and chats need not know.
 
 It is taken with no gradients, outside of `torch.compile`, with a `DynamicCache` on the CPU that is not empty, and where
 nobody has hooked into the block or replaced a part of it. Its results are those of the block up to rounding.
@@ -18,18 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicCache
 
-from slablm.runtime import kernels
-from slablm.runtime.cache_room import Room, known_room, new_room
+from slablm.runtime.block_run import BlockRuns
 from slablm.runtime.decoder_block import DecoderBlock, recognise
-from slablm.runtime.kernels import block as kernel
 
 _logger = logging.getLogger(__name__)
-# What models pass that changes nothing for one token beside what is used here. Nor does anything that is None or False.
-_KNOWN = frozenset(
-    ("attention_mask", "cache", "cache_position", "past_key_values", "position_embeddings", "position_ids", "use_cache")
-)
 # Largest difference to the block itself, relative to what the block adds to the residual stream: rounding of inputs to
 # 14 bits, and of results in 16-bit models.
 _TOLERANCES = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -44,13 +38,13 @@ def use_token_path(model: nn.Module) -> int:
     Returns:
         How many blocks do.
     """
-    count = 0
+    count, runs = 0, BlockRuns()
     for layer in model.modules():
         own = vars(layer).get("forward")
         # Where somebody else has given it a forward, as accelerate does, that has to be called.
         block = recognise(layer) if own is None else None
         if block is not None and _agrees(layer, block):
-            vars(layer)["forward"] = own = BlockForward(layer, block)
+            vars(layer)["forward"] = own = BlockForward(layer, runs, runs.add(layer, block))
         count += isinstance(own, BlockForward)
     return count
 
@@ -60,101 +54,21 @@ class BlockForward:
 
     Args:
         layer: the block.
-        block: its parts.
+        runs: of the blocks of the model.
+        index: of the block among them.
     """
 
-    def __init__(self, layer: nn.Module, block: DecoderBlock) -> None:
-        self.layer, self.block = layer, block
+    def __init__(self, layer: nn.Module, runs: BlockRuns, index: int) -> None:
+        self.layer, self.runs, self.index = layer, runs, index
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the class's."""
         outputs = None
         if not (args or torch.compiler.is_compiling() or torch.is_grad_enabled() or self.layer.training):
-            outputs = _step(self.block, hidden_states, kwargs)
+            outputs = self.runs.step(self.index, hidden_states, kwargs)
         if outputs is None:
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
         return outputs
-
-
-def _step(block: DecoderBlock, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-    """The block for one new token, or None where it has to run itself."""
-    rotary = kwargs.get("position_embeddings")
-    if rotary is None or not _are_of_one_token(hidden_states, rotary, block.shape) or _asks_for_more(kwargs):
-        return None
-    cache = kwargs.get("past_key_values") if kwargs.get("cache") is None else kwargs["cache"]
-    layer, chosen = _cache_layer(cache, block.index), _kernels()
-    description = None if layer is None or chosen is None else block.description()
-    if description is None or chosen is None:
-        return None
-    mask, count = kwargs.get("attention_mask"), layer.keys.shape[2] + 1
-    if mask is not None:
-        mask = _readable_mask(mask, len(hidden_states), count)
-        if mask is None:
-            return None
-    room = known_room(layer) or _new_room(layer, block.shape)
-    if room is None or room.keys.shape[0] != hidden_states.shape[0]:
-        return None
-    place = kernel.Place(room.keys, room.values, room.slot + 1 - count, room.slot, mask)
-    outputs = kernel.run(*chosen, description, hidden_states, rotary, place)
-    if outputs is not None:
-        if layer.is_sliding:
-            layer.cumulative_length += 1
-            count = min(count, layer.sliding_window - 1)
-        room.show(layer, count)
-    return outputs
-
-
-def _kernels() -> tuple[kernels.Library, str] | None:
-    chosen = kernels.backend("cpu")
-    return None if chosen.library is None else (chosen.library, chosen.name)
-
-
-def _asks_for_more(kwargs: dict[str, Any]) -> bool:
-    others = kwargs.keys() - _KNOWN
-    return any(kwargs[name] is not None and kwargs[name] is not False for name in others)
-
-
-def _are_of_one_token(hidden_states: Tensor, rotary: tuple[Tensor, Tensor], shape: kernel.BlockShape) -> bool:
-    """Whether shapes are [sequences, 1, hidden_size], and [sequences or 1, 1, dimensions that are turned] twice."""
-    (sequences, tokens, width), (cosines, sines) = hidden_states.shape, rotary
-    if tokens != 1 or sequences > kernel.MAX_SEQUENCES or width != shape.hidden or cosines.shape != sines.shape:
-        return False
-    turned = cosines.shape[-1]
-    if cosines.shape not in ((1, 1, turned), (sequences, 1, turned)) or turned > shape.head_dim:
-        return False
-    return cosines.dtype == sines.dtype and _is_plain(hidden_states) and _is_plain(cosines) and _is_plain(sines)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    plain = type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous()
-    return plain and tensor.dtype in kernel.FLOAT_TYPES
-
-
-def _cache_layer(cache: Any, index: int) -> Any:
-    """The layer of a cache that keys and values can be appended to, or None."""
-    if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
-        return None
-    layer: Any = cache.layers[index]
-    if type(layer) is DynamicSlidingWindowLayer:
-        appends = not getattr(layer, "record_past", False)  # transformers 5.18 has no such thing
-    else:
-        appends = type(layer) is DynamicLayer
-    return layer if appends and layer.keys is not None and layer.keys.numel() > 0 else None
-
-
-def _new_room(layer: Any, shape: kernel.BlockShape) -> Room | None:
-    """Room in a layer of a cache, where its tensors are such as the kernels know."""
-    keys, values = layer.keys, layer.values
-    heads = (keys.shape[1], keys.shape[3]) == (shape.kv_heads, shape.head_dim) and values.shape == keys.shape
-    readable = keys.is_cpu and values.is_cpu and keys.dtype == values.dtype and keys.dtype in kernel.FLOAT_TYPES
-    return new_room(layer) if heads and readable else None
-
-
-def _readable_mask(mask: Any, sequences: int, count: int) -> Tensor | None:
-    """[sequences or 1, 1, 1, tokens] bool, where True is attention, as the kernels read it; None if it is none such."""
-    if type(mask) is not Tensor or mask.dtype != torch.bool or not mask.is_cpu:
-        return None
-    return mask.contiguous() if mask.shape in ((sequences, 1, 1, count), (1, 1, 1, count)) else None
 
 
 @torch.no_grad()
@@ -163,7 +77,8 @@ def _agrees(layer: nn.Module, block: DecoderBlock) -> bool:
     weight = next(layer.parameters())
     if not weight.is_cpu or weight.dtype not in _TOLERANCES or block.description() is None or layer.training:
         return False
-    generator, shape = torch.Generator().manual_seed(0), block.shape
+    generator, shape, runs = torch.Generator().manual_seed(0), block.shape, BlockRuns()
+    runs.add(layer, block)
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device="cpu").to(weight.dtype)
@@ -172,7 +87,7 @@ def _agrees(layer: nn.Module, block: DecoderBlock) -> bool:
     values, angles = torch.randn_like(keys), random(1, 1, shape.head_dim // 2).repeat(1, 1, 2)
     # The name has changed in transformers 5.2x.
     name = "cache" if "cache" in inspect.signature(type(layer).forward).parameters else "past_key_values"
-    ways = (partial(type(layer).forward, layer), lambda states, **kwargs: _step(block, states, kwargs))
+    ways = (partial(type(layer).forward, layer), lambda states, **kwargs: runs.step(0, states, kwargs))
     results = []
     for way in ways:
         cache = DynamicCache()

@@ -11,7 +11,7 @@ from torch.nn import functional
 from slablm.methods.rotation import Rotation, largest_block
 from slablm.runtime.kernels import block as kernel
 from slablm.runtime.kernels import native
-from slablm.runtime.kernels.block import BlockShape, Norm, Place, Projection
+from slablm.runtime.kernels.block import BlockShape, Norm, Projection
 from tests.runtime.kernels.weights import random_symbols
 
 LIBRARY = native.load()
@@ -37,6 +37,18 @@ class Kind:
 
 
 @dataclass(frozen=True)
+class Cached:
+    """Keys and values [sequences, kv_heads, capacity, head_dim], where attention begins, where the new token goes, and
+    a mask of what is between."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    first: int
+    slot: int
+    mask: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class Step:
     """A block, and all that one call of it takes."""
 
@@ -45,18 +57,24 @@ class Step:
     projections: list[Projection]
     inputs: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
-    place: Place
+    place: Cached
+
+    def described(self):
+        place = self.place
+        caches = kernel.describe_caches(place.keys, place.values)
+        block = kernel.describe(self.shape, self.norms, self.projections)
+        return block, kernel.Place(caches, place.first, place.slot)
 
     def run(self, name):
-        description = kernel.describe(self.shape, self.norms, self.projections)
-        return kernel.run(LIBRARY, name, description, self.inputs, self.rotary, self.place)
+        block, place = self.described()
+        outputs = kernel.run(LIBRARY, name, [block], self.inputs, self.rotary, [place], self.place.mask)
+        return None if outputs is None else outputs[0]
 
     def with_own_cache(self):
         return self.with_place(keys=self.place.keys.clone(), values=self.place.values.clone())
 
     def with_place(self, **changes):
-        names = ("keys", "values", "first", "slot", "mask")
-        return replace(self, place=Place(**({name: getattr(self.place, name) for name in names} | changes)))
+        return replace(self, place=replace(self.place, **changes))
 
 
 class Random:
@@ -124,7 +142,7 @@ def random_step(
     mask = random.numbers(masked, attended) > 0 if masked else None
     if mask is not None:
         mask[:, -1] = True
-    place = Place(*(cache.to(cache_dtype) for cache in caches), first, slot, mask)
+    place = Cached(*(cache.to(cache_dtype) for cache in caches), first, slot, mask)
     turns = (random.numbers(rows, 1, turned), random.numbers(rows, 1, turned))
     return Step(shape, norms, projections, random.numbers(sequences, 1, width), turns, place)
 
@@ -297,6 +315,52 @@ def test_threads_do_not_change_a_bit(name, sequences):
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+def blocks_behind_each_other(count=3, **choices):
+    """Steps of the same sequences and positions, each with a cache of its own."""
+    steps = [random_step(seed, **choices) for seed in range(count)]
+    return [replace(step, rotary=steps[0].rotary, inputs=steps[0].inputs) for step in steps]
+
+
+def run_together(name, steps):
+    blocks, places = zip(*(step.described() for step in steps), strict=True)
+    return kernel.run(LIBRARY, name, blocks, steps[0].inputs, steps[0].rotary, places, steps[0].place.mask)
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_blocks_together_are_blocks_one_by_one(name, dtype):
+    """To the bit, rounding to 16 bits between them included; with other weights and widths of the MLP each."""
+    steps = blocks_behind_each_other(dtype=dtype, shape=BlockShape(64, 640, 4, 2, 16, "silu", 0.25))
+    steps[1] = replace(
+        random_step(9, dtype=dtype, shape=BlockShape(64, 96, 6, 3, 32, "gelu_tanh", 0.2)), rotary=steps[0].rotary
+    )
+    together, alone = (
+        [step.with_own_cache() for step in steps],
+        [step.with_own_cache() for step in steps],
+    )
+    states = steps[0].inputs
+    for own, outputs in zip(alone, run_together(name, together), strict=True):
+        states = replace(own, inputs=states).run(name)
+        assert torch.equal(outputs, states)
+    for one, other in zip(together, alone, strict=True):
+        for cache, expected in ((one.place.keys, other.place.keys), (one.place.values, other.place.values)):
+            assert torch.equal(cache.view(INTEGERS[cache.dtype]), expected.view(INTEGERS[cache.dtype]))
+
+
+@pytest.mark.parametrize("name", SETS)
+@pytest.mark.parametrize("at", [0, 2])
+def test_blocks_together_end_where_one_is_not_finite(name, at):
+    steps = blocks_behind_each_other()
+    steps[at].norms[2].weight.fill_(1e30)
+    assert run_together(name, steps) is None
+
+
+def test_blocks_of_other_widths_are_refused():
+    steps = [random_step(), replace(random_step(shape=replace(SMALL, hidden=80)), rotary=random_step().rotary)]
+    with pytest.raises(RuntimeError, match="refused its arguments"):
+        run_together("portable", steps)
 
 
 @pytest.mark.parametrize("name", SETS)

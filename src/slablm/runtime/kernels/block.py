@@ -1,4 +1,4 @@
-"""A decoder block for one new token, in one call of the compiled kernels (`slablm_block` of csrc/slablm.h).
+"""Decoder blocks for one new token, in one call of the compiled kernels (`slablm_blocks` of csrc/slablm.h).
 
     h = x + norm(W_o attention(q, k, v)),       q, k, v = W norm(x), q and k normed by head and turned by position
     y = h + norm(W_down (f(W_gate z) ⊙ W_up z)), z = norm(h)
@@ -30,9 +30,11 @@ FLOAT_TYPES = {dtype: native.SCALAR_TYPES[dtype] for dtype in KERNEL_DTYPES}
 _NORM = struct.Struct("@Pq2d")
 _BIAS = struct.Struct("@Pq")
 _BLOCK = struct.Struct("@6qd")
-# Sequences; inputs, outputs and their type; cosines, sines, type, dimensions, stride; caches, type and strides; the
-# first token and the slot; the mask and its stride.
-_STEP = struct.Struct("@q2Pq2P3q2P3q2qPq")
+# Sequences; inputs, outputs and their type; cosines, sines, type, dimensions, stride; the mask and its stride.
+_STEP = struct.Struct("@q2Pq2P3qPq")
+# Keys, values, type and strides; behind that the first token and the slot.
+_CACHES = struct.Struct("@2P3q")
+_RANGE = struct.Struct("@2q")
 
 
 @dataclass(frozen=True)
@@ -87,21 +89,17 @@ class Projection:
 
 
 class Place(NamedTuple):
-    """Where keys and values of a few sequences are, and where the new ones go.
+    """Where a block's keys and values are, and where the new ones go.
 
     Attributes:
-        keys: [sequences, kv_heads, capacity, head_dim], contiguous.
-        values: likewise, of the same type.
+        caches: from `describe_caches`.
         first: attention is from this token on.
         slot: of the new token.
-        mask: [sequences, slot + 1 − first] bool, contiguous, or None for all.
     """
 
-    keys: Tensor
-    values: Tensor
+    caches: bytes
     first: int
     slot: int
-    mask: Tensor | None
 
 
 def describe(shape: BlockShape, norms: Sequence[Norm], projections: Sequence[Projection]) -> bytes:
@@ -125,29 +123,41 @@ def describe(shape: BlockShape, norms: Sequence[Norm], projections: Sequence[Pro
     return b"".join(parts)
 
 
+def describe_caches(keys: Tensor, values: Tensor) -> bytes:
+    """The beginning of a block's `SlabPlace`.
+
+    Args:
+        keys: [sequences, kv_heads, capacity, head_dim], contiguous.
+        values: likewise, of the same type.
+    """
+    return _CACHES.pack(keys.data_ptr(), values.data_ptr(), FLOAT_TYPES[keys.dtype], keys.stride(0), keys.stride(1))
+
+
 def run(
     library: native.Library,
     instruction_set: str,
-    block: bytes,
+    blocks: Sequence[bytes],
     inputs: Tensor,
     rotary: tuple[Tensor, Tensor],
-    place: Place,
-) -> Tensor | None:
-    """Run a block; the new keys and values are written to their slots.
+    places: Sequence[Place],
+    mask: Tensor | None,
+) -> tuple[Tensor, ...] | None:
+    """Run blocks, one behind the other; the new keys and values are written to their slots.
 
     Args:
         library: from `native.load`.
         instruction_set: one of `library.supported`.
-        block: from `describe`.
+        blocks: from `describe`.
         inputs: [sequences, 1, hidden], up to `MAX_SEQUENCES` of them, contiguous.
         rotary: cosines and sines, [sequences or 1, 1, dimensions that are turned], contiguous.
-        place: keys and values.
+        places: of the blocks' keys and values.
+        mask: [sequences or 1, 1, 1, slot + 1 − first] bool, contiguous, or None for all; for all blocks.
 
     Returns:
-        As `inputs`. None where something is not finite, as for `native.symbols_matvec`.
+        As `inputs`, of every block. None where something is not finite, as for `native.symbols_matvec`.
     """
-    outputs = torch.empty_like(inputs)
-    (cosines, sines), (keys, values, first, slot, mask) = rotary, place
+    outputs = inputs.new_empty((len(blocks), *inputs.shape))
+    cosines, sines = rotary
     dimensions = cosines.shape[-1]
     step = _STEP.pack(
         inputs.shape[0],
@@ -159,18 +169,14 @@ def run(
         FLOAT_TYPES[cosines.dtype],
         dimensions,
         dimensions if cosines.shape[0] > 1 else 0,
-        keys.data_ptr(),
-        values.data_ptr(),
-        FLOAT_TYPES[keys.dtype],
-        keys.stride(0),
-        keys.stride(1),
-        first,
-        slot,
         0 if mask is None else mask.data_ptr(),
         0 if mask is None or mask.shape[0] == 1 else mask.shape[-1],
     )
+    ranges = [caches + _RANGE.pack(first, slot) for caches, first, slot in places]
     number, threads = native.INSTRUCTION_SETS[instruction_set], torch.get_num_threads()
-    return outputs if native.ran(library.functions.slablm_block(number, block, step, threads)) else None
+    call = library.functions.slablm_blocks
+    ran = native.ran(call(number, b"".join(blocks), b"".join(ranges), len(blocks), step, threads))
+    return outputs.unbind(0) if ran else None
 
 
 def _vector(tensor: Tensor | None) -> tuple[int, int]:

@@ -25,7 +25,7 @@ from slablm.packing.symbols import PackedSymbols
 from slablm.runtime.kernels.layout import NativeWeight
 
 MAX_TOKENS = 8
-ABI_VERSION = 6
+ABI_VERSION = 7
 # Fastest first; the number is the library's.
 INSTRUCTION_SETS = {"avx512": 2, "avx2": 1, "neon": 3, "portable": 0}
 
@@ -103,7 +103,7 @@ def load() -> Library | str:
     functions.slablm_symbols_matmul.argtypes = (i32, pointer, pointer, i32, i64, i32, pointer, i32, i32)
     functions.slablm_symbols_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
     functions.slablm_trellis_columns.argtypes = (i32, pointer, i32)
-    functions.slablm_block.argtypes = (i32, pointer, pointer, i32)
+    functions.slablm_blocks.argtypes = (i32, pointer, pointer, i64, pointer, i32)
     functions.slablm_rotate.argtypes = (i32, pointer, i64, i64, i64, ctypes.c_uint64, i32)
     supported = tuple(name for name, number in INSTRUCTION_SETS.items() if functions.slablm_supports(number))
     none = (NO_SYMBOLS, None, 0, 0, 14, None, 0, 1)

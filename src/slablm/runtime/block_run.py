@@ -1,0 +1,273 @@
+"""Runs of decoder blocks for one new token: the first one asks the kernels for all, the others find their outputs made.
+
+A model calls its blocks one after the other, and what it does between them is its own affair. So a run is a guess: that
+each block will be given what the one before it returned, and the same mask, positions and cache. Whether it was right
+is seen when the next block is called: by the identity of the tensors, and by the count of what was done to them in
+place. Until then the caches show nothing of the new token, and a wrong guess costs its time only. Blocks that were
+given other things at the last token, as those with sliding windows beside those without, begin runs of their own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+from weakref import ReferenceType, ref
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_modules
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from slablm.runtime import kernels
+from slablm.runtime.cache_room import Room, known_room, new_room
+from slablm.runtime.decoder_block import DecoderBlock
+from slablm.runtime.kernels import block as kernel
+
+# What models pass that changes nothing for one token beside what is used here. Nor does anything that is None or False.
+_KNOWN = frozenset(
+    ("attention_mask", "cache", "cache_position", "past_key_values", "position_embeddings", "position_ids", "use_cache")
+)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """What a block is called with, beside its inputs.
+
+    Attributes:
+        rotary: cosines and sines.
+        mask: attention mask, or None.
+        cache: of keys and values.
+    """
+
+    rotary: Any
+    mask: Any
+    cache: Any
+
+    @classmethod
+    def of(cls, kwargs: dict[str, Any]) -> _Given | None:
+        """None if more is asked for than is used here."""
+        others = kwargs.keys() - _KNOWN
+        if any(kwargs[name] is not None and kwargs[name] is not False for name in others):
+            return None
+        cache = kwargs.get("cache")
+        cache = kwargs.get("past_key_values") if cache is None else cache
+        return cls(kwargs.get("position_embeddings"), kwargs.get("attention_mask"), cache)
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where the new token of a block is, for its cache to show.
+
+    Attributes:
+        room: goes with the cache, of which nothing here must keep anything.
+        count: tokens with attention, the new one included.
+    """
+
+    room: ReferenceType[Room]
+    count: int
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What the kernels have made of a token.
+
+    Attributes:
+        first: block of the run.
+        rotary, mask: what it was given.
+        cache: likewise.
+        outputs: of every block, [sequences, 1, hidden].
+        slots: of every block.
+        version: counts what was done to the outputs in place; they share it.
+    """
+
+    first: int
+    rotary: Any
+    mask: Any
+    cache: ReferenceType[Any]
+    outputs: tuple[Tensor, ...]
+    slots: tuple[_Slot, ...]
+    version: int
+
+    def is_followed_by(self, index: int, hidden_states: Tensor, given: _Given) -> bool:
+        """Whether a block is given what the one before it made, and all else that the run was made with."""
+        at = index - self.first
+        if not 0 < at <= len(self.outputs) or hidden_states is not self.outputs[at - 1]:
+            return False
+        same = given.rotary is self.rotary and given.mask is self.mask and given.cache is self.cache()
+        return same and _version(hidden_states) == self.version
+
+
+class BlockRuns:
+    """The blocks of a model that can run as a whole, in the order of the model."""
+
+    def __init__(self) -> None:
+        self._layers: list[nn.Module] = []
+        self._blocks: list[DecoderBlock] = []
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        # Whether each block followed the one before it at the last token; and what was made last.
+        self._follows = [False] * len(self._blocks)
+        self._last: _Run | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies, and what comes from a file, know of no token."""
+        return {"_layers": self._layers, "_blocks": self._blocks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """See `__getstate__`."""
+        vars(self).update(state)
+        self._begin_anew()
+
+    def add(self, layer: nn.Module, block: DecoderBlock) -> int:
+        """One more block.
+
+        Args:
+            layer: the block.
+            block: its parts.
+
+        Returns:
+            Its index.
+        """
+        self._layers.append(layer)
+        self._blocks.append(block)
+        self._follows.append(False)
+        return len(self._blocks) - 1
+
+    def step(self, index: int, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """A block for one new token.
+
+        Args:
+            index: of the block.
+            hidden_states: its inputs.
+            kwargs: what else it is called with.
+
+        Returns:
+            Its outputs, with the new keys and values in the cache; None where the block has to run itself.
+        """
+        given = _Given.of(kwargs)
+        if given is None:
+            return None
+        run = self._last  # another thread may set another one meanwhile
+        follows = run is not None and run.is_followed_by(index, hidden_states, given)
+        if run is not None and follows and index - run.first < len(run.outputs):
+            outputs = self._outputs(run, index, given.cache)
+            if outputs is not None:
+                return outputs
+        run = self._made(index, hidden_states, given)
+        if run is None:
+            return None
+        self._follows[index] = follows
+        self._last = run
+        return self._outputs(run, index, given.cache)
+
+    def _outputs(self, run: _Run, index: int, cache: Any) -> Tensor | None:
+        """Outputs of a block that are made, unless its cache has changed since."""
+        slot, layer = run.slots[index - run.first], cache.layers[self._blocks[index].index]
+        room = slot.room()
+        if room is None or known_room(layer) is not room:
+            return None
+        count = slot.count
+        if layer.is_sliding:
+            layer.cumulative_length += 1
+            count = min(count, layer.sliding_window - 1)
+        room.show(layer, count)
+        return run.outputs[index - run.first]
+
+    def _made(self, index: int, hidden_states: Tensor, given: _Given) -> _Run | None:
+        """The block and those that will follow it, or None if it has to run itself."""
+        first, chosen = self._blocks[index], kernels.backend("cpu")
+        if chosen.library is None or given.rotary is None or torch_modules._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return None
+        if not first.has_known_attention or not _are_of_one_token(hidden_states, given.rotary, first.shape):
+            return None
+        descriptions, places, slots = [], [], []
+        mask = None
+        for at in range(index, self._end(index)):
+            block = self._blocks[at]
+            description, layer = block.description(), _cache_layer(given.cache, block.index)
+            if description is None or layer is None:
+                break
+            count = layer.keys.shape[2] + 1
+            if at == index and given.mask is not None:
+                mask = _readable_mask(given.mask, len(hidden_states), count)
+                if mask is None:
+                    break
+            room = known_room(layer) or _new_room(layer, block.shape)
+            if room is None or room.keys.shape[0] != hidden_states.shape[0]:
+                break
+            if mask is not None and mask.shape[-1] != count:
+                break
+            descriptions.append(description)
+            places.append(kernel.Place(room.description, room.slot + 1 - count, room.slot))
+            slots.append(_Slot(ref(room), count))
+        if not slots:
+            return None
+        outputs = kernel.run(chosen.library, chosen.name, descriptions, hidden_states, given.rotary, places, mask)
+        if outputs is None:  # of whichever block: each has to find out for itself
+            self._follows[index : index + len(slots)] = [False] * len(slots)
+            return None
+        return _Run(index, given.rotary, given.mask, ref(given.cache), outputs, tuple(slots), _version(outputs[0]))
+
+    def _end(self, index: int) -> int:
+        """Behind the last block that will follow, as far as is known."""
+        end, first = index + 1, self._blocks[index]
+        while end < len(self._blocks) and self._follows[end]:
+            layer = self._layers[end]
+            hooked = layer._forward_hooks or layer._forward_pre_hooks or self._layers[end - 1]._forward_hooks
+            if hooked or layer.training or not self._blocks[end].may_follow(first):
+                break
+            end += 1
+        return end
+
+
+def _version(tensor: Tensor) -> int:
+    """How often it was changed in place; tensors of inference mode do not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _are_of_one_token(hidden_states: Tensor, rotary: tuple[Tensor, Tensor], shape: kernel.BlockShape) -> bool:
+    """Whether shapes are [sequences, 1, hidden_size], and [sequences or 1, 1, dimensions that are turned] twice."""
+    (sequences, tokens, width), (cosines, sines) = hidden_states.shape, rotary
+    if tokens != 1 or sequences > kernel.MAX_SEQUENCES or width != shape.hidden or cosines.shape != sines.shape:
+        return False
+    turned = cosines.shape[-1]
+    if cosines.shape not in ((1, 1, turned), (sequences, 1, turned)) or turned > shape.head_dim:
+        return False
+    return cosines.dtype == sines.dtype and _is_plain(hidden_states) and _is_plain(cosines) and _is_plain(sines)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    plain = type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous()
+    return plain and tensor.dtype in kernel.FLOAT_TYPES
+
+
+def _cache_layer(cache: Any, index: int) -> Any:
+    """The layer of a cache that keys and values can be appended to, or None."""
+    if type(cache) is not DynamicCache or cache.offloading or index >= len(cache.layers):
+        return None
+    layer: Any = cache.layers[index]
+    if type(layer) is DynamicSlidingWindowLayer:
+        appends = not getattr(layer, "record_past", False)  # transformers 5.18 has no such thing
+    else:
+        appends = type(layer) is DynamicLayer
+    return layer if appends and layer.keys is not None and layer.keys.numel() > 0 else None
+
+
+def _new_room(layer: Any, shape: kernel.BlockShape) -> Room | None:
+    """Room in a layer of a cache, where its tensors are such as the kernels know."""
+    keys, values = layer.keys, layer.values
+    heads = (keys.shape[1], keys.shape[3]) == (shape.kv_heads, shape.head_dim) and values.shape == keys.shape
+    readable = keys.is_cpu and values.is_cpu and keys.dtype == values.dtype and keys.dtype in kernel.FLOAT_TYPES
+    if not heads or not readable:
+        return None
+    room = new_room(layer)
+    room.description = kernel.describe_caches(room.keys, room.values)
+    return room
+
+
+def _readable_mask(mask: Any, sequences: int, count: int) -> Tensor | None:
+    """[sequences or 1, 1, 1, tokens] bool, where True is attention, as the kernels read it; None if it is none such."""
+    if type(mask) is not Tensor or mask.dtype != torch.bool or not mask.is_cpu:
+        return None
+    return mask.contiguous() if mask.shape in ((sequences, 1, 1, count), (1, 1, 1, count)) else None
