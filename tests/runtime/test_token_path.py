@@ -275,13 +275,6 @@ def test_other_steps_are_left_to_the_block(other):
     assert taken == 0
 
 
-@pytest.mark.parametrize("sizes", [(48, 2, 16, 16), (64, 3, 16, 16), (64, 2, 24, 16), (64, 2, 48, 48)])
-def test_shapes_that_kernels_would_misread(sizes):
-    (width, rows, turned, other), shape = sizes, block_run.kernel.BlockShape(64, 96, 4, 2, 32, "silu", 1.0)
-    rotary = torch.ones(rows, 1, turned), torch.ones(rows, 1, other)
-    assert not block_run._are_of_one_token(torch.ones(2, 1, width), rotary, shape)
-
-
 def test_what_is_returned_beside_the_logits():
     model, cache = model_on_path(attn_implementation="eager"), DynamicCache()
     fed(model, tokens_of(), cache)

@@ -19,8 +19,8 @@ from torch.nn.modules import module as torch_modules
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from slablm.runtime import kernels
-from slablm.runtime.cache_room import Room, known_room, new_room
-from slablm.runtime.decoder_block import DecoderBlock
+from slablm.runtime.cache_room import Room, known_room, make_room
+from slablm.runtime.decoder_block import DecoderBlock, Watch
 from slablm.runtime.kernels import block as kernel
 
 # What models pass that changes nothing for one token beside what is used here. Nor does anything that is None or False.
@@ -106,9 +106,11 @@ class BlockRuns:
         self._begin_anew()
 
     def _begin_anew(self) -> None:
-        # Whether each block followed the one before it at the last token; and what was made last.
+        # Whether each block followed the one before it at the last token; what was made last; and how many blocks from
+        # one on are watched.
         self._follows = [False] * len(self._blocks)
         self._last: _Run | None = None
+        self._watches: dict[int, tuple[int, Watch]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies, and what comes from a file, know of no token."""
@@ -131,7 +133,7 @@ class BlockRuns:
         """
         self._layers.append(layer)
         self._blocks.append(block)
-        self._follows.append(False)
+        self._begin_anew()
         return len(self._blocks) - 1
 
     def step(self, index: int, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
@@ -181,33 +183,58 @@ class BlockRuns:
             return None
         if not first.has_known_attention or not _are_of_one_token(hidden_states, given.rotary, first.shape):
             return None
-        descriptions, places, slots = [], [], []
-        mask = None
-        for at in range(index, self._end(index)):
-            block = self._blocks[at]
-            description, layer = block.description(), _cache_layer(given.cache, block.index)
-            if description is None or layer is None:
-                break
-            count = layer.keys.shape[2] + 1
-            if at == index and given.mask is not None:
-                mask = _readable_mask(given.mask, len(hidden_states), count)
-                if mask is None:
-                    break
-            room = known_room(layer) or _new_room(layer, block.shape)
-            if room is None or room.keys.shape[0] != hidden_states.shape[0]:
-                break
-            if mask is not None and mask.shape[-1] != count:
-                break
-            descriptions.append(description)
-            places.append(kernel.Place(room.description, room.slot + 1 - count, room.slot))
-            slots.append(_Slot(ref(room), count))
-        if not slots:
+        layers = self._cache_layers(index, self._end(index), hidden_states.shape[0], given)
+        description, count = self._description(index, len(layers)) if layers else (None, 0)
+        if description is None:
             return None
-        outputs = kernel.run(chosen.library, chosen.name, descriptions, hidden_states, given.rotary, places, mask)
+        mask = None if given.mask is None else given.mask.contiguous()
+        rooms = _rooms(layers[:count])
+        counts = [layer.keys.shape[2] + 1 for layer in layers[:count]]
+        places = [
+            kernel.Place(room.description, room.slot + 1 - attended, room.slot)
+            for room, attended in zip(rooms, counts, strict=True)
+        ]
+        outputs = kernel.run(chosen.library, chosen.name, description, hidden_states, given.rotary, places, mask)
         if outputs is None:  # of whichever block: each has to find out for itself
-            self._follows[index : index + len(slots)] = [False] * len(slots)
+            self._follows[index : index + count] = [False] * count
             return None
-        return _Run(index, given.rotary, given.mask, ref(given.cache), outputs, tuple(slots), _version(outputs[0]))
+        slots = tuple(map(_Slot, map(ref, rooms), counts))
+        return _Run(index, given.rotary, given.mask, ref(given.cache), outputs, slots, _version(outputs[0]))
+
+    def _cache_layers(self, index: int, end: int, sequences: int, given: _Given) -> list[Any]:
+        """The layers of the cache for blocks from the first on, until one that the kernels cannot append to."""
+        layers: list[Any] = []
+        for block in self._blocks[index:end]:
+            layer = _cache_layer(given.cache, block.index)
+            if layer is None:
+                break
+            (rows, heads, count, size), shape = layer.keys.shape, block.shape
+            if (rows, heads, size) != (sequences, shape.kv_heads, shape.head_dim):
+                break
+            if known_room(layer) is None and not _are_readable(layer.keys, layer.values):
+                break
+            if given.mask is not None and not _is_readable_mask(given.mask, sequences, count + 1):
+                break
+            layers.append(layer)
+        return layers
+
+    def _description(self, index: int, count: int) -> tuple[bytes | None, int]:
+        """Of so many blocks from the first on, or of fewer where one is not what it was; and of how many."""
+        description = self._watch(index, count).description()
+        if description is None and count > 1:
+            intact = (Watch([block]).description() is not None for block in self._blocks[index : index + count])
+            count = next(at for at, known in enumerate([*intact, False]) if not known)
+            if count > 0:
+                self._follows[index + count : index + count + 1] = [False]
+                description = self._watch(index, count).description()
+        return description, count
+
+    def _watch(self, index: int, count: int) -> Watch:
+        known, watch = self._watches.get(index, (0, None))
+        if watch is None or known != count:
+            watch = Watch(self._blocks[index : index + count])
+            self._watches[index] = count, watch
+        return watch
 
     def _end(self, index: int) -> int:
         """Behind the last block that will follow, as far as is known."""
@@ -254,20 +281,23 @@ def _cache_layer(cache: Any, index: int) -> Any:
     return layer if appends and layer.keys is not None and layer.keys.numel() > 0 else None
 
 
-def _new_room(layer: Any, shape: kernel.BlockShape) -> Room | None:
-    """Room in a layer of a cache, where its tensors are such as the kernels know."""
-    keys, values = layer.keys, layer.values
-    heads = (keys.shape[1], keys.shape[3]) == (shape.kv_heads, shape.head_dim) and values.shape == keys.shape
-    readable = keys.is_cpu and values.is_cpu and keys.dtype == values.dtype and keys.dtype in kernel.FLOAT_TYPES
-    if not heads or not readable:
-        return None
-    room = new_room(layer)
-    room.description = kernel.describe_caches(room.keys, room.values)
-    return room
+def _are_readable(keys: Tensor, values: Tensor) -> bool:
+    same = keys.dtype == values.dtype and keys.shape == values.shape
+    return same and keys.is_cpu and values.is_cpu and keys.dtype in kernel.FLOAT_TYPES
 
 
-def _readable_mask(mask: Any, sequences: int, count: int) -> Tensor | None:
-    """[sequences or 1, 1, 1, tokens] bool, where True is attention, as the kernels read it; None if it is none such."""
-    if type(mask) is not Tensor or mask.dtype != torch.bool or not mask.is_cpu:
-        return None
-    return mask.contiguous() if mask.shape in ((sequences, 1, 1, count), (1, 1, 1, count)) else None
+def _is_readable_mask(mask: Any, sequences: int, count: int) -> bool:
+    """Whether it is [sequences or 1, 1, 1, tokens] bool, where True is attention."""
+    plain = type(mask) is Tensor and mask.dtype == torch.bool and mask.is_cpu
+    return plain and mask.shape in ((sequences, 1, 1, count), (1, 1, 1, count))
+
+
+def _rooms(layers: list[Any]) -> list[Room]:
+    """Room in every layer of a cache, made where there is none."""
+    missing = [layer for layer in layers if known_room(layer) is None]
+    if missing:
+        make_room(missing)
+    rooms = [room for room in map(known_room, layers) if room is not None]
+    for room in rooms:
+        room.description = room.description or kernel.describe_caches(room.keys, room.values)
+    return rooms

@@ -7,8 +7,9 @@ and up (Phi-3).
 
 from __future__ import annotations
 
-from itertools import chain
-from operator import is_
+from collections.abc import Sequence
+from itertools import chain, repeat
+from operator import contains, is_
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ class DecoderBlock:
     Attributes:
         index: of the block, and of its layer in a cache.
         shape: sizes.
+        modules, hooks, buffers: dictionaries of the parts' children, hooks and buffers.
+        children: that there were in `modules`.
+        packed: layers in symbols.
+        plain: all other parts.
+        floats: where norms and biases are.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -69,35 +75,16 @@ class DecoderBlock:
         self._offset = 1.0 if type(layer).__name__.startswith("Gemma") else 0.0
         # Whoever replaces a part, hooks into it or gives it another forward wants it to be called.
         modules = list(layer.modules())
-        self._children = [(module._modules, list(module._modules.values())) for module in modules if module._modules]
-        self._hooks = [hooks for part in modules[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
-        self._plain = [part for part in modules[1:] if not isinstance(part, SymbolLinear)]
-        self._packed = [part for part in self._linears if part is not None]
-        self._kept = [part._buffers for part in self._packed]
-        self._floats: list[tuple[dict[str, Any], str]] = [
-            *((part._parameters, "bias") for part in self._packed if part._parameters.get("bias") is not None),
+        self.modules = [part._modules for part in modules if part._modules]
+        self.children = [child for children in self.modules for child in children.values()]
+        self.hooks = [hooks for part in modules[1:] for hooks in (part._forward_hooks, part._forward_pre_hooks)]
+        self.plain = [part for part in modules[1:] if not isinstance(part, SymbolLinear)]
+        self.packed = [part for part in self._linears if part is not None]
+        self.buffers = [part._buffers for part in self.packed]
+        self.floats: list[tuple[dict[str, Any], str]] = [
+            *((part._parameters, "bias") for part in self.packed if part._parameters.get("bias") is not None),
             *((part._parameters, "weight") for part in self._norms if part is not None),
         ]
-        self._forget()
-
-    def _forget(self) -> None:
-        self._changes = -1
-        self._addresses: list[Any] = []
-        self._buffers: list[Any] = []
-        self._memory: list[Any] = []  # so that it is there if somebody sets the `data` of a buffer, which goes unseen
-        self._description: bytes | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies, and what comes from a file, have tensors elsewhere."""
-        state = dict(vars(self))
-        for name in ("_changes", "_addresses", "_buffers", "_memory", "_description"):
-            del state[name]
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """See `__getstate__`."""
-        vars(self).update(state)
-        self._forget()
 
     @property
     def fits(self) -> bool:
@@ -119,33 +106,8 @@ class DecoderBlock:
         """
         return self._config is other._config and self.shape.head_dim == other.shape.head_dim
 
-    def description(self) -> bytes | None:
-        """For the kernels; None while a part is not what it was, or not where kernels can read it."""
-        # For every block and token, and what is looked at has left the cache since: so as little as can be. Layers in
-        # symbols count what happens to them, so that their buffers need only be the same tensors.
-        if any(self._hooks) or not all(map(_is_intact, self._children)):
-            return None
-        if any("forward" in part.__dict__ for part in self._plain):
-            return None
-        try:
-            floats = [place[name] for place, name in self._floats]
-            addresses = [*map(Tensor.data_ptr, floats), *[tensor.dtype for tensor in floats]]
-        except (KeyError, TypeError):  # it is computed, or there is none any more
-            return None
-        buffers: list[Any] = [*chain.from_iterable(map(dict.values, self._kept))]
-        same = addresses == self._addresses and self._changes == SlabLinear.changes
-        if not same or not all(map(is_, buffers, self._buffers)):
-            changes = SlabLinear.changes
-            self._description = self._described() if self._is_readable([*floats, *buffers]) else None
-            self._memory = [buffer.untyped_storage() for buffer in buffers]
-            self._addresses, self._buffers, self._changes = addresses, buffers, changes
-        return self._description
-
-    def _is_readable(self, tensors: list[Tensor]) -> bool:
-        layers = all(part.runs_native and "forward" not in vars(part) for part in self._packed)
-        return layers and all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
-
-    def _described(self) -> bytes:
+    def describe(self) -> bytes:
+        """What the kernels read, as long as nothing moves."""
         norms = [self._norm(part) for part in self._norms]
         return kernel.describe(self.shape, norms, [_projection(part) for part in self._linears])
 
@@ -154,6 +116,60 @@ class DecoderBlock:
             return kernel.Norm()
         epsilon = part.eps if hasattr(part, "eps") else part.variance_epsilon
         return kernel.Norm(part.weight, self._offset, epsilon)
+
+
+class Watch:
+    """Blocks whose description is known as long as nothing happens to any of them.
+
+    It is asked for every token, and what it looks at has left the CPU's caches since: so that is as little as can be,
+    in lists over all blocks that are gone through without a step of Python's. Layers in symbols count what happens to
+    them, so that their buffers need only be the same tensors.
+
+    Args:
+        blocks: one behind the other.
+    """
+
+    def __init__(self, blocks: Sequence[DecoderBlock]) -> None:
+        self._blocks = blocks
+        self._modules, self._children, self._hooks, self._plain, self._buffers, floats = (
+            [kept for block in blocks for kept in getattr(block, name)]
+            for name in ("modules", "children", "hooks", "plain", "buffers", "floats")
+        )
+        self._places, self._names = [place for place, _ in floats], [name for _, name in floats]
+        self._changes = -1
+        self._addresses: list[Any] = []
+        self._known: list[Any] = []
+        self._memory: list[Any] = []  # so that it is there if somebody sets the `data` of a buffer, which goes unseen
+        self._description: bytes | None = None
+
+    def description(self) -> bytes | None:
+        """For the kernels, one block behind the other; None while a part is not what it was or cannot be read."""
+        if any(self._hooks) or any(map(contains, map(vars, self._plain), repeat("forward"))):
+            return None
+        if self._all(self._modules) != self._children:
+            return None
+        try:
+            floats: list[Any] = [*map(dict.__getitem__, self._places, self._names)]
+            addresses = [*map(Tensor.data_ptr, floats), *[tensor.dtype for tensor in floats]]
+        except (KeyError, TypeError):  # it is computed, or there is none any more
+            return None
+        buffers, changes = self._all(self._buffers), SlabLinear.changes
+        same = addresses == self._addresses and changes == self._changes and len(buffers) == len(self._known)
+        if not same or not all(map(is_, buffers, self._known)):
+            readable = self._is_readable([*floats, *buffers])
+            self._description = b"".join(block.describe() for block in self._blocks) if readable else None
+            self._memory = [buffer.untyped_storage() for buffer in buffers]
+            self._addresses, self._known, self._changes = addresses, buffers, changes
+        return self._description
+
+    def _is_readable(self, tensors: list[Tensor]) -> bool:
+        packed = [part for block in self._blocks for part in block.packed]
+        layers = all(part.runs_native and "forward" not in vars(part) for part in packed)
+        return layers and all(tensor.is_cpu and tensor.is_contiguous() for tensor in tensors)
+
+    @staticmethod
+    def _all(dictionaries: list[dict[str, Any]]) -> list[Any]:
+        return [*chain.from_iterable(map(dict.values, dictionaries))]
 
 
 def recognise(layer: nn.Module) -> DecoderBlock | None:
@@ -169,11 +185,6 @@ def recognise(layer: nn.Module) -> DecoderBlock | None:
         return None
     block = DecoderBlock(layer)
     return block if block.fits else None
-
-
-def _is_intact(part: tuple[dict[str, _Part], list[_Part]]) -> bool:
-    children, known = part
-    return list(children.values()) == known
 
 
 def _activation(config: Any) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from slablm.runtime.block_run import BlockRuns
-from slablm.runtime.decoder_block import DecoderBlock, recognise
+from slablm.runtime.decoder_block import DecoderBlock, Watch, recognise
 
 _logger = logging.getLogger(__name__)
 # Largest difference to the block itself, relative to what the block adds to the residual stream: rounding of inputs to
@@ -75,7 +75,7 @@ class BlockForward:
 def _agrees(layer: nn.Module, block: DecoderBlock) -> bool:
     """Whether the kernels do to random inputs what the block does."""
     weight = next(layer.parameters())
-    if not weight.is_cpu or weight.dtype not in _TOLERANCES or block.description() is None or layer.training:
+    if not weight.is_cpu or weight.dtype not in _TOLERANCES or Watch([block]).description() is None or layer.training:
         return False
     generator, shape, runs = torch.Generator().manual_seed(0), block.shape, BlockRuns()
     runs.add(layer, block)

@@ -136,7 +136,7 @@ def describe_caches(keys: Tensor, values: Tensor) -> bytes:
 def run(
     library: native.Library,
     instruction_set: str,
-    blocks: Sequence[bytes],
+    blocks: bytes,
     inputs: Tensor,
     rotary: tuple[Tensor, Tensor],
     places: Sequence[Place],
@@ -147,7 +147,7 @@ def run(
     Args:
         library: from `native.load`.
         instruction_set: one of `library.supported`.
-        blocks: from `describe`.
+        blocks: from `describe`, one behind the other.
         inputs: [sequences, 1, hidden], up to `MAX_SEQUENCES` of them, contiguous.
         rotary: cosines and sines, [sequences or 1, 1, dimensions that are turned], contiguous.
         places: of the blocks' keys and values.
@@ -156,7 +156,7 @@ def run(
     Returns:
         As `inputs`, of every block. None where something is not finite, as for `native.symbols_matvec`.
     """
-    outputs = inputs.new_empty((len(blocks), *inputs.shape))
+    outputs = inputs.new_empty((len(places), *inputs.shape))
     cosines, sines = rotary
     dimensions = cosines.shape[-1]
     step = _STEP.pack(
@@ -175,7 +175,7 @@ def run(
     ranges = [caches + _RANGE.pack(first, slot) for caches, first, slot in places]
     number, threads = native.INSTRUCTION_SETS[instruction_set], torch.get_num_threads()
     call = library.functions.slablm_blocks
-    ran = native.ran(call(number, b"".join(blocks), b"".join(ranges), len(blocks), step, threads))
+    ran = native.ran(call(number, blocks, b"".join(ranges), len(places), step, threads))
     return outputs.unbind(0) if ran else None
 
 
