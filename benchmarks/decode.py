@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
@@ -26,6 +25,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import slablm  # noqa: F401 - registers the format
+from slablm.evaluation.llama_bench import LlamaBench
+from slablm.evaluation.speed import Workload
 from slablm.runtime import int8
 from slablm.runtime.block_run import BlockRuns
 from slablm.runtime.kernels.backends import ACTIVATION_VARIABLE
@@ -103,15 +104,6 @@ def document(model: PreTrainedModel) -> float:
     return time.perf_counter() - start
 
 
-def llama(bench: str, file: Path, threads: int, *, prompt: bool) -> float:
-    """Tokens per second, of llama.cpp's own benchmark."""
-    test = ("-p", str(DOCUMENT), "-n", "0") if prompt else ("-p", "0", "-n", str(NEW))
-    command = [bench, "-m", str(file), "-t", str(threads), "-r", "2", "-o", "json", *test]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    speed: float = json.loads(done.stdout)[0]["avg_ts"]
-    return speed
-
-
 def main(
     compressed: str,
     dense: str,
@@ -134,8 +126,9 @@ def main(
         **{f"document, {name} (s)": partial(document, model) for name, model in models.items()},
     }
     for file in gguf or []:
-        runs[f"decode, {file.stem}"] = partial(llama, llama_bench, file, threads, prompt=False)
-        runs[f"prefill, {file.stem}"] = partial(llama, llama_bench, file, threads, prompt=True)
+        program = LlamaBench(str(file), llama_bench)
+        runs[f"decode, {file.stem}"] = lambda program=program: program.run(Workload(PROMPT, NEW), threads).decode
+        runs[f"prefill, {file.stem}"] = lambda program=program: program.run(Workload(DOCUMENT, 2), threads).prefill
     results: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():

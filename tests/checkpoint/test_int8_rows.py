@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from slablm.checkpoint.int8_rows import check_int8_rows
 from slablm.checkpoint.shards import Piece
 from slablm.compression.options import RunOptions
 from slablm.dense.loading import load
+from slablm.runtime import kernels
 from slablm.runtime.int8 import Int8Embedding, Int8Linear, int8_names
 from tests.checkpoint.folders import age, edit_json, edit_record
 from tests.compression.folders import build
@@ -318,3 +320,13 @@ def test_models_in_16_bits(settings, quick, tmp_path):
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
     ).read_bytes()
+
+
+def test_nothing_of_the_file_stays_in_memory_beside_its_numbers(folder):
+    """One view of the mapped file would keep all of it, and the model would be there twice."""
+    maps = Path("/proc/self/maps")
+    if not maps.is_file() or kernels.backend().library is None:
+        pytest.skip("needs /proc, and kernels: else tensors stay in the mapping")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert str(folder) not in maps.read_text()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied(folder)

@@ -272,15 +272,22 @@ def _widen(model: PreTrainedModel) -> None:
 
 
 def _own_memory(model: nn.Module) -> None:
-    """Copy what is left in the mapped checkpoint file: a few small vectors would keep all of it in memory.
+    """Copy what is in the mapped checkpoint file: a single vector would keep all of it in memory.
 
     Without kernels the packed tensors themselves stay in the mapping, and nothing would be gained.
     """
     if kernels.backend().library is None:
         return
-    for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu":
-            tensor.data = tensor.data.clone()
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
+    copies: dict[Tensor, Tensor] = {}  # tied ones stay one
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type == "cpu":
+                # Not its `data`: it can be a view, and would keep what it was one of.
+                copies[buffer] = copies[buffer] if buffer in copies else buffer.clone()
+                module._buffers[name] = copies[buffer]
 
 
 def describe(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,11 +13,15 @@ from slablm.cli.console import Dtype, Json, Revision, TrustRemoteCode, echo, pri
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from slablm.evaluation.contender import Contender, Footprint
-    from slablm.evaluation.speed import Samples, Speed, Workload
+    from slablm.evaluation.llama_bench import LlamaBench
+    from slablm.evaluation.speed import Program, Samples, Speed, Workload
 
 MODEL = "model"
 REFERENCE = "dense float32"
+DENSE_TYPES = ("float32", "bfloat16")
 ENERGY_NOTE = "of the document case, or else of the prompt and the new tokens: all that ran on the CPU packages (RAPL)"
 QUANTITIES = {
     "prefill": "prefill\ntokens/s",
@@ -30,7 +34,14 @@ QUANTITIES = {
 
 def bench(
     model: options.Model,
-    against: Annotated[str | None, typer.Option(help="The dense model, to run beside it in fp32 and bf16.")] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The dense model, to run beside it in fp32 and bf16; or a GGUF file, which llama.cpp's "
+            "llama-bench runs in the same rounds. Repeat for several."
+        ),
+    ] = None,
+    llama_bench: Annotated[str, typer.Option(help="llama.cpp's benchmark, for GGUF files.")] = "llama-bench",
     prompt_tokens: Annotated[int, typer.Option(help="Tokens to read.")] = 512,
     new_tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32,
     rounds: Annotated[int, typer.Option(help="Measured runs of each contender.")] = 5,
@@ -55,16 +66,19 @@ def bench(
     if rounds < 1:
         raise SlabError(f"--rounds must be 1 or more, got {rounds}")
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
-    contenders = _contenders(model, against, dtype, value_bits, options)
+    dense, files = _rivals(against or [], llama_bench)
+    contenders = _contenders(model, dense, dtype, value_bits, options)
     meter = find_meter()
     energy = meter if isinstance(meter, str) else ENERGY_NOTE
     quiet_libraries()
-    footprints = _footprints(contenders, workload)
+    measured: dict[str, Contender | LlamaBench] = {**{c.name: c for c in contenders}, **files}
+    footprints = _footprints(measured, workload)
     say("Loading all contenders")
     models = {contender.name: contender.load() for contender in contenders}
+    runners: dict[str, PreTrainedModel | Program] = {**models, **files}
     with progress("Measuring speed, in turns") as (bar, task):
         speeds = measure_speed(
-            models,
+            runners,
             workload,
             rounds,
             counts,
@@ -72,6 +86,7 @@ def bench(
             on_run=lambda done, total: bar.update(task, completed=done, total=total),
         )
     weights = {name: weight_bytes(loaded) for name, loaded in models.items()}
+    weights |= {name: file.weight_bytes() for name, file in files.items()}
     conditions = {
         **asdict(workload),
         "rounds": rounds,
@@ -91,23 +106,45 @@ def bench(
 
 
 def _contenders(
-    model: str, against: str | None, dtype: str, value_bits: int, options: dict[str, Any]
+    model: str, against: Sequence[str], dtype: str, value_bits: int, options: dict[str, Any]
 ) -> list[Contender]:
     from slablm.dense import loading
     from slablm.evaluation.contender import Contender
 
     if value_bits not in (8, 16):
         raise SlabError(f"--value-bits must be 8 or 16, got {value_bits}")
-    if against is not None and loading.is_compressed(against):
-        raise SlabError(f"{against} is compressed by slablm: --against takes the dense model")
+    for source in filter(loading.is_compressed, against):
+        raise SlabError(f"{source} is compressed by slablm: --against takes the dense model, or a GGUF file")
+    if len(against) > 1:
+        raise SlabError(f"--against takes one dense model and any number of GGUF files, got {' and '.join(against)}")
     contenders = [Contender(MODEL, model, dtype, options=options)]
     if value_bits == 8:
         contenders.append(Contender(f"{MODEL}, 8-bit values", model, dtype, 8, options))
-    if against is not None:
-        # A revision names a state of MODEL's repository, not of another one.
-        others = options | {"revision": None}
-        contenders += [Contender(f"dense {kind}", against, kind, options=others) for kind in ("float32", "bfloat16")]
+    # A revision names a state of MODEL's repository, not of another one.
+    others = options | {"revision": None}
+    contenders += [Contender(f"dense {k}", source, k, options=others) for source in against for k in DENSE_TYPES]
     return contenders
+
+
+def _rivals(against: Sequence[str], program: str) -> tuple[list[str], dict[str, LlamaBench]]:
+    """What --against names: dense models, and GGUF files by the name of the file."""
+    from pathlib import Path
+
+    from slablm.evaluation.llama_bench import LlamaBench
+
+    dense, files = [], {}
+    for source in against:
+        if not source.lower().endswith(".gguf"):
+            dense.append(source)
+            continue
+        if not Path(source).is_file():
+            raise SlabError(f"--against {source}: there is no such file")
+        name = f"llama.cpp {Path(source).stem}"
+        if name in files:
+            raise SlabError(f"--against: two files are called {Path(source).name}; rename one")
+        files[name] = LlamaBench(source, program)
+        files[name].check()
+    return dense, files
 
 
 def _thread_counts(text: str) -> list[int]:
@@ -121,13 +158,13 @@ def _thread_counts(text: str) -> list[int]:
     return list(dict.fromkeys(counts))
 
 
-def _footprints(contenders: Sequence[Contender], workload: Workload) -> dict[str, Footprint]:
+def _footprints(contenders: Mapping[str, Contender | LlamaBench], workload: Workload) -> dict[str, Footprint]:
     """Before anything is loaded here, so that the two do not compete for memory."""
     footprints = {}
     with progress("Measuring memory, one process each") as (bar, task):
         bar.update(task, total=len(contenders))
-        for contender in contenders:
-            footprints[contender.name] = contender.footprint(workload.prompt_tokens)
+        for name, contender in contenders.items():
+            footprints[name] = contender.footprint(workload.prompt_tokens)
             bar.advance(task)
     return footprints
 
@@ -183,8 +220,7 @@ def _print_speeds(speeds: Sequence[Speed]) -> None:
     body = []
     for speed in speeds:
         reference = _reference(speed, speeds)
-        cells = [_cell(samples, getattr(reference, name, None)) for name, samples in _measured(speed)]
-        cells += [] if speed.energy else ["not measurable here"]
+        cells = [_cell(getattr(speed, name), getattr(reference, name, None), name) for name in names]
         body.append((str(speed.threads), speed.contender, *cells))
     title = "Speed: median ± interquartile range"
     if _reference(speeds[0], speeds):
@@ -192,7 +228,9 @@ def _print_speeds(speeds: Sequence[Speed]) -> None:
     print_table(title, ("threads", "contender", *columns), body)
 
 
-def _cell(samples: Samples, reference: Samples | None) -> str:
+def _cell(samples: Samples | None, reference: Samples | None, quantity: str) -> str:
+    if samples is None:
+        return "not measurable here" if quantity == "energy" else "not measured"
     cell = f"{samples.median:.3g}" if samples.median < 100 else f"{samples.median:.0f}"
     if samples.spread is not None:
         cell += f" ± {samples.spread:.2g}" if samples.spread < 100 else f" ± {samples.spread:.0f}"

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -121,7 +121,7 @@ class Speed:
         contender: its name.
         threads: threads of torch and of the kernels.
         prefill: tokens per second.
-        first_token: seconds.
+        first_token: seconds; None where it was not measured.
         decode: tokens per second.
         document: seconds; None if it was not asked for.
         energy: joules of the document case, or else of the prompt and the new tokens; None without a meter.
@@ -130,19 +130,28 @@ class Speed:
     contender: str
     threads: int
     prefill: Samples
-    first_token: Samples
+    first_token: Samples | None
     decode: Samples
     document: Samples | None
     energy: Samples | None
 
 
 @dataclass(frozen=True)
-class _Run:
+class Run:
+    """One round of one contender; attributes as those of `Speed`."""
+
     prefill: float
-    first_token: float
+    first_token: float | None
     decode: float
     document: float | None
     energy: float | None
+
+
+class Program(Protocol):
+    """A contender that is no model of transformers, and measures itself."""
+
+    def run(self, workload: Workload, threads: int) -> Run:
+        """Measure once."""
 
 
 class _TokenTimes:
@@ -159,7 +168,7 @@ class _TokenTimes:
 
 
 def measure_speed(
-    contenders: Mapping[str, PreTrainedModel],
+    contenders: Mapping[str, PreTrainedModel | Program],
     workload: Workload,
     rounds: int,
     threads: Sequence[int],
@@ -173,7 +182,7 @@ def measure_speed(
     Before the first round of a thread count, each contender runs once unmeasured.
 
     Args:
-        contenders: name → model in eval mode, on the CPU.
+        contenders: name → model in eval mode, on the CPU; or another program.
         workload: what each does.
         rounds: how often, 1 or more.
         threads: thread counts, each 1 or more; the present one is restored afterwards.
@@ -191,15 +200,19 @@ def measure_speed(
         raise SlabError(f"at least 1 round is needed, got {rounds}")
     if not threads or min(threads) < 1:
         raise SlabError(f"thread counts must be 1 or more, got {', '.join(map(str, threads)) or 'none'}")
-    for name, model in contenders.items():
-        workload.check(name, model)
+    for name, contender in contenders.items():
+        if isinstance(contender, nn.Module):
+            workload.check(name, contender)
     speeds, done, total = [], 0, len(threads) * (rounds + 1) * len(contenders)
     for count in threads:
-        runs: dict[str, list[_Run]] = {name: [] for name in contenders}
+        runs: dict[str, list[Run]] = {name: [] for name in contenders}
         with _threads(count):
             for _ in range(rounds + 1):
-                for name, model in contenders.items():
-                    runs[name].append(_run(model, workload, clock, meter))
+                for name, contender in contenders.items():
+                    if isinstance(contender, nn.Module):
+                        runs[name].append(_run(contender, workload, clock, meter))
+                    else:
+                        runs[name].append(contender.run(workload, count))
                     done += 1
                     if on_run is not None:
                         on_run(done, total)
@@ -247,7 +260,7 @@ def weight_bytes(model: nn.Module) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
-def _run(model: PreTrainedModel, workload: Workload, clock: Clock, meter: RaplMeter | None) -> _Run:
+def _run(model: PreTrainedModel, workload: Workload, clock: Clock, meter: RaplMeter | None) -> Run:
     tokens = prompt(model, workload.prompt_tokens)
     start = clock()
     _read(model, tokens)
@@ -265,7 +278,7 @@ def _run(model: PreTrainedModel, workload: Workload, clock: Clock, meter: RaplMe
         write(model, tokens, SUMMARY_TOKENS)
         document = clock() - begin
     energy = joules() if joules else None
-    return _Run(prefill, first - start, (workload.new_tokens - 1) / (last - first), document, energy)
+    return Run(prefill, first - start, (workload.new_tokens - 1) / (last - first), document, energy)
 
 
 @torch.no_grad()
@@ -274,18 +287,14 @@ def _read(model: PreTrainedModel, tokens: Tensor) -> None:
     model(input_ids=tokens, use_cache=True, **({"logits_to_keep": 1} if keeps else {}))
 
 
-def _summary(name: str, threads: int, runs: Sequence[_Run]) -> Speed:
-    documents = [run.document for run in runs if run.document is not None]
-    energies = [run.energy for run in runs if run.energy is not None]
-    return Speed(
-        contender=name,
-        threads=threads,
-        prefill=Samples(tuple(run.prefill for run in runs)),
-        first_token=Samples(tuple(run.first_token for run in runs)),
-        decode=Samples(tuple(run.decode for run in runs)),
-        document=Samples(tuple(documents)) if documents else None,
-        energy=Samples(tuple(energies)) if energies else None,
-    )
+def _summary(name: str, threads: int, runs: Sequence[Run]) -> Speed:
+    def samples(quantity: str) -> Samples | None:
+        values = tuple(getattr(run, quantity) for run in runs)
+        return None if None in values else Samples(values)
+
+    prefill, decode = (Samples(tuple(values)) for values in zip(*((r.prefill, r.decode) for r in runs), strict=True))
+    others = {quantity: samples(quantity) for quantity in ("first_token", "document", "energy")}
+    return Speed(contender=name, threads=threads, prefill=prefill, decode=decode, **others)
 
 
 @contextmanager
