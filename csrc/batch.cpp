@@ -51,27 +51,32 @@ int32_t multiply(const Kernels& kernels, const SlabSymbols& weight, const BatchA
 
 }  // namespace
 
+int32_t multiply_many(const Kernels& kernels, const SlabSymbols& weight, const void* inputs, int32_t input_type,
+                      int64_t tokens, int64_t input_bits, const Output& output, int32_t threads) {
+    static thread_local Scratch memory;
+    const int64_t planes = input_bits == 8 && weight.block != 0 ? 1 : 2, together = kernels.batch_tokens / planes;
+    for (int64_t first = 0; first < tokens; first += kTokensAtATime) {
+        const int64_t count = std::min(kTokensAtATime, tokens - first);
+        const int64_t filled_up = (count + together - 1) / together * together;
+        const BatchActivations act = take_batch(memory, weight, filled_up, planes);
+        const char* from = static_cast<const char*>(inputs) + first * weight.columns * bytes_of(input_type);
+        char* to = static_cast<char*>(output.data) + first * weight.rows * bytes_of(output.type);
+        int32_t status = prepare(kernels, weight, from, input_type, count, threads, act);
+        if (status == 0) status = multiply(kernels, weight, act, Output{to, count, output.type}, threads);
+        if (status != 0) return status;
+    }
+    return 0;
+}
+
 int32_t slablm_symbols_matmul(int32_t set, const SlabSymbols* weight, const void* inputs, int32_t input_type,
                               int64_t tokens, int32_t input_bits, void* outputs, int32_t output_type,
                               int32_t threads) {
     const Kernels* kernels = kernels_of(set);
     if (kernels == nullptr || !valid(weight) || tokens < 0 || (input_bits != 8 && input_bits != 14)) return -1;
     if (kernels->batch_tokens == 0) return kNoKernel;
-    const int64_t planes = input_bits == 8 && weight->block != 0 ? 1 : 2, together = kernels->batch_tokens / planes;
     try {
-        static thread_local Scratch memory;
-        for (int64_t first = 0; first < tokens; first += kTokensAtATime) {
-            const int64_t count = std::min(kTokensAtATime, tokens - first);
-            const int64_t filled_up = (count + together - 1) / together * together;
-            const BatchActivations act = take_batch(memory, *weight, filled_up, planes);
-            const char* from = static_cast<const char*>(inputs) + first * weight->columns * bytes_of(input_type);
-            char* to = static_cast<char*>(outputs) + first * weight->rows * bytes_of(output_type);
-            int32_t status = prepare(*kernels, *weight, from, input_type, count, threads, act);
-            if (status == 0) status = multiply(*kernels, *weight, act, Output{to, count, output_type}, threads);
-            if (status != 0) return status;
-        }
+        return multiply_many(*kernels, *weight, inputs, input_type, tokens, input_bits, Output{outputs, tokens, output_type}, threads);
     } catch (const std::exception&) {
         return -1;
     }
-    return 0;
 }

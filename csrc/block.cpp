@@ -6,8 +6,7 @@
 #include <array>
 #include <memory>
 
-#include "activations.h"
-#include "runtime.h"
+#include "blocks.h"
 
 namespace {
 
@@ -139,7 +138,9 @@ class BlockRun {
             const auto run = suits[i] == Suits::kQuick ? kernels.quick_symbols : kernels.exact_symbols;
             run(weight, activations[i], Output{outputs[i], tokens, kFloat32}, begin, end);
         });
-        for (size_t i = 0; i < N; ++i) add_bias(*projections[i], made[i]);
+        for (size_t i = 0; i < N; ++i) {
+            for (int64_t t = 0; t < tokens; ++t) add_bias(*projections[i], made[i][t]);
+        }
         return true;
     }
 
@@ -147,13 +148,6 @@ class BlockRun {
         act.tiles = (weight.columns + kTileColumns - 1) / kTileColumns;
         const bool quick = padded_tokens <= kernels.quick_symbol_tokens;
         return kernels.prepare_symbols(weight, inputs, kFloat32, tokens, quick, act);
-    }
-
-    void add_bias(const SlabProjection& projection, const Rows& made) const {
-        if (projection.bias.data == nullptr) return;
-        for (int64_t t = 0; t < tokens; ++t) {
-            for (int64_t i = 0; i < projection.weight.rows; ++i) made[t][i] += number(projection.bias, i);
-        }
     }
 
     void set_inputs(const SlabNorm& norm) {
@@ -171,15 +165,9 @@ class BlockRun {
         }
     }
 
-    // Rotary position embedding: numbers i and i + half are turned together.
-    void turn(float* head, int64_t token) const {
+    void turned(float* head, int64_t token) const {
         const SlabVector cosines{step.cosines, step.rotary_type}, sines{step.sines, step.rotary_type};
-        const int64_t half = step.rotary_dim / 2, at = token * step.rotary_stride;
-        for (int64_t i = 0; i < half; ++i) {
-            const float low = head[i], high = head[i + half];
-            head[i] = low * number(cosines, at + i) - high * number(sines, at + i);
-            head[i + half] = high * number(cosines, at + half + i) + low * number(sines, at + half + i);
-        }
+        turn(head, cosines, sines, step.rotary_dim, token * step.rotary_stride);
     }
 
     int64_t cache_offset(int64_t token, int64_t kv_head, int64_t position) const {
@@ -192,7 +180,7 @@ class BlockRun {
                 float* key = keys[t] + h * block.head_dim;
                 const float* value = values[t] + h * block.head_dim;
                 kernels.normalize(key, block.head_dim, block.key_norm);
-                turn(key, t);
+                turned(key, t);
                 const int64_t at = cache_offset(t, h, place.slot);
                 for (int64_t i = 0; i < block.head_dim; ++i) {
                     write(key[i], place.keys, place.type, at + i);
@@ -206,7 +194,7 @@ class BlockRun {
         const int64_t t = piece / block.heads, h = piece % block.heads;
         float* query = queries[t] + h * block.head_dim;
         kernels.normalize(query, block.head_dim, block.query_norm);
-        turn(query, t);
+        turned(query, t);
         const int64_t at = bytes_of(place.type) * cache_offset(t, h / (block.heads / block.kv_heads), place.first);
         AttentionHead head{};
         head.query = query;
@@ -290,40 +278,12 @@ public:
     }
 };
 
-bool has_shape(const SlabProjection& projection, int64_t rows, int64_t columns) {
-    const SlabSymbols& weight = projection.weight;
-    return valid(&weight) && weight.rows == rows && weight.columns == columns;
-}
-
-// Two or three weights one below the other, or all in the first.
-bool have_shapes(const SlabProjection& first, const SlabProjection* const (&others)[2], const int64_t (&rows)[3],
-                 int64_t columns) {
-    if (has_shape(first, rows[0] + rows[1] + rows[2], columns)) {
-        return others[0]->weight.rows == 0 && (others[1] == nullptr || others[1]->weight.rows == 0);
-    }
-    return has_shape(first, rows[0], columns) && has_shape(*others[0], rows[1], columns) &&
-           (others[1] == nullptr || has_shape(*others[1], rows[2], columns));
-}
-
-bool valid(const SlabBlock& b) {
-    const bool sizes = b.hidden > 0 && b.intermediate > 0 && b.head_dim > 0 && b.hidden % kMostLanes == 0 &&
-                       b.intermediate % kMostLanes == 0 && b.head_dim % kMostLanes == 0 && b.kv_heads > 0 &&
-                       b.heads % b.kv_heads == 0 && (b.activation == kSilu || b.activation == kGeluTanh);
-    if (!sizes) return false;
-    const int64_t queries = b.heads * b.head_dim, keys = b.kv_heads * b.head_dim;
-    return have_shapes(b.query, {&b.key, &b.value}, {queries, keys, keys}, b.hidden) &&
-           have_shapes(b.gate, {&b.up, nullptr}, {b.intermediate, b.intermediate, 0}, b.hidden) &&
-           has_shape(b.attention_out, b.hidden, queries) && has_shape(b.down, b.hidden, b.intermediate);
-}
-
-bool known(int64_t type) { return type >= kFloat32 && type <= kBFloat16; }
-
 bool valid(const SlabStep& s) {
-    return s.sequences > 0 && s.sequences <= kMaxTokens && known(s.type) && known(s.rotary_type) && s.rotary_dim >= 0 &&
+    return s.sequences > 0 && s.sequences <= kMaxTokens && is_float(s.type) && is_float(s.rotary_type) && s.rotary_dim >= 0 &&
            s.rotary_dim % 2 == 0;
 }
 
-bool valid(const SlabPlace& place) { return known(place.type) && place.first >= 0 && place.slot >= place.first; }
+bool valid(const SlabPlace& place) { return is_float(place.type) && place.first >= 0 && place.slot >= place.first; }
 
 int64_t weights_of(const SlabBlock& b) {
     int64_t count = 0;

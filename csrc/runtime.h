@@ -30,6 +30,10 @@ constexpr int64_t kWeightsPerThread = 100'000;
 constexpr int64_t kPiecesPerThread = 8;
 constexpr int64_t kRowsPerPiece = 8;
 
+// Many tokens, as slablm_symbols_matmul.
+int32_t multiply_many(const Kernels& kernels, const SlabSymbols& weight, const void* inputs, int32_t input_type,
+                      int64_t tokens, int64_t input_bits, const Output& output, int32_t threads);
+
 // --- Threads -------------------------------------------------------------------------------------------------------
 
 using GompParallel = void (*)(void (*function)(void*), void* data, unsigned threads, unsigned flags);
@@ -81,15 +85,20 @@ inline int64_t rows_per_piece(int64_t rows, int64_t threads) {
 }
 
 template <class Work>
-void for_rows(int64_t begin, int64_t end, int64_t columns, int32_t threads, const Work& work) {
+void for_rows(int64_t begin, int64_t end, int64_t columns, int32_t threads, int64_t piece, const Work& work) {
     static const GompParallel gomp_parallel = find_gomp_parallel();
     const int64_t rows = end - begin;
     const int64_t useful = std::max<int64_t>(1, rows * columns / kWeightsPerThread);
     const int64_t count = std::min<int64_t>(std::max(threads, 1), useful);
     if (count == 1) return work(begin, end);
-    RowQueue<Work> queue{work, end, rows_per_piece(rows, count), {begin}};
+    RowQueue<Work> queue{work, end, piece > 0 ? piece : rows_per_piece(rows, count), {begin}};
     if (gomp_parallel == nullptr || forked) return on_own_threads(RowQueue<Work>::drain, &queue, count);
     gomp_parallel(RowQueue<Work>::drain, &queue, static_cast<unsigned>(count), 0);
+}
+
+template <class Work>
+void for_rows(int64_t begin, int64_t end, int64_t columns, int32_t threads, const Work& work) {
+    for_rows(begin, end, columns, threads, 0, work);
 }
 
 // --- Scratch memory ------------------------------------------------------------------------------------------------
@@ -117,9 +126,9 @@ public:
 // Runs work(memory, begin, end) for rows on several threads, with so many numbers of memory for each. Returns whether there
 // was memory for all of them.
 template <class T, class Work>
-bool for_rows_with(int64_t count, int64_t rows, int64_t columns, int32_t threads, const Work& work) {
+bool for_rows_with(int64_t count, int64_t rows, int64_t columns, int32_t threads, int64_t piece, const Work& work) {
     std::atomic<bool> enough{true};
-    for_rows(0, rows, columns, threads, [&](int64_t begin, int64_t end) {
+    for_rows(0, rows, columns, threads, piece, [&](int64_t begin, int64_t end) {
         static thread_local Scratch memory;
         T* taken;
         try {
@@ -132,6 +141,11 @@ bool for_rows_with(int64_t count, int64_t rows, int64_t columns, int32_t threads
         work(taken, begin, end);
     });
     return enough;
+}
+
+template <class T, class Work>
+bool for_rows_with(int64_t count, int64_t rows, int64_t columns, int32_t threads, const Work& work) {
+    return for_rows_with<T>(count, rows, columns, threads, 0, work);
 }
 
 // --- Inputs --------------------------------------------------------------------------------------------------------

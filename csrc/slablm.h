@@ -147,6 +147,34 @@ struct SlabPlace {
 SLABLM_API int32_t slablm_blocks(int32_t set, const SlabBlock* blocks, const SlabPlace* places, int64_t count,
                                  const SlabStep* step, int32_t threads);
 
+// Many tokens of a few sequences, which have as many each.
+struct SlabPrompt {
+    int64_t sequences, tokens;
+    const void* inputs;           // [sequences, tokens, hidden]
+    int64_t type;                 // of inputs, outputs, and new keys and values
+    const void *cosines, *sines;  // [sequences, tokens, rotary_dim], or one of these for all
+    int64_t rotary_type, rotary_dim, rotary_stride;  // stride from sequence to sequence
+    int64_t input_bits;           // of products, as of slablm_symbols_matmul
+    float* queries;               // [sequences, heads, tokens, head_dim]
+};
+
+// Keys and values of all tokens that there are: heads of [length, head_dim] without gaps.
+struct SlabContext {
+    const void *keys, *values;
+    int64_t type, sequence_stride, head_stride, length;  // strides in numbers
+    const uint8_t* mask;  // [sequences, tokens, length], 0 where there is no attention; null: to all up to the token itself
+    int64_t mask_stride;  // from sequence to sequence
+};
+
+// The block up to its cache: writes the queries, and new keys and values, [sequences, kv_heads, tokens, head_dim]. Returns 0;
+// kNotFinite; kNoKernel, where slablm_symbols_matmul has none; or -1 as slablm_blocks.
+SLABLM_API int32_t slablm_prompt_heads(int32_t set, const SlabBlock* block, const SlabPrompt* prompt, void* keys,
+                                       void* values, int32_t threads);
+
+// The rest of the block, with the queries that are there: writes outputs like the inputs.
+SLABLM_API int32_t slablm_prompt_outputs(int32_t set, const SlabBlock* block, const SlabPrompt* prompt,
+                                         const SlabContext* context, void* outputs, int32_t threads);
+
 // Activations of one call as the kernels read them: columns filled up with 0 to 64 * words.
 struct Activations {
     int64_t tokens;         // a power of two; missing tokens are 0
@@ -198,6 +226,19 @@ struct AttentionHead {
     float* output;        // [head_dim]
 };
 
+// A few heads that share keys and values, for the queries of some tokens.
+struct AttentionPiece {
+    const float* queries;  // [heads, tokens, head_dim], of which [first, first + count) are meant
+    int64_t query_stride, heads, first, count;  // stride from head to head
+    const void *keys, *values;                  // [length, head_dim]
+    int64_t cache_type, length, head_dim;
+    float scaling;
+    const uint8_t* mask;  // [tokens, length], or null: each token sees those up to itself
+    float* output;        // [count, heads * head_dim]
+    int64_t output_stride;  // from token to token
+    float* memory;          // `piece_numbers` of them
+};
+
 // What one translation unit, compiled for one instruction set, provides.
 struct Kernels {
     int64_t quick_tokens;  // with int8 values and up to so many tokens, `quick` is the faster path
@@ -232,6 +273,8 @@ struct Kernels {
     // For blocks; counts are multiples of kMostLanes.
     void (*normalize)(float* x, int64_t count, const SlabNorm& norm);
     void (*attend)(const AttentionHead& head);
+    void (*attend_many)(const AttentionPiece& piece);
+    int64_t (*piece_numbers)(int64_t heads, int64_t count, int64_t head_dim);
     // out = f(gate) * up
     void (*activate)(Activation activation, const float* gate, const float* up, float* out, int64_t count);
 };

@@ -30,7 +30,7 @@
 // With 8 lanes, sums of a tile stay below 3 * 255 * 8191 * 16 < 2^27.
 #pragma once
 
-#include "attention.h"
+#include "prompt_attention.h"
 #include "symbols_batch.h"
 #include "symbols_exact.h"
 #include "symbols_inputs.h"
@@ -98,6 +98,8 @@ constexpr Kernels kernels_of() {
             batch_symbols<SymbolIsa>,
             normalize<SymbolIsa>,
             attend<SymbolIsa>,
+            attend_many<SymbolIsa>,
+            piece_numbers,
             activate<SymbolIsa>};
 }
 

@@ -10,6 +10,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from transformers import DynamicCache
 
 from slablm.runtime import block_run, cache_room
+from slablm.runtime.block_given import Given
 from slablm.runtime.kernels import native
 from tests.runtime.test_token_path import (
     CACHE,
@@ -280,4 +281,4 @@ def test_tensors_that_a_cache_has_shown_stay():
 def test_shapes_that_kernels_would_misread(sizes):
     (width, rows, turned, other), shape = sizes, block_run.kernel.BlockShape(64, 96, 4, 2, 32, "silu", 1.0)
     rotary = torch.ones(rows, 1, turned), torch.ones(rows, 1, other)
-    assert not block_run._are_of_one_token(torch.ones(2, 1, width), rotary, shape)
+    assert not Given(rotary, None, None).suits(torch.ones(2, 1, width), shape)

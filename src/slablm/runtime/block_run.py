@@ -13,45 +13,15 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import ReferenceType, ref
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_modules
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from slablm.runtime import kernels
+from slablm.runtime import block_prompt, kernels
+from slablm.runtime.block_given import Given, are_readable
 from slablm.runtime.cache_room import Room, known_room, make_room
 from slablm.runtime.decoder_block import DecoderBlock, Watch
 from slablm.runtime.kernels import block as kernel
-
-# What models pass that changes nothing for one token beside what is used here. Nor does anything that is None or False.
-_KNOWN = frozenset(
-    ("attention_mask", "cache", "cache_position", "past_key_values", "position_embeddings", "position_ids", "use_cache")
-)
-
-
-@dataclass(frozen=True)
-class _Given:
-    """What a block is called with, beside its inputs.
-
-    Attributes:
-        rotary: cosines and sines.
-        mask: attention mask, or None.
-        cache: of keys and values.
-    """
-
-    rotary: Any
-    mask: Any
-    cache: Any
-
-    @classmethod
-    def of(cls, kwargs: dict[str, Any]) -> _Given | None:
-        """None if more is asked for than is used here."""
-        others = kwargs.keys() - _KNOWN
-        if any(kwargs[name] is not None and kwargs[name] is not False for name in others):
-            return None
-        cache = kwargs.get("cache")
-        cache = kwargs.get("past_key_values") if cache is None else cache
-        return cls(kwargs.get("position_embeddings"), kwargs.get("attention_mask"), cache)
 
 
 @dataclass(frozen=True)
@@ -88,7 +58,7 @@ class _Run:
     slots: tuple[_Slot, ...]
     version: int
 
-    def is_followed_by(self, index: int, hidden_states: Tensor, given: _Given) -> bool:
+    def is_followed_by(self, index: int, hidden_states: Tensor, given: Given) -> bool:
         """Whether a block is given what the one before it made, and all else that the run was made with."""
         at = index - self.first
         if not 0 < at <= len(self.outputs) or hidden_states is not self.outputs[at - 1]:
@@ -137,7 +107,7 @@ class BlockRuns:
         return len(self._blocks) - 1
 
     def step(self, index: int, hidden_states: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
-        """A block for one new token.
+        """A block for new tokens.
 
         Args:
             index: of the block.
@@ -147,9 +117,11 @@ class BlockRuns:
         Returns:
             Its outputs, with the new keys and values in the cache; None where the block has to run itself.
         """
-        given = _Given.of(kwargs)
+        given = Given.of(kwargs)
         if given is None:
             return None
+        if hidden_states.shape[1] != 1:
+            return self._read(index, hidden_states, given)
         run = self._last  # another thread may set another one meanwhile
         follows = run is not None and run.is_followed_by(index, hidden_states, given)
         if run is not None and follows and index - run.first < len(run.outputs):
@@ -162,6 +134,14 @@ class BlockRuns:
         self._follows[index] = follows
         self._last = run
         return self._outputs(run, index, given.cache)
+
+    def _read(self, index: int, hidden_states: Tensor, given: Given) -> Tensor | None:
+        """A block for many tokens, by itself."""
+        block = self._blocks[index]
+        if _has_global_hooks():
+            return None
+        description = self._watch(index, 1).description()
+        return None if description is None else block_prompt.read(block, description, hidden_states, given)
 
     def _outputs(self, run: _Run, index: int, cache: Any) -> Tensor | None:
         """Outputs of a block that are made, unless its cache has changed since."""
@@ -176,14 +156,14 @@ class BlockRuns:
         room.show(layer, count)
         return run.outputs[index - run.first]
 
-    def _made(self, index: int, hidden_states: Tensor, given: _Given) -> _Run | None:
+    def _made(self, index: int, hidden_states: Tensor, given: Given) -> _Run | None:
         """The block and those that will follow it, or None if it has to run itself."""
-        first, chosen = self._blocks[index], kernels.backend("cpu")
-        if chosen.library is None or given.rotary is None or torch_modules._has_any_global_hook():  # type: ignore[no-untyped-call]
+        first, chosen, sequences = self._blocks[index], kernels.backend("cpu"), hidden_states.shape[0]
+        if chosen.library is None or _has_global_hooks() or not first.has_known_attention:
             return None
-        if not first.has_known_attention or not _are_of_one_token(hidden_states, given.rotary, first.shape):
+        if sequences > kernel.MAX_SEQUENCES or not given.suits(hidden_states, first.shape):
             return None
-        layers = self._cache_layers(index, self._end(index), hidden_states.shape[0], given)
+        layers = self._cache_layers(index, self._end(index), sequences, given)
         description, count = self._description(index, len(layers)) if layers else (None, 0)
         if description is None:
             return None
@@ -201,7 +181,7 @@ class BlockRuns:
         slots = tuple(map(_Slot, map(ref, rooms), counts))
         return _Run(index, given.rotary, given.mask, ref(given.cache), outputs, slots, _version(outputs[0]))
 
-    def _cache_layers(self, index: int, end: int, sequences: int, given: _Given) -> list[Any]:
+    def _cache_layers(self, index: int, end: int, sequences: int, given: Given) -> list[Any]:
         """The layers of the cache for blocks from the first on, until one that the kernels cannot append to."""
         layers: list[Any] = []
         for block in self._blocks[index:end]:
@@ -211,9 +191,9 @@ class BlockRuns:
             (rows, heads, count, size), shape = layer.keys.shape, block.shape
             if (rows, heads, size) != (sequences, shape.kv_heads, shape.head_dim):
                 break
-            if known_room(layer) is None and not _are_readable(layer.keys, layer.values):
+            if known_room(layer) is None and not are_readable(layer.keys, layer.values):
                 break
-            if given.mask is not None and not _is_readable_mask(given.mask, sequences, count + 1):
+            if not given.has_readable_mask(sequences, 1, count + 1):
                 break
             layers.append(layer)
         return layers
@@ -248,25 +228,14 @@ class BlockRuns:
         return end
 
 
+def _has_global_hooks() -> bool:
+    """Whether somebody wants to see all modules."""
+    return bool(torch_modules._has_any_global_hook())  # type: ignore[no-untyped-call]
+
+
 def _version(tensor: Tensor) -> int:
     """How often it was changed in place; tensors of inference mode do not count."""
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _are_of_one_token(hidden_states: Tensor, rotary: tuple[Tensor, Tensor], shape: kernel.BlockShape) -> bool:
-    """Whether shapes are [sequences, 1, hidden_size], and [sequences or 1, 1, dimensions that are turned] twice."""
-    (sequences, tokens, width), (cosines, sines) = hidden_states.shape, rotary
-    if tokens != 1 or sequences > kernel.MAX_SEQUENCES or width != shape.hidden or cosines.shape != sines.shape:
-        return False
-    turned = cosines.shape[-1]
-    if cosines.shape not in ((1, 1, turned), (sequences, 1, turned)) or turned > shape.head_dim:
-        return False
-    return cosines.dtype == sines.dtype and _is_plain(hidden_states) and _is_plain(cosines) and _is_plain(sines)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    plain = type(tensor) is Tensor and tensor.is_cpu and tensor.is_contiguous()
-    return plain and tensor.dtype in kernel.FLOAT_TYPES
 
 
 def _cache_layer(cache: Any, index: int) -> Any:
@@ -279,17 +248,6 @@ def _cache_layer(cache: Any, index: int) -> Any:
     else:
         appends = type(layer) is DynamicLayer
     return layer if appends and layer.keys is not None and layer.keys.numel() > 0 else None
-
-
-def _are_readable(keys: Tensor, values: Tensor) -> bool:
-    same = keys.dtype == values.dtype and keys.shape == values.shape
-    return same and keys.is_cpu and values.is_cpu and keys.dtype in kernel.FLOAT_TYPES
-
-
-def _is_readable_mask(mask: Any, sequences: int, count: int) -> bool:
-    """Whether it is [sequences or 1, 1, 1, tokens] bool, where True is attention."""
-    plain = type(mask) is Tensor and mask.dtype == torch.bool and mask.is_cpu
-    return plain and mask.shape in ((sequences, 1, 1, count), (1, 1, 1, count))
 
 
 def _rooms(layers: list[Any]) -> list[Room]:

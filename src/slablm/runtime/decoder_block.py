@@ -45,7 +45,7 @@ class DecoderBlock:
 
     def __init__(self, layer: Any) -> None:
         attention, mlp = layer.self_attn, layer.mlp
-        self._config = attention.config
+        self._config, self._is_causal = attention.config, getattr(attention, "is_causal", True)
         self.index: int = attention.layer_idx
         self.shape = kernel.BlockShape(
             hidden=self._config.hidden_size,
@@ -97,6 +97,11 @@ class DecoderBlock:
     def has_known_attention(self) -> bool:
         """Whether its implementation of attention computes what the kernels do."""
         return self._config._attn_implementation in _ATTENTION
+
+    @property
+    def sees_the_past(self) -> bool:
+        """Whether its tokens see those up to themselves where there is no mask: so sdpa is called, and nothing else."""
+        return self._is_causal and self._config._attn_implementation == "sdpa"
 
     def may_follow(self, other: DecoderBlock) -> bool:
         """Whether what is known of another block's attention and inputs is known of its own.

@@ -2,8 +2,9 @@
 
 A block of a small model is a millisecond of products and as much again of small operators around them, each with its
 way through Python. For one new token of each of a few sequences the kernels do all of it, and all blocks that follow
-each other in one call (`slablm.runtime.block_run`): `use_token_path` gives blocks a forward that takes it where it can,
-and else is the forward that the block has. `generate`, servers and chats need not know.
+each other in one call (`slablm.runtime.block_run`); for a prompt they do all but the cache's own work
+(`slablm.runtime.block_prompt`). `use_token_path` gives blocks a forward that takes this path where it can, and else is
+the forward that the block has. `generate`, servers and chats need not know.
 
 It is taken with no gradients, outside of `torch.compile`, with a `DynamicCache` on the CPU that is not empty, and where
 nobody has hooked into the block or replaced a part of it. Its results are those of the block up to rounding.
@@ -24,8 +25,10 @@ from slablm.runtime.block_run import BlockRuns
 from slablm.runtime.decoder_block import DecoderBlock, Watch, recognise
 
 _logger = logging.getLogger(__name__)
-# Largest difference to the block itself, relative to what the block adds to the residual stream: rounding of inputs to
-# 14 bits, and of results in 16-bit models.
+# A block is compared with itself on a prompt and one new token.
+_TOKENS = 20
+# Largest difference, relative to what the block adds to the residual stream: rounding of inputs to 14 bits, and of
+# results in 16-bit models.
 _TOLERANCES = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
@@ -83,20 +86,27 @@ def _agrees(layer: nn.Module, block: DecoderBlock) -> bool:
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, device="cpu").to(weight.dtype)
 
-    inputs, keys = random(1, 1, shape.hidden), random(1, shape.kv_heads, 3, shape.head_dim)
-    values, angles = torch.randn_like(keys), random(1, 1, shape.head_dim // 2).repeat(1, 1, 2)
     # The name has changed in transformers 5.2x.
     name = "cache" if "cache" in inspect.signature(type(layer).forward).parameters else "past_key_values"
-    ways = (partial(type(layer).forward, layer), lambda states, **kwargs: runs.step(0, states, kwargs))
-    results = []
-    for way in ways:
+    ways: tuple[Any, Any] = (partial(type(layer).forward, layer), lambda states, **kwargs: runs.step(0, states, kwargs))
+    results: list[list[Tensor]] = [[], []]
+    angles = random(1, _TOKENS, shape.head_dim // 2).repeat(1, 1, 2)
+    inputs = random(1, _TOKENS, shape.hidden)
+    for way, made in zip(ways, results, strict=True):
         cache = DynamicCache()
-        cache.update(keys, values, block.index)
-        outputs = way(inputs, attention_mask=None, position_embeddings=(angles.cos(), angles.sin()), **{name: cache})
-        if outputs is None:
-            return False
+        for part in (slice(None, -1), slice(-1, None)):  # a prompt, and a new token
+            given, turns = inputs[:, part].contiguous(), angles[:, part].contiguous()
+            kwargs: dict[str, Any] = {
+                "attention_mask": None,
+                "position_embeddings": (turns.cos(), turns.sin()),
+                name: cache,
+            }
+            outputs = way(given, **kwargs)
+            if outputs is None and part.stop is None:
+                return False
+            made.append((ways[0](given, **kwargs) if outputs is None else outputs) - given)
         kept: Any = cache.layers[block.index]
-        results.append((outputs - inputs, kept.keys, kept.values))
+        made += [kept.keys, kept.values]
     differences = [_difference(own, other) for own, other in zip(*results, strict=True)]
     agree = all(difference <= _TOLERANCES[weight.dtype] for difference in differences)  # no NaN does
     if not agree:

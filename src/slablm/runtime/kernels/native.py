@@ -104,6 +104,8 @@ def load() -> Library | str:
     functions.slablm_symbols_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
     functions.slablm_trellis_columns.argtypes = (i32, pointer, i32)
     functions.slablm_blocks.argtypes = (i32, pointer, pointer, i64, pointer, i32)
+    functions.slablm_prompt_heads.argtypes = (i32, pointer, pointer, pointer, pointer, i32)
+    functions.slablm_prompt_outputs.argtypes = (i32, pointer, pointer, pointer, pointer, i32)
     functions.slablm_rotate.argtypes = (i32, pointer, i64, i64, i64, ctypes.c_uint64, i32)
     supported = tuple(name for name, number in INSTRUCTION_SETS.items() if functions.slablm_supports(number))
     none = (NO_SYMBOLS, None, 0, 0, 14, None, 0, 1)

@@ -1,0 +1,144 @@
+"""A Llama of 1B shapes beside llama.cpp: speed does not depend on what weights say, so both get random ones.
+
+    python benchmarks/random_llama.py write TEMPLATE.gguf random.gguf
+    llama-quantize random.gguf Q4_K_M.gguf Q4_K_M
+    OMP_NUM_THREADS=2 python benchmarks/random_llama.py compare Q4_K_M.gguf --llama-bench llama-bench --threads 1,2
+
+`write` makes the file in F16; settings that are not shapes, and the vocabulary, are those of the template, any GGUF
+file of a Llama. `compare` makes the model with layers in random symbols and measures both in turns, as `slablm bench`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import gguf
+import numpy as np
+import torch
+import typer
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from slablm.evaluation.llama_bench import LlamaBench
+from slablm.evaluation.speed import Workload, measure_speed, weight_bytes
+from slablm.methods.rotation import Rotation, largest_block
+from slablm.methods.symbols import SymbolWeight
+from slablm.packing.symbols import pack_symbols
+from slablm.runtime.linear import SlabLinear
+from slablm.runtime.narrow import narrow_matrices
+from slablm.runtime.replace_module import replace_module
+from slablm.runtime.token_path import use_token_path
+
+HIDDEN, MLP, BLOCKS, HEADS, KV_HEADS, HEAD_DIM = 2048, 8192, 16, 32, 8, 64
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def write(template: Path, out: Path) -> None:
+    """Write the GGUF file."""
+    reader = gguf.GGUFReader(template)
+    vocabulary = len(reader.fields["tokenizer.ggml.tokens"].data)
+    writer = gguf.GGUFWriter(out, "llama")
+    for name, field in reader.fields.items():
+        if name.startswith("tokenizer.") or name == "llama.attention.layer_norm_rms_epsilon":
+            of = field.types[-1] if field.types[0] is gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), field.types[0], of)
+    writer.add_block_count(BLOCKS)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_feed_forward_length(MLP)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_rope_dimension_count(HEAD_DIM)
+    writer.add_vocab_size(vocabulary)
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
+    generator = np.random.default_rng(0)
+    for name, shape in tensors(vocabulary).items():
+        random = generator.standard_normal(shape, dtype=np.float32)
+        writer.add_tensor(name, (0.02 * random).astype(np.float16) if len(shape) == 2 else 1 + 0 * random)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def tensors(vocabulary: int) -> dict[str, tuple[int, ...]]:
+    """Shapes by GGUF's names; the head is the embedding."""
+    block = {
+        "attn_norm": (HIDDEN,),
+        "ffn_norm": (HIDDEN,),
+        "attn_q": (HEADS * HEAD_DIM, HIDDEN),
+        "attn_k": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "attn_v": (KV_HEADS * HEAD_DIM, HIDDEN),
+        "attn_output": (HIDDEN, HEADS * HEAD_DIM),
+        "ffn_gate": (MLP, HIDDEN),
+        "ffn_up": (MLP, HIDDEN),
+        "ffn_down": (HIDDEN, MLP),
+    }
+    blocks = {f"blk.{i}.{name}.weight": shape for i in range(BLOCKS) for name, shape in block.items()}
+    return {"token_embd.weight": (vocabulary, HIDDEN), "output_norm.weight": (HIDDEN,), **blocks}
+
+
+def random_model(vocabulary: int, bits: int) -> LlamaForCausalLM:
+    """In float32, its layers in symbols with rotated inputs, embedding and head in 16 bits."""
+    config = LlamaConfig(
+        hidden_size=HIDDEN,
+        intermediate_size=MLP,
+        num_hidden_layers=BLOCKS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        vocab_size=vocabulary,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    for name, linear in list(model.named_modules()):
+        if type(linear) is nn.Linear and name != "lm_head":
+            rows, columns = linear.weight.shape
+            codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
+            levels = torch.linspace(-128, 127, 2**bits).to(torch.int8)
+            scales = torch.full((rows,), 0.02 / 74).half()
+            rotation = Rotation(columns, largest_block(columns), 0)
+            layer = SlabLinear.from_packed(pack_symbols(SymbolWeight(codes, scales, levels, rotation)))
+            layer.use_native()
+            replace_module(model, name, layer)
+    narrow_matrices(model, torch.bfloat16)
+    assert use_token_path(model) == BLOCKS
+    return model
+
+
+@app.command()
+def compare(
+    files: list[Path],
+    llama_bench: str = "llama-bench",
+    threads: str = "1,2",
+    rounds: int = 3,
+    bits: Annotated[int, typer.Option(help="Per symbol.")] = 4,
+    prompt_tokens: int = 64,
+    new_tokens: int = 64,
+) -> None:
+    """Print one JSON line per contender and number of threads."""
+    programs = {file.stem: LlamaBench(str(file), llama_bench) for file in files}
+    vocabulary = len(gguf.GGUFReader(files[0]).fields["tokenizer.ggml.tokens"].data)
+    model = random_model(vocabulary, bits)
+    counts = [int(count) for count in threads.split(",")]
+    speeds = measure_speed({"slab+": model, **programs}, Workload(prompt_tokens, new_tokens), rounds, counts)
+    own = {speed.threads: speed for speed in speeds if speed.contender == "slab+"}
+    sizes = {"slab+": weight_bytes(model)} | {name: program.weight_bytes() for name, program in programs.items()}
+    for speed in speeds:
+        line = {"contender": speed.contender, "threads": speed.threads, "bytes": sizes[speed.contender]}
+        for quantity in ("decode", "prefill"):
+            samples = getattr(speed, quantity)
+            line |= {
+                quantity: samples.values,
+                f"slab+ / it, {quantity}": getattr(own[speed.threads], quantity).ratio_to(samples),
+            }
+        print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    app()
