@@ -128,7 +128,7 @@ constexpr Matrices kHalvesSwapped = moving([](int, int i) { return (i + 4) % 8; 
 // symbol in the low plane these are, from the lowest on: they, whether the symbol above is odd, and the symbol's top bit.
 struct Avx512Symbols : Avx512 {
     static constexpr int64_t kChunk = 64;
-    static constexpr int kBatchTokens = 6;
+    static constexpr int kBatchTokens = 12;
     static constexpr int quick_rows(int tokens) { return tokens == 4 ? 2 : 4; }
 
     struct Symbols {
@@ -205,7 +205,6 @@ struct Avx512Symbols : Avx512 {
         }
     }
     static Bytes bytes(const uint8_t* from) { return _mm512_loadu_si512(from); }
-    static void save(Bytes bytes, uint8_t* to) { _mm512_storeu_si512(to, bytes); }
     static Bytes all(uint8_t byte) { return _mm512_set1_epi8(static_cast<char>(byte)); }
     static Sums start(const int32_t* starts) { return {_mm512_setzero_si512(), _mm512_loadu_si512(starts)}; }
     static Sums dot(const Sums& sums, Bytes a, const int16_t* x) {
@@ -217,24 +216,42 @@ struct Avx512Symbols : Avx512 {
         if (Planes == 2) return arrange(fixed, reinterpret_cast<int16_t*>(out));
         for (int64_t k = 0; k < kChunk; ++k) out[k] = static_cast<int8_t>(fixed[k]);
     }
-    template <int N, int Planes>
-    struct BatchSums {
-        __m512i high[Planes == 2 ? N : 1], low[N];  // without a second plane, nothing is high
-
-        void start(int i, const int32_t* starts) {
-            if (Planes == 2) high[i] = _mm512_setzero_si512();
-            low[i] = _mm512_loadu_si512(starts);
+    using Words = __m512i;
+    static Words words(int32_t value) { return _mm512_set1_epi32(value); }
+    static Words four(const int8_t* x) {
+        int32_t bytes;
+        memcpy(&bytes, x, sizeof bytes);
+        return _mm512_set1_epi32(bytes);
+    }
+    // GCC 12 moves accumulators from register to register around the intrinsic, and some of them to memory.
+    static void add_products(Words& sum, Bytes a, Words x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(x)); }
+    template <int Planes>
+    static Floats whole(Words high, Words low) {
+        return _mm512_cvtepi32_ps(Planes == 2 ? whole({high, low}) : low);
+    }
+    // 16 vectors of 16 words: vector i gets word i of each.
+    static void save_transposed(const Bytes (&rows)[16], uint8_t* to, int64_t stride) {
+        __m512i pairs[16], fours[16];
+        UNROLLED for (int i = 0; i < 16; i += 2) {
+            pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+            pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
         }
-        void add(int i, Bytes a, const int8_t* x) {
-            if (Planes == 2) add(high[i], a, _mm512_loadu_si512(x));
-            add(low[i], a, _mm512_loadu_si512(x + 64 * (Planes - 1)));
+        UNROLLED for (int i = 0; i < 16; i += 4) {
+            fours[i] = _mm512_unpacklo_epi64(pairs[i], pairs[i + 2]);
+            fours[i + 1] = _mm512_unpackhi_epi64(pairs[i], pairs[i + 2]);
+            fours[i + 2] = _mm512_unpacklo_epi64(pairs[i + 1], pairs[i + 3]);
+            fours[i + 3] = _mm512_unpackhi_epi64(pairs[i + 1], pairs[i + 3]);
         }
-        // GCC 12 moves accumulators from register to register around the intrinsic, and some of them to memory.
-        static void add(__m512i& sum, Bytes a, __m512i x) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(x)); }
-        __m512i whole(int i) const { return Planes == 2 ? Avx512Symbols::whole({high[i], low[i]}) : low[i]; }
-        void save(int i, int32_t* to) const { _mm512_storeu_si512(to, whole(i)); }
-        Floats floats(int i) const { return _mm512_cvtepi32_ps(whole(i)); }
-    };
+        UNROLLED for (int j = 0; j < 4; ++j) {  // of four words in 128 bits, word j; first those of even parts, then of odd ones
+            const __m512i even = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0x88), odd = _mm512_shuffle_i32x4(fours[j], fours[4 + j], 0xDD);
+            const __m512i more_even = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0x88);
+            const __m512i more_odd = _mm512_shuffle_i32x4(fours[8 + j], fours[12 + j], 0xDD);
+            _mm512_storeu_si512(to + j * stride, _mm512_shuffle_i32x4(even, more_even, 0x88));
+            _mm512_storeu_si512(to + (4 + j) * stride, _mm512_shuffle_i32x4(odd, more_odd, 0x88));
+            _mm512_storeu_si512(to + (8 + j) * stride, _mm512_shuffle_i32x4(even, more_even, 0xDD));
+            _mm512_storeu_si512(to + (12 + j) * stride, _mm512_shuffle_i32x4(odd, more_odd, 0xDD));
+        }
+    }
     static __m512i whole(const Sums& sums) { return _mm512_add_epi32(_mm512_slli_epi32(sums.high, 7), sums.low); }
     static void save(const Sums& sums, int32_t* to) { _mm512_storeu_si512(to, whole(sums)); }
     static Floats to_floats(const Sums& sums) { return _mm512_cvtepi32_ps(whole(sums)); }

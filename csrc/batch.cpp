@@ -5,7 +5,7 @@ namespace {
 
 // Inputs are prepared so many at a time: their memory does not grow with the tokens.
 constexpr int64_t kTokensAtATime = 1024;
-constexpr int64_t kTilesPerSegment = 16;  // with 8 lanes, sums stay below 255 * 16382 * 2048 / 8 < 2^31
+constexpr int64_t kTilesPerSegment = 8;  // sums stay below 127.5 * 16382 * 1024 < 2^31
 
 // Weights that a token's preparation takes as long as.
 constexpr int64_t kWeightsPerInput = 16;
@@ -17,9 +17,9 @@ BatchActivations take_batch(Scratch& memory, const SlabSymbols& weight, int64_t 
     act.padded = (weight.columns + kTileColumns - 1) / kTileColumns * kTileColumns;
     act.segment = weight.block == 0 ? kTileColumns : kTilesPerSegment * kTileColumns;
     act.segments = (act.padded + act.segment - 1) / act.segment;
-    memory.start(tokens * (planes * act.padded + (4 * kMostLanes + 4) * act.segments));
+    memory.start(tokens * (planes * act.padded + 8 * act.segments));
     memory.take(tokens * planes * act.padded, act.x);
-    memory.take(tokens * act.segments * kMostLanes, act.starts);
+    memory.take(tokens * act.segments, act.starts);
     memory.take(tokens * act.segments, act.scales);
     return act;
 }
@@ -29,13 +29,11 @@ int32_t prepare(const Kernels& kernels, const SlabSymbols& weight, const void* i
     std::atomic<bool> finite{true};
     const int64_t scales = tokens * act.segments, all_scales = act.tokens * act.segments;
     std::fill(act.x + tokens * act.planes * act.padded, act.x + act.tokens * act.planes * act.padded, int8_t{0});
-    std::fill(act.starts + scales * kMostLanes, act.starts + all_scales * kMostLanes, 0);
+    std::fill(act.starts + scales, act.starts + all_scales, 0);
     std::fill(act.scales + scales, act.scales + all_scales, 0.0f);
     const int64_t work = kWeightsPerInput * weight.columns;
-    const bool enough = for_rows_with<float>(act.padded, tokens, work, threads, [&](float* x, int64_t begin, int64_t end) {
-        for (int64_t token = begin; token < end; ++token) {
-            if (!kernels.prepare_batch(weight, inputs, type, token, x, act)) finite = false;
-        }
+    const bool enough = for_rows_with<float>(2 * act.padded, tokens, work, threads, [&](float* room, int64_t begin, int64_t end) {
+        if (!kernels.prepare_batch(weight, inputs, type, begin, end, room, act)) finite = false;
     });
     return !enough ? -1 : finite ? 0 : kNotFinite;
 }
@@ -45,8 +43,9 @@ int32_t multiply(const Kernels& kernels, const SlabSymbols& weight, const BatchA
     const auto run = [&](uint8_t* bytes, int64_t begin, int64_t end) {
         kernels.batch_symbols(weight, act, output, begin, end, bytes);
     };
-    const int64_t work = weight.columns * output.tokens;
-    return for_rows_with<uint8_t>(kTileRows * act.padded, weight.rows, work, threads, run) ? 0 : -1;
+    const int64_t work = weight.columns * output.tokens, share = rows_per_piece(weight.rows, std::max(threads, 1));
+    const int64_t piece = (share + kBatchRows - 1) / kBatchRows * kBatchRows;
+    return for_rows_with<uint8_t>(kBatchRows * act.padded, weight.rows, work, threads, piece, run) ? 0 : -1;
 }
 
 }  // namespace

@@ -1,17 +1,15 @@
 // A decoder block for many tokens: what comes before the cache gets them, and what comes behind.
 //
 // Rows, one per token, go through all of it in groups, so that its memory does not grow with the prompt.
-#include <memory>
+#include <initializer_list>
+#include <utility>
 
 #include "blocks.h"
 
 namespace {
 
-constexpr int64_t kRowsTogether = 512;
+constexpr int64_t kRowsTogether = 256;
 constexpr int64_t kQueriesPerPiece = 48;
-
-using Floats = std::unique_ptr<float[]>;
-Floats floats(int64_t count) { return Floats(new float[static_cast<size_t>(count)]); }
 
 class PromptRun {
     const Kernels& kernels;
@@ -22,11 +20,14 @@ class PromptRun {
     const int64_t query_size = block.heads * d, key_size = block.kv_heads * d;
     const int64_t most = std::min(rows, kRowsTogether);
 
-    // Where a projection's outputs begin, and how far they are apart, for each that is in one weight with others or apart.
-    struct Made {
-        const float* data;
-        int64_t stride;
-    };
+    // Memory for the rows that go together, of so many numbers each.
+    void take(std::initializer_list<std::pair<float**, int64_t>> arrays) const {
+        static thread_local Scratch memory;
+        int64_t numbers = 0;
+        for (const auto& array : arrays) numbers += most * array.second + kMostLanes;
+        memory.start(4 * numbers);
+        for (const auto& array : arrays) memory.take((most * array.second + kMostLanes - 1) / kMostLanes * kMostLanes, *array.first);
+    }
 
     // work(row) for each of so many rows.
     template <class Work>
@@ -119,24 +120,24 @@ public:
         : kernels(kernels), block(block), prompt(prompt), threads(threads) {}
 
     int32_t heads(void* keys, void* values) {
-        const Floats normed = floats(most * block.hidden), query = floats(most * block.query.weight.rows);
-        const Floats key = floats(most * key_size), value = floats(most * key_size);
+        float *normed, *query, *key, *value;
+        take({{&normed, block.hidden}, {&query, block.query.weight.rows}, {&key, key_size}, {&value, key_size}});
         const int64_t stride = block.query.weight.rows;
         const bool no_key = block.key.weight.rows == 0, no_value = block.value.weight.rows == 0;
         for (int64_t first = 0; first < rows; first += kRowsTogether) {
             const int64_t count = std::min(kRowsTogether, rows - first);
             each(count, block.hidden, [&](int64_t row) {
-                read_row(first + row, normed.get() + row * block.hidden);
-                kernels.normalize(normed.get() + row * block.hidden, block.hidden, block.attention_norm);
+                read_row(first + row, normed + row * block.hidden);
+                kernels.normalize(normed + row * block.hidden, block.hidden, block.attention_norm);
             });
-            int32_t status = product(block.query, normed.get(), count, query.get());
-            if (status == 0) status = product(block.key, normed.get(), count, key.get());
-            if (status == 0) status = product(block.value, normed.get(), count, value.get());
+            int32_t status = product(block.query, normed, count, query);
+            if (status == 0) status = product(block.key, normed, count, key);
+            if (status == 0) status = product(block.value, normed, count, value);
             if (status != 0) return status;
             each(count, query_size, [&](int64_t row) {
-                float* own = query.get() + row * stride;
-                float* own_key = no_key ? own + query_size : key.get() + row * key_size;
-                float* own_value = no_value ? own + query_size + key_size : value.get() + row * key_size;
+                float* own = query + row * stride;
+                float* own_key = no_key ? own + query_size : key + row * key_size;
+                float* own_value = no_value ? own + query_size + key_size : value + row * key_size;
                 scatter(first + row, own, own_key, own_value, keys, values);
             });
         }
@@ -146,34 +147,33 @@ public:
     int32_t outputs(const SlabContext& context, void* outputs) {
         const int64_t hidden = block.hidden, size = block.intermediate, gate_size = block.gate.weight.rows;
         const bool joined = block.up.weight.rows == 0;
-        const Floats residual = floats(most * hidden), normed = floats(most * hidden), made = floats(most * hidden);
-        const Floats attended = floats(most * query_size), gate = floats(most * gate_size);
-        const Floats up = floats(joined ? 0 : most * size), active = floats(joined ? most * size : 0);
-        float* const activated = joined ? active.get() : gate.get();
+        float *residual, *normed, *made, *attended, *gate, *other;  // the last one is up's, or what is made of both
+        take({{&residual, hidden}, {&normed, hidden}, {&made, hidden}, {&attended, query_size}, {&gate, gate_size}, {&other, size}});
+        float* const activated = joined ? other : gate;
         for (int64_t first = 0; first < rows; first += kRowsTogether) {
             const int64_t count = std::min(kRowsTogether, rows - first);
-            if (!attend(context, first, count, attended.get())) return -1;
-            int32_t status = product(block.attention_out, attended.get(), count, made.get());
+            if (!attend(context, first, count, attended)) return -1;
+            int32_t status = product(block.attention_out, attended, count, made);
             if (status != 0) return status;
             each(count, hidden, [&](int64_t row) {
-                float *own = residual.get() + row * hidden, *next = normed.get() + row * hidden, *added = made.get() + row * hidden;
+                float *own = residual + row * hidden, *next = normed + row * hidden, *added = made + row * hidden;
                 read_row(first + row, own);
                 kernels.normalize(added, hidden, block.attention_out_norm);
                 for (int64_t i = 0; i < hidden; ++i) next[i] = own[i] += added[i];
                 kernels.normalize(next, hidden, block.mlp_norm);
             });
-            status = product(block.gate, normed.get(), count, gate.get());
-            if (status == 0) status = product(block.up, normed.get(), count, up.get());
+            status = product(block.gate, normed, count, gate);
+            if (status == 0) status = product(block.up, normed, count, other);
             if (status != 0) return status;
             each(count, size, [&](int64_t row) {
-                const float* own = gate.get() + row * gate_size;
-                const float* other = joined ? own + size : up.get() + row * size;
-                kernels.activate(block.activation, own, other, activated + row * size, size);
+                const float* own = gate + row * gate_size;
+                const float* up = joined ? own + size : other + row * size;
+                kernels.activate(block.activation, own, up, activated + row * size, size);
             });
-            status = product(block.down, activated, count, made.get());
+            status = product(block.down, activated, count, made);
             if (status != 0) return status;
             each(count, hidden, [&](int64_t row) {
-                float *own = residual.get() + row * hidden, *added = made.get() + row * hidden;
+                float *own = residual + row * hidden, *added = made + row * hidden;
                 kernels.normalize(added, hidden, block.mlp_out_norm);
                 for (int64_t i = 0; i < hidden; ++i) write(own[i] + added[i], outputs, prompt.type, (first + row) * hidden + i);
             });

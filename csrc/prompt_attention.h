@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t kKeysTogether = 64, kQueriesTogether = 6;
+constexpr int64_t kKeysTogether = 4 * kMostLanes, kQueriesTogether = 6;
 constexpr float kNoScore = -3.4e38f;
 
 template <class Isa>
@@ -91,26 +91,34 @@ void mix_rows(const float* weights, const float* factors, const float* values, i
     }
 }
 
+// All lanes of a vector into one, by halves: one after the other they would wait for each other.
+template <class Combine>
+float folded(float (&lanes)[kMostLanes], const Combine& combine) {
+    UNROLLED for (int64_t half = kMostLanes / 2; half > 0; half /= 2) {
+        UNROLLED for (int64_t i = 0; i < half; ++i) lanes[i] = combine(lanes[i], lanes[i + half]);
+    }
+    return lanes[0];
+}
+
 // Scores become weights; returns their sum, sets the maximum so far, and the factor of what was summed before.
 inline float weigh_row(float* scores, float& most, float& factor) {
-    float largest[kMostLanes], sums[kMostLanes] = {};
-    for (float& value : largest) value = most;
-    for (int64_t k = 0; k < kKeysTogether; k += kMostLanes) {
-        for (int64_t i = 0; i < kMostLanes; ++i) largest[i] = scores[k + i] > largest[i] ? scores[k + i] : largest[i];
+    const auto larger = [](float a, float b) { return a > b ? a : b; };
+    float largest[kMostLanes], sums[kMostLanes];
+    for (int64_t i = 0; i < kMostLanes; ++i) {
+        const float one = larger(scores[i], scores[kMostLanes + i]);
+        largest[i] = larger(one, larger(scores[2 * kMostLanes + i], scores[3 * kMostLanes + i]));
     }
     const float before = most;
-    for (const float value : largest) most = value > most ? value : most;
+    most = larger(folded(largest, larger), before);
     factor = exponential(before - most);
-    for (int64_t k = 0; k < kKeysTogether; k += kMostLanes) {
-        for (int64_t i = 0; i < kMostLanes; ++i) {
-            const float weight = exponential(scores[k + i] - most);
-            scores[k + i] = scores[k + i] == kNoScore ? 0.0f : weight;
-            sums[i] += scores[k + i];
-        }
+    for (int64_t k = 0; k < kKeysTogether; ++k) {
+        const float weight = exponential(scores[k] - most);
+        scores[k] = scores[k] == kNoScore ? 0.0f : weight;
     }
-    float sum = 0.0f;
-    for (const float value : sums) sum += value;
-    return sum;
+    for (int64_t i = 0; i < kMostLanes; ++i) {
+        sums[i] = (scores[i] + scores[kMostLanes + i]) + (scores[2 * kMostLanes + i] + scores[3 * kMostLanes + i]);
+    }
+    return folded(sums, [](float a, float b) { return a + b; });
 }
 
 // Scores of a query and the keys from `key` on that it must not see.

@@ -17,6 +17,7 @@ constexpr int64_t kMaxTokens = 8;      // tokens of one decode call
 constexpr int64_t kMaxQuickRank = 8;   // largest rank with fixed-point activations
 constexpr int64_t kPadding = 64;       // bytes that may be read after the last value
 constexpr int64_t kTileRows = 4;       // rows and columns of a tile of symbols
+constexpr int64_t kBatchRows = 32;      // that become bytes together, for many tokens
 constexpr int64_t kTileColumns = 128;
 constexpr int64_t kMostLanes = 16;     // of a vector of floats
 constexpr int32_t kNotFinite = 1;      // what is returned if inputs have an infinity or NaN and nothing was computed
@@ -203,7 +204,7 @@ struct BatchActivations {
     int64_t segments;
     int64_t planes;    // of bytes: 1 (8 bits) or 2 (14 bits)
     int8_t* x;         // [tokens, planes * padded], arranged by the instruction set
-    int32_t* starts;   // [tokens, segments, lanes]
+    int32_t* starts;   // of sums of products with bytes, [tokens, segments]
     float* scales;     // [tokens, segments]
 };
 
@@ -265,8 +266,8 @@ struct Kernels {
     void (*unpack_symbols)(const SlabSymbols& weight, int64_t begin, int64_t end, void* output, int32_t output_type);
     void (*rotate)(float* row, int64_t columns, int64_t block, uint64_t seed, bool restore);
     int64_t batch_tokens;  // of one plane that are multiplied together, of two half of them; 0: no kernel for many
-    bool (*prepare_batch)(const SlabSymbols& weight, const void* inputs, int32_t input_type, int64_t token, float* x,
-                          const BatchActivations& activations);
+    bool (*prepare_batch)(const SlabSymbols& weight, const void* inputs, int32_t input_type, int64_t begin, int64_t end,
+                          float* room, const BatchActivations& activations);
     void (*batch_symbols)(const SlabSymbols& weight, const BatchActivations& activations, const Output& output,
                           int64_t begin, int64_t end, uint8_t* bytes);
 
