@@ -261,7 +261,7 @@ OTHER_STEPS = {
     "two tokens": lambda model: fed(model, tokens_of(2, 8), prompt=2, size=2),
     "two tokens without a mask": lambda model: called(model, 2),
     "a mask without its name": lambda model: called(model, 1, torch.arange(5).view(1, 1, 1, 5) > 1),
-    "nine sequences": lambda model: fed(model, tokens_of(9)),
+    "nine sequences": lambda model: fed(model, tokens_of(9), prompt=1),
     "an argument that nobody knows": lambda model: fed(model, tokens_of(), something=1),
     "another backend": fed_on_the_reference,
 }
