@@ -24,7 +24,7 @@ from slablm.checkpoint.config_file import config_digest
 from slablm.checkpoint.description import Description, drift_entry, read_drift
 from slablm.checkpoint.entries import ModuleSpec
 from slablm.checkpoint.files import WAY_OUT
-from slablm.checkpoint.guard import FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
+from slablm.checkpoint.guard import FIRST_WITH_EXPERTS, FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.stored import stored_form
 from slablm.checkpoint.verification import Checkpoint, check_inside, open_checkpoint
@@ -33,6 +33,7 @@ from slablm.errors import SlabError
 from slablm.methods.drift import Drift
 from slablm.packing import CodedSpec, PackedSpec
 from slablm.runtime import kernels
+from slablm.runtime.experts import Experts, all_experts, shares_of
 from slablm.runtime.int8 import int8_names, tie_scales, use_int8
 from slablm.runtime.linear import RowLinear, SlabLinear
 from slablm.runtime.narrow import narrow_matrices
@@ -54,6 +55,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         format_version: version of the format.
         drift: the drift behind each block (`Drift` or its dict); None if it was not measured.
         int8_rows: full names of the modules whose matrix is stored in int8 rows; None for none.
+        experts: full names of the modules whose experts are stored one by one; None for none.
 
     Raises:
         SlabError: the version is not one this slablm reads, or a field is missing or wrong.
@@ -67,18 +69,19 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         drift: Sequence[Any] | None = None,
         int8_rows: Sequence[str] | None = None,
+        experts: Sequence[str] | None = None,
         **unknown: Any,
     ) -> None:
         check_version(format_version)  # a newer version may have new entries
         unknown.pop("quant_method", None)
         if unknown:
             raise SlabError(f"config.json: quantization_config is damaged (unknown entry {sorted(unknown)[0]!r})")
-        description = Description.from_json(modules, value_dtype, format_version, int8_rows)
+        description = Description.from_json(modules, value_dtype, format_version, int8_rows, experts)
         self.modules = dict(description.modules)
         self.quant_method = QUANT_METHOD  # type: ignore[assignment] # the enum lists only built-in methods
         self.format_version = format_version
         self.value_dtype = description.value_dtype
-        self.int8_rows = description.int8_rows
+        self.int8_rows, self.experts = description.int8_rows, description.experts
         self.drift = read_drift(drift)
         self.compression = (
             compression
@@ -89,17 +92,18 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
     @property
     def description(self) -> Description:
         """What decides decoding."""
-        return Description(self.modules, self.value_dtype, self.format_version, self.int8_rows)
+        return Description(self.modules, self.value_dtype, self.format_version, self.int8_rows, self.experts)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, as in `config.json`; what is written is always in the present version."""
+        """JSON-ready form, as in `config.json`; what is written is never in an older version."""
+        description = self.description
         return {
             "quant_method": self.quant_method,
-            "format_version": FORMAT_VERSION,
+            "format_version": description.written_version,
             "value_dtype": self.value_dtype,
             "compression": self.compression.to_dict(),
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
-            **({"int8_rows": list(self.int8_rows)} if self.int8_rows else {}),
+            **{key: list(names) for key, names in description.lists.items()},
             **({"drift": [drift_entry(block) for block in self.drift]} if self.drift else {}),
         }
 
@@ -124,6 +128,7 @@ class SlabHfQuantizer(HfQuantizer):
         paths = check_inside([str(file) for file in checkpoint_files or []], model.config.name_or_path)
         checkpoint = open_checkpoint(paths, self.quantization_config.description)
         checkpoint.verify()
+        self.quantization_config.experts = _place_experts(model, self.quantization_config.experts)
         modules = {}
         for name, module in self.quantization_config.modules.items():
             own_name, linear = _find_linear(model, name)
@@ -135,6 +140,17 @@ class SlabHfQuantizer(HfQuantizer):
         self.quantization_config.modules = modules
         _place_int8_rows(model, checkpoint)
         self.quantization_config.int8_rows = tuple(int8_names(model))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """What transformers does to tensors while it loads, without joining experts that are stored one by one."""
+        apart = [
+            f"{name}.0.{projection}.weight"
+            for name in self.quantization_config.experts
+            for projection in ("gate_proj", "up_proj", "down_proj")
+        ]
+        kept = [one for one in weight_conversions if all(one.rename_source_key(name)[1] is None for name in apart)]
+        updated: list[Any] = super().update_weight_conversions(kept, *model)  # type: ignore[no-untyped-call]
+        return updated
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check the planes and make `save_pretrained` write the complete format again."""
@@ -167,7 +183,7 @@ class SlabHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
         """The tensors to save and the header's metadata, digests included."""
         dtype = getattr(torch, self.quantization_config.value_dtype)
-        state = model.state_dict()
+        state, description = model.state_dict(), self.quantization_config.description
         # Tied tensors must stay one tensor, or transformers would write each of them.
         narrowed: dict[int, Tensor] = {}
         for name, tensor in state.items():
@@ -179,7 +195,8 @@ class SlabHfQuantizer(HfQuantizer):
         # What a checkpoint's config.json will say but for what transformers fills in while it saves: `save_pretrained`
         # here seals the files again, with what it does say.
         written = config_digest(json.loads(model.config.to_json_string()))
-        return state, integrity.sealed(integrity.metadata(state), self.quantization_config.description.digest, written)
+        metadata = integrity.metadata(state, description.written_version)
+        return state, integrity.sealed(metadata, description.digest, written)
 
     def is_serializable(self) -> bool:
         """Packed models can be saved."""
@@ -224,6 +241,22 @@ def _find(model: PreTrainedModel, name: str, *kinds: type[nn.Module]) -> tuple[s
         if isinstance(module, kinds):
             return own_name, module
     return None
+
+
+def _place_experts(model: PreTrainedModel, names: Sequence[str]) -> tuple[str, ...]:
+    """Take the experts of these modules apart, as the checkpoint has them; the model's own names of the modules.
+
+    Raises:
+        SlabError: the model has no such experts.
+    """
+    own_names = []
+    for name in names:
+        found = _find(model, name, nn.Module)
+        if found is None or not shares_of(found[1]):
+            raise SlabError(f"config.json lists experts {name!r} that {type(model).__name__} lacks")
+        replace_module(model, found[0], Experts.of(found[1]))
+        own_names.append(found[0])
+    return tuple(own_names)
 
 
 def _place_int8_rows(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
@@ -301,8 +334,11 @@ def describe(
         assert not isinstance(layer.spec, CodedSpec)
         dtype = getattr(torch, config.value_dtype or "")
         modules[report.name] = ModuleSpec.of(layer.spec, dtype, report.output_error, report.unseen_error)
+    experts = [name for name, _ in all_experts(model)]
+    version = FIRST_WITH_EXPERTS if experts else FORMAT_VERSION
+    lists: dict[str, Any] = {"int8_rows": int8_names(model) or None, "experts": experts or None}
     quantization_config = SlabQuantizationConfig(
-        modules, config.value_dtype or "", config, drift=drift, int8_rows=int8_names(model) or None
+        modules, config.value_dtype or "", config, version, drift=drift, **lists
     )
     model.config.quantization_config = quantization_config
     return quantization_config

@@ -73,7 +73,7 @@ def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
         SlabError: it is no slablm checkpoint, or damaged.
     """
     entries = read_config(folder)["quantization_config"]
-    keys = ("modules", "value_dtype", "format_version", "int8_rows")
+    keys = ("modules", "value_dtype", "format_version", "int8_rows", "experts")
     description = Description.from_json(*(entries.get(key) for key in keys))
     return open_checkpoint(weight_files(folder, variant), description)
 
@@ -166,8 +166,8 @@ def _check_config(record: integrity.Record, description: Description, folder: Pa
         return
     if description.digest != record.modules:
         raise SlabError(
-            f"{folder}: modules, value_dtype or int8_rows of config.json is not what the files were written with: "
-            f"{WAY_OUT}"
+            f"{folder}: modules, value_dtype, int8_rows or experts of config.json is not what the files were written "
+            f"with: {WAY_OUT}"
         )
     # A config that the user hands to transformers need not lie here.
     if (folder / CONFIG).is_file() and config_digest(read_config(folder)) != record.config:

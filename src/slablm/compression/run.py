@@ -199,10 +199,10 @@ class _Run:
         model, folder = self.dense.model, self.journal.model_folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        hf.describe(model, self.config, reports, drift)
+        version = hf.describe(model, self.config, reports, drift).description.written_version
         pieces, digests = self.journal.everything()
         digests |= {alias: digests[first] for first, *aliases in names for alias in aliases}
-        assemble(model, folder, pieces, integrity.record(digests, names), self.options.max_shard_size)
+        assemble(model, folder, pieces, integrity.record(digests, names, version), self.options.max_shard_size)
         self.dense.tokenizer.save_pretrained(folder)
         revision = self.options.revision
         card = model_card(self.source, self.config, reports, left_dense, __version__, revision, drift)

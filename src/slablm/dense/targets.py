@@ -17,6 +17,7 @@ from torch import nn
 
 from slablm.config import ALL_LINEAR, CompressionConfig
 from slablm.errors import SlabError
+from slablm.runtime.experts import separate_experts
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def select_targets(model: nn.Module, config: CompressionConfig) -> Targets:
-    """Choose the layers to compress.
+    """Choose the layers to compress; experts that are one tensor get linear layers of their own first, in place.
 
     Args:
         model: a causal language model.
@@ -84,6 +85,7 @@ def select_targets(model: nn.Module, config: CompressionConfig) -> Targets:
     Raises:
         SlabError: a pattern matches nothing (a typing error would otherwise go unnoticed).
     """
+    separate_experts(model)
     prefix, blocks = find_blocks(model)
     used: set[str] = set()
     left_dense: dict[str, str] = {}

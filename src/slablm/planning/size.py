@@ -108,10 +108,11 @@ def plan_size(
 
     dtype: torch.dtype = getattr(torch, config.value_dtype or "")
     layers = tuple(_empty_layer(model, name, budget, dtype) for name, budget in stored_as.items())
-    hf.describe(model, config, list(layers), [Drift(_ERROR, _ERROR)] * len(find_blocks(model)[1]))
+    drift = [Drift(_ERROR, _ERROR)] * len(find_blocks(model)[1])
+    version = hf.describe(model, config, list(layers), drift).description.written_version
     state, groups = model.state_dict(), tensor_names(model)
     pieces = {names[0]: Piece.of(_stored(state[names[0]], dtype)) for names in groups}
-    metadata = {"format": "pt", **integrity.record(dict.fromkeys(state, _DIGEST), groups)}
+    metadata = {"format": "pt", **integrity.record(dict.fromkeys(state, _DIGEST), groups, version)}
     shards = divide(model, pieces, max_shard_size)
     files = [{name: pieces[name] for name in inside} for inside in shards.filename_to_tensors.values()]
     header_bytes = sum(len(header(file, metadata)) for file in files)
