@@ -71,8 +71,8 @@ class Description:
         """Read the entries of ``quantization_config``; modules that are `ModuleSpec` already are taken as they are.
 
         Raises:
-            SlabError: see `check_version`, `ModuleSpec.from_json` and `read_names`; the value type is none, or the version
-                has no such list.
+            SlabError: see `check_version`, `ModuleSpec.from_json` and `read_names`; the value type is none, or the
+                version has no such list.
         """
         check_version(format_version)
         if not isinstance(modules, dict) or not modules or value_dtype not in VALUE_DTYPES:

@@ -25,6 +25,8 @@ class LayerReport:
         seconds: time of the decomposition.
         unseen_error: the same on inputs from text that calibrated nothing; None if there was no such text.
         symbol_bits: bits of a symbol; None where entries are kept.
+        routed: of a layer of an expert, how many calibration tokens the router sends there; None for all others, and
+            where it is not known.
     """
 
     name: str
@@ -36,6 +38,7 @@ class LayerReport:
     seconds: float
     unseen_error: float | None = None
     symbol_bits: int | None = None
+    routed: int | None = None
 
     @property
     def form(self) -> str:

@@ -1,9 +1,9 @@
 """Where a model's tensors lie in files that call them otherwise, or keep several in one.
 
 transformers renames tensors while it loads, and joins those of experts: ``block_sparse_moe.experts.3.w1.weight`` of a
-hub's file becomes a part of ``mlp.experts.gate_up_proj``. Here that is followed by transformers' own list of conversions
-down to the matrix of one expert, so that experts are read one by one wherever they are. What is done to a tensor beyond
-that (turned, cut, computed) is not followed: it keeps its name, and the model is read as a whole.
+hub's file becomes a part of ``mlp.experts.gate_up_proj``. Here that is followed, by transformers' own list of
+conversions, down to the matrix of one expert, so that experts are read one by one wherever they are. What is done to a
+tensor beyond that (turned, cut, computed) is not followed: it keeps its name, and the model is read as a whole.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ reason.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -148,9 +149,19 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
     with mapped_apart(), init_empty_weights(include_buffers=False):
         build: Any = AutoModelForCausalLM.from_config
         model: PreTrainedModel = build(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    _keep_in_float32(model, dtype)
     separate_experts(model)
     model.tie_weights()  # the context above makes a tensor of its own for every name
     return model
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give tensors that transformers keeps in float32 that type, as `from_pretrained` does (routers of DeepSeek)."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    for name, tensor in model.state_dict().items():
+        wider = next((wide for pattern, wide in plan.items() if re.search(pattern.replace("*", ".*"), name)), None)
+        if wider is not None and tensor.is_floating_point():
+            put(model, [name], tensor.to(wider))
 
 
 def why_whole(model: PreTrainedModel, weights: dict[str, Piece]) -> str:
@@ -181,8 +192,6 @@ def why_whole(model: PreTrainedModel, weights: dict[str, Piece]) -> str:
                 f"{model.config.name_or_path}: tensor {name!r} has shape {list(weights[name].shape)}, "
                 f"the config asks for {list(tensor.shape)}: {WAY_OUT}"
             )
-    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
-        return "it mixes types"
     return ""
 
 

@@ -5,14 +5,16 @@ other one down; in some models they are transposed. `Experts` holds the same num
 projection, ``experts.3.gate_proj`` and so on, so that each is a linear layer like any other: it can be calibrated,
 compressed, left dense and stored by its name. What becomes of gate and up is left to the module it stands for.
 
-Of the experts only those run that a token was sent to. While statistics are collected (`Experts.tally`) all tokens go
-through all experts, as an expert sees too few of its own for a Gram matrix; what leaves the module is the same.
+Of the experts only those run that a token was sent to. Within `all_tokens`, for statistics, every token goes through
+every expert, as one sees too few of its own for a Gram matrix; what leaves the module is the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,8 +101,7 @@ class Experts(nn.Module):
 
     Attributes:
         num_experts: how many there are.
-        tally: None, or [num_experts] integers, to which the tokens that are sent to each expert are added; then all
-            tokens go through all experts.
+        note: told of the experts of each token, [tokens, k], within `all_tokens`; else None.
     """
 
     def __init__(self, experts: Sequence[Expert], shares: dict[str, Share], fused: nn.Module) -> None:
@@ -108,7 +109,7 @@ class Experts(nn.Module):
         self.num_experts, self.shares = len(experts), shares
         for number, expert in enumerate(experts):
             self.add_module(str(number), expert)
-        self.tally: Tensor | None = None
+        self.note: Callable[[Tensor], None] | None = None
         # No submodule: whoever walks over a model's modules would look for its tensors.
         vars(self)["_fused"] = fused
 
@@ -143,7 +144,8 @@ class Experts(nn.Module):
         Returns:
             [tokens, n], in the type of the hidden states.
         """
-        if self.tally is not None:
+        if self.note is not None:
+            self.note(top_k_index)
             return self._through_all(hidden_states, top_k_index, top_k_weights)
         k = top_k_index.shape[-1]
         order = top_k_index.flatten().argsort(stable=True)
@@ -154,12 +156,10 @@ class Experts(nn.Module):
         return outputs[order.argsort()].view(*top_k_index.shape, -1).sum(dim=1).to(hidden_states.dtype)
 
     def _through_all(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        assert self.tally is not None
         result = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
         for number in range(self.num_experts):
-            chosen = top_k_index == number
-            self.tally[number] += chosen.sum().to(self.tally.device)
-            result = result + self._run(number, hidden_states) * (top_k_weights * chosen).sum(dim=-1, keepdim=True)
+            share = (top_k_weights * (top_k_index == number)).sum(dim=-1, keepdim=True)
+            result = result + self._run(number, hidden_states) * share
         return result.to(hidden_states.dtype)
 
     def _counts(self, top_k_index: Tensor) -> list[int]:
@@ -198,6 +198,26 @@ def separate_experts(model: nn.Module) -> None:
 def all_experts(model: nn.Module) -> Iterator[tuple[str, Experts]]:
     """The `Experts` of a model with their names."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, Experts))
+
+
+@contextmanager
+def all_tokens(
+    block: nn.Module, note: Callable[[Experts, Tensor], None] = lambda experts, chosen: None
+) -> Iterator[None]:
+    """Within it, every token goes through every expert of a block, and only what is sent to it counts in the output.
+
+    Args:
+        block: any module.
+        note: told of every run of some experts, and of which were chosen for each token, [tokens, k].
+    """
+    mixtures = [experts for _, experts in all_experts(block)]
+    for experts in mixtures:
+        experts.note = partial(note, experts)
+    try:
+        yield
+    finally:
+        for experts in mixtures:
+            experts.note = None
 
 
 def _linear(share: Share, weight: Tensor, bias: Tensor | None) -> nn.Linear:
