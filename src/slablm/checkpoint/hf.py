@@ -23,21 +23,20 @@ from slablm.checkpoint import integrity
 from slablm.checkpoint.config_file import config_digest
 from slablm.checkpoint.description import Description, drift_entry, read_drift
 from slablm.checkpoint.entries import ModuleSpec
-from slablm.checkpoint.files import WAY_OUT
 from slablm.checkpoint.guard import FIRST_WITH_EXPERTS, FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
 from slablm.checkpoint.layer_report import LayerReport
+from slablm.checkpoint.places import place_experts, place_int8_rows, place_layers
 from slablm.checkpoint.stored import stored_form
-from slablm.checkpoint.verification import Checkpoint, check_inside, open_checkpoint
+from slablm.checkpoint.verification import check_inside, open_checkpoint
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods.drift import Drift
 from slablm.packing import CodedSpec, PackedSpec
 from slablm.runtime import kernels
-from slablm.runtime.experts import Experts, all_experts, shares_of
-from slablm.runtime.int8 import int8_names, tie_scales, use_int8
+from slablm.runtime.experts import all_experts
+from slablm.runtime.int8 import int8_names, tie_scales
 from slablm.runtime.linear import RowLinear, SlabLinear
 from slablm.runtime.narrow import narrow_matrices
-from slablm.runtime.replace_module import replace_module
 from slablm.runtime.token_path import use_token_path
 
 if TYPE_CHECKING:
@@ -128,18 +127,12 @@ class SlabHfQuantizer(HfQuantizer):
         paths = check_inside([str(file) for file in checkpoint_files or []], model.config.name_or_path)
         checkpoint = open_checkpoint(paths, self.quantization_config.description)
         checkpoint.verify()
-        self.quantization_config.experts = _place_experts(model, self.quantization_config.experts)
-        modules = {}
-        for name, module in self.quantization_config.modules.items():
-            own_name, linear = _find_linear(model, name)
-            spec = checkpoint.specs[name]
-            _check_shape(model, name, (spec.out_features, spec.in_features), linear)
-            modules[own_name] = module
-            replace_module(model, own_name, SlabLinear.from_spec(spec, linear.bias))
+        config = self.quantization_config
         # From here on they are this model's: it is saved under its own names.
-        self.quantization_config.modules = modules
-        _place_int8_rows(model, checkpoint)
-        self.quantization_config.int8_rows = tuple(int8_names(model))
+        config.experts = place_experts(model, config.experts)
+        config.modules = place_layers(model, config.modules, checkpoint.specs)
+        place_int8_rows(model, checkpoint)
+        config.int8_rows = tuple(int8_names(model))
 
     def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
         """What transformers does to tensors while it loads, without joining experts that are stored one by one."""
@@ -211,88 +204,6 @@ class SlabHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """The forward is plain torch."""
         return True
-
-
-def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear]:
-    """The layer that a checkpoint calls `name`, and this model's own name of it.
-
-    A model without a head (``LlamaModel``) has ``layers.0`` where the one with a head has ``model.layers.0``; each can
-    be loaded from a checkpoint of the other.
-
-    Raises:
-        SlabError: there is none.
-    """
-    found = _find(model, name, nn.Linear)
-    if found is None:
-        raise SlabError(f"config.json lists a compressed layer {name!r} that {type(model).__name__} lacks")
-    own_name, linear = found
-    assert isinstance(linear, nn.Linear)
-    return own_name, linear
-
-
-def _find(model: PreTrainedModel, name: str, *kinds: type[nn.Module]) -> tuple[str, nn.Module] | None:
-    """This model's own name of a module of a checkpoint, and the module; None if there is none of these classes."""
-    prefix = f"{model.base_model_prefix}."
-    for own_name in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            module = model.get_submodule(own_name)
-        except AttributeError:
-            continue
-        if isinstance(module, kinds):
-            return own_name, module
-    return None
-
-
-def _place_experts(model: PreTrainedModel, names: Sequence[str]) -> tuple[str, ...]:
-    """Take the experts of these modules apart, as the checkpoint has them; the model's own names of the modules.
-
-    Raises:
-        SlabError: the model has no such experts.
-    """
-    own_names = []
-    for name in names:
-        found = _find(model, name, nn.Module)
-        if found is None or not shares_of(found[1]):
-            raise SlabError(f"config.json lists experts {name!r} that {type(model).__name__} lacks")
-        replace_module(model, found[0], Experts.of(found[1]))
-        own_names.append(found[0])
-    return tuple(own_names)
-
-
-def _place_int8_rows(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Put empty int8 rows where the checkpoint has some, and where this model ties another module to them.
-
-    Raises:
-        SlabError: the model has none of them, or one of another shape.
-    """
-    pieces, names, stored = checkpoint.pieces, [], set()
-    for name, holder in checkpoint.int8_rows.items():
-        found = _find(model, name, nn.Embedding, nn.Linear)
-        if found is not None:  # a model need not have a head
-            names.append(found[0])
-            stored |= {found[0]} if name == holder else set()
-            _check_shape(model, name, pieces[f"{holder}.weight"].shape, found[1])
-    if checkpoint.int8_rows and not names:
-        raise SlabError(
-            f"config.json lists int8 rows {next(iter(checkpoint.int8_rows))!r} that {type(model).__name__} lacks"
-        )
-    for pair in model.all_tied_weights_keys.items():
-        modules = [tensor.removesuffix(".weight") for tensor in pair]
-        if not set(names).isdisjoint(modules):
-            names += [module for module in modules if module not in names]
-    use_int8(model, names)
-    for name in set(names) - stored:  # transformers would look for them in the files
-        model.get_submodule(name)._buffers["scales"] = None
-
-
-def _check_shape(model: PreTrainedModel, name: str, shape: tuple[int, ...], module: nn.Module) -> None:
-    own = module.weight.shape
-    assert isinstance(own, torch.Size)
-    if own != shape:
-        raise SlabError(
-            f"layer {name!r} is {' × '.join(map(str, shape))} in the files and "
-            f"{' × '.join(map(str, own))} in {type(model).__name__}: {WAY_OUT}"
-        )
 
 
 def _widen(model: PreTrainedModel) -> None:

@@ -26,6 +26,7 @@ from slablm.checkpoint.files import (
     with_variant,
 )
 from slablm.checkpoint.int8_rows import check_int8_rows, check_scales
+from slablm.checkpoint.layer_report import model_weights
 from slablm.checkpoint.shards import Piece, TensorFile
 from slablm.errors import SlabError
 from slablm.packing import Spec
@@ -51,6 +52,16 @@ class Checkpoint:
     def pieces(self) -> dict[str, Piece]:
         """All tensors by name."""
         return {name: piece for file in self.files for name, piece in file.pieces.items()}
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+    @property
+    def model_weights(self) -> int:
+        """Number of weights of the model; see `model_weights`."""
+        return model_weights(self.pieces, self.specs, self.int8_rows)
 
     def verify(self) -> None:
         """Read every tensor and compare it with its digest.

@@ -58,7 +58,8 @@ def _print_table(inspection: Inspection) -> None:
         )
     shown.print(
         f"total: {len(inspection.layers)} layers, {inspection.weights / 1e6:.1f} M weights, "
-        f"{inspection.bits_per_weight:.3f} true bits per weight, "
+        f"{inspection.bits_per_weight:.3f} true bits per weight ({inspection.model_bits_per_weight:.3f} in the whole "
+        f"model of {inspection.model_weights / 1e6:.1f} M), "
         f"compression ratio {inspection.compression_ratio:.4f} (paper), {human_bytes(inspection.file_bytes)} on disk"
     )
     shown.print(f"head and embedding: {inspection.head_bits} bits")

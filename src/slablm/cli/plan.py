@@ -87,6 +87,7 @@ def _needs(plan: Plan) -> list[Table]:
     files = f" in {size.files} files" if size.files > 1 else ""
     for name, value in {
         "true bits per weight (headers included)": f"{size.bits_per_weight:.3f}",
+        "true bits per weight of the whole model": f"{size.model_bits_per_weight:.3f}",
         "compression ratio (paper, positions not counted)": f"{size.compression_ratio:.4f}",
         "head and embedding": f"{size.head_bits} bits",
         "weights on disk": human_bytes(size.file_bytes) + files,
