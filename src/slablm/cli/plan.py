@@ -152,10 +152,10 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _without_number(name: str) -> str:
-    """A name that layers of all blocks share: model.layers.0.mlp.up_proj → mlp.up_proj."""
+    """A name that layers of all blocks and experts share: layers.0.mlp.experts.3.up_proj → mlp.experts.up_proj."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[0] + 1 :]) if numbers else name
+    return ".".join(part for part in parts[numbers[0] + 1 :] if not part.isdigit()) if numbers else name
 
 
 def _time(seconds: float) -> str:
