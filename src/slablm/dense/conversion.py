@@ -3,7 +3,7 @@
 transformers renames tensors while it loads, and joins those of experts: ``block_sparse_moe.experts.3.w1.weight`` of a
 hub's file becomes a part of ``mlp.experts.gate_up_proj``. Here that is followed, by transformers' own list of
 conversions, down to the matrix of one expert, so that experts are read one by one wherever they are. What is done to a
-tensor beyond that (turned, cut, computed) is not followed: it keeps its name, and the model is read as a whole.
+tensor beyond that (turned, cut, computed) is not followed, and the model is read as a whole.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def by_own_names(model: PreTrainedModel, stored: dict[str, Piece]) -> dict[str, 
         stored: by the names in the files.
 
     Returns:
-        Pieces by the model's names; what cannot be followed, and what the model has not, by the files' names.
+        Pieces by the model's names; what cannot be followed, and what the model has not, by names that it has not.
 
     Raises:
         SlabError: a tensor of all experts has another shape than the model wants.
@@ -62,12 +62,10 @@ def by_own_names(model: PreTrainedModel, stored: dict[str, Piece]) -> dict[str, 
     conversions = _Conversions(model)
     found: dict[str, Piece] = {}
     for name, piece in stored.items():
-        own, number, projection = conversions.follow(name)
+        own = conversions.follow(name)
         owner, _, tensor = own.rpartition(".")
         experts = conversions.experts.get(owner)
-        if number is not None:
-            found[f"{owner}.{number}.{projection}.weight" if experts is not None else name] = piece
-        elif experts is not None and tensor.removesuffix("_bias") in {s.tensor for s in experts.shares.values()}:
+        if experts is not None and tensor.removesuffix("_bias") in {s.tensor for s in experts.shares.values()}:
             found |= _apart(own, experts, piece, model)
         else:
             found[own] = piece
@@ -90,11 +88,8 @@ class _Conversions:
         self._renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
         self._converters = [one for one in conversions if not isinstance(one, WeightRenaming)]
 
-    def follow(self, name: str) -> tuple[str, int | None, str]:
-        """A tensor's name in the model; of one expert's, the tensor that it is joined to, the expert and projection.
-
-        Where more is done to it than that, the name stays.
-        """
+    def follow(self, name: str) -> str:
+        """What a tensor of the files, or the part of a tensor that it becomes, is called in the model."""
         own = name
         for renaming in self._renamings:
             own, _ = renaming.rename_source_key(own)
@@ -102,12 +97,12 @@ class _Conversions:
             joined, pattern = converter.rename_source_key(own)
             if pattern is None:
                 continue
-            projections = _joined(converter)
+            projections, owner = _joined(converter), joined.rpartition(".")[0]
             found = re.search(pattern.replace("*", r"(\d+)"), own)
-            if not projections or found is None:
-                return name, None, ""
-            return joined, int(found[1]), projections[converter.source_patterns.index(pattern)]
-        return own, None, ""
+            if not projections or found is None or owner not in self.experts:
+                return f"{name} before {type(converter.operations[0]).__name__}"  # no tensor of the model
+            return f"{owner}.{found[1]}.{projections[converter.source_patterns.index(pattern)]}.weight"
+        return own
 
 
 def _joined(converter: Any) -> tuple[str, ...]:
