@@ -42,13 +42,15 @@ def assert_same_folders(a, b, besides=()):
 
 
 def build(folder, family, **save_options):
+    """A tiny model of a family; one called headless is saved without its head, so that it is read as a whole."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    family, _, headless = family.partition(" ")
     torch.manual_seed(0)
     sizes = SMALL | {"vocab_size": 258} | FAMILIES[family]
     config = AutoConfig.for_model(family.removesuffix("-tied"), **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=save_options.pop("dtype", torch.float32))
-    model.save_pretrained(folder, **save_options)
+    (model.base_model if headless else model).save_pretrained(folder, **save_options)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -49,7 +49,7 @@ def fill(model, compressed):
     return model
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "granitemoe"])
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
 def test_streamed_as_in_memory_as_planned_and_as_transformers_computes(family, brief, tmp_path):
     source = build(tmp_path / "dense", family)
