@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 import torch
 from torch import Tensor
@@ -81,10 +82,17 @@ def allot(budget: float, demands: Sequence[Demand]) -> list[int]:
         demand = demands[i]
         return demand.importance - RATE * chosen[i] - math.log2(cost(i) / demand.weights)
 
-    while fitting := [i for i, d in enumerate(demands) if chosen[i] + 1 < len(d.sizes) and cost(i) <= left]:
-        best = max(fitting, key=gain)
+    # A block may have hundreds of layers (experts). What does not fit once never will: less and less is left.
+    best_first = [(-gain(i), i) for i, d in enumerate(demands) if len(d.sizes) > 1]
+    heapify(best_first)
+    while best_first:
+        _, best = heappop(best_first)
+        if cost(best) > left:
+            continue
         left -= cost(best)
         chosen[best] += 1
+        if chosen[best] + 1 < len(demands[best].sizes):
+            heappush(best_first, (-gain(best), best))
     return chosen
 
 
