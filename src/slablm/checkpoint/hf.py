@@ -202,8 +202,8 @@ class SlabHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """The forward is plain torch."""
-        return True
+        """The forward is plain torch; but which experts run is decided in Python."""
+        return not self.quantization_config.experts
 
 
 def _widen(model: PreTrainedModel) -> None:

@@ -61,13 +61,12 @@ def shares_of(experts: nn.Module) -> dict[str, Share]:
     Args:
         experts: any module. Those of transformers that follow its interface of experts say how their tensors lie.
     """
-    wanted = {"gate_up_proj", "down_proj"} if getattr(experts, "has_gate", True) else {"up_proj", "down_proj"}
-    if getattr(experts, "has_bias", False):
-        wanted |= {f"{name}_bias" for name in wanted}
-    own = dict(experts.named_parameters())
-    if not all(hasattr(experts, name) for name in _FLAGS) or getattr(experts, "has_post_expert_norm", False):
+    if not all(hasattr(experts, name) for name in _FLAGS):
         return {}
-    # Anything more would be lost.
+    wanted = {"gate_up_proj" if experts.has_gate else "up_proj", "down_proj"}
+    wanted |= {f"{name}_bias" for name in wanted} if experts.has_bias else set()
+    own = dict(experts.named_parameters())
+    # Anything more, such as a norm behind each expert, would be lost.
     if own.keys() != wanted or own["down_proj"].ndim != 3 or next(experts.buffers(), None) is not None:
         return {}
     turned = bool(experts.is_transposed)
