@@ -57,8 +57,14 @@ ENTRIES = {
         "experts.0.up_proj' is no name of a module, or has another entry",
     ),
     "before there were any": (lambda q: q.update(format_version=8), "it has experts, which format 8 has not"),
-    "missing": (lambda q: q.pop("experts"), "experts of config.json is not what the files were written with"),
-    "too few": (lambda q: q["experts"].pop(), "experts of config.json is not what the files were written with"),
+    "missing": (
+        lambda q: q.pop("experts"),
+        "experts or int8_rows of config.json is not what the files were written with",
+    ),
+    "too few": (
+        lambda q: q["experts"].pop(),
+        "experts or int8_rows of config.json is not what the files were written with",
+    ),
 }
 
 

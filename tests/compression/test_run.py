@@ -164,8 +164,9 @@ def test_never_more_than_one_block_in_memory(quick, tmp_path, monkeypatch):
     skeleton = opening._skeleton
 
     def keeping(*args):
-        streamed_models.append(skeleton(*args)[0])
-        return streamed_models[-1], ""
+        opened = skeleton(*args)
+        streamed_models.append(opened[0])
+        return opened
 
     monkeypatch.setattr(opening, "_skeleton", keeping)
     monkeypatch.setattr(blocks, "compress_layer", counting)

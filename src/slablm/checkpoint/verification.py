@@ -177,7 +177,7 @@ def _check_config(record: integrity.Record, description: Description, folder: Pa
         return
     if description.digest != record.modules:
         raise SlabError(
-            f"{folder}: modules, value_dtype, int8_rows or experts of config.json is not what the files were written "
+            f"{folder}: modules, value_dtype, experts or int8_rows of config.json is not what the files were written "
             f"with: {WAY_OUT}"
         )
     # A config that the user hands to transformers need not lie here.
