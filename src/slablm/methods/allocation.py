@@ -125,15 +125,21 @@ class Allowance:
         self._saved += self.budget * weights - bits
 
 
-def log_error(weight: Tensor, gram: Tensor) -> float:
-    """Log₂ (σ² det(G)^{1/n}): the output error per weight at equal bits, up to what all layers share.
+def log_variance(weight: Tensor) -> float:
+    """Log₂ σ² of W, [m, n]; with `log_volume` of its inputs the output error per weight at equal bits.
+
+    The logarithm of σ² det(G)^{1/n}, that is, up to what all layers share.
+    """
+    return math.log2(max(weight.float().square().mean().item(), torch.finfo(torch.float32).tiny))  # zeros have some
+
+
+def log_volume(gram: Tensor) -> float:
+    """Log₂ det(G)^{1/n}.
 
     Args:
-        weight: W, [m, n].
         gram: G = XᵀX, [n, n]; damped as in the sweep.
 
     Raises:
         SlabError: the Gram matrix is not finite, or cannot be factored.
     """
-    variance = max(weight.float().square().mean().item(), torch.finfo(torch.float32).tiny)  # of a layer of zeros
-    return math.log2(variance) - 2 * inverse_factor(gram.float()).diagonal().log2().mean().item()
+    return -2 * inverse_factor(gram.float()).diagonal().log2().mean().item()
