@@ -107,8 +107,10 @@ def test_symbols_also_after_a_stop(text_file, tmp_path):
     assert all(layer.symbol_bits for layer in inspect_folder(tmp_path / "out").layers)
 
 
-def test_parts_in_float32_are_streamed(brief, tmp_path):
-    source = build(tmp_path / "dense", "deepseek_v3", torch.bfloat16)
+@pytest.mark.parametrize(("family", "dtype"), [("deepseek_v3", torch.bfloat16), ("gpt_oss", torch.float16)])
+def test_parts_in_float32_are_streamed(family, dtype, brief, tmp_path):
+    """Routers of the one, norms of the other."""
+    source = build(tmp_path / "dense", family, dtype)
     said = []
     compress_folder(str(source), tmp_path / "out", brief, say=said.append)
     assert not any("whole model is in memory" in line for line in said)
