@@ -65,6 +65,20 @@ def test_an_expert_that_is_missing(tmp_path):
         open_dense(str(folder))
 
 
+def test_a_new_name_that_the_model_has_not_is_not_taken(tmp_path, monkeypatch):
+    """As transformers loads it."""
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    folder = build(tmp_path, "mixtral", save_original_format=False)
+    renamed = [WeightRenaming("q_proj", "query"), WeightRenaming("k_proj", "v_proj")]
+    monkeypatch.setattr(conversion_mapping, "get_model_conversion_mapping", lambda model: renamed)
+    model = tiny("mixtral")
+    separate_experts(model)
+    missing = model.state_dict().keys() - by_own_names(model, TensorFile.open(folder / FILE).pieces).keys()
+    assert missing == {f"model.layers.{block}.self_attn.k_proj.weight" for block in range(2)}
+
+
 @pytest.mark.parametrize("name", ["mlp.experts.down_proj", "self_attn.o_proj.weight"])
 def test_what_is_turned_on_the_way_is_not_followed(name, tmp_path, monkeypatch):
     from transformers import conversion_mapping

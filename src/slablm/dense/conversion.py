@@ -84,6 +84,7 @@ class _Conversions:
         from transformers.core_model_loading import WeightRenaming
 
         self.experts: dict[str, Experts] = dict(all_experts(model))
+        self._names = model.state_dict().keys()
         conversions: list[Any] = get_model_conversion_mapping(model)
         self._renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
         self._converters = [one for one in conversions if not isinstance(one, WeightRenaming)]
@@ -102,7 +103,8 @@ class _Conversions:
             if not projections or found is None or owner not in self.experts:
                 return f"{name} before {type(converter.operations[0]).__name__}"  # no tensor of the model
             return f"{owner}.{found[1]}.{projections[converter.source_patterns.index(pattern)]}.weight"
-        return own
+        # As transformers does: what has no place under its new name keeps the old one, if that is the model's.
+        return name if name in self._names and own not in self._names else own
 
 
 def _joined(converter: Any) -> tuple[str, ...]:

@@ -125,12 +125,13 @@ def select_targets(model: nn.Module, config: CompressionConfig) -> Targets:
                 continue
             held = sum(p.numel() for p in matrices)
             weights += held
-            if (obstacle := _obstacle(module, routers)) is not None:
+            reason = _reason_not_chosen(name, config, used) if type(module) is nn.Linear else ""
+            if obstacle := _obstacle(module, routers):
                 out_of_reach[obstacle] += held
-            if (reason := _reason_not_chosen(name, config, used) if obstacle is None else obstacle) is None:
-                inside.append(name)
+            if obstacle or reason:
+                left_dense[name] = obstacle or reason
             else:
-                left_dense[name] = reason
+                inside.append(name)
         chosen.append(tuple(inside))
     _check_patterns((*config.targets, *config.ignore), used, chosen, left_dense)
     return Targets(tuple(chosen), left_dense, dict(out_of_reach), weights)
@@ -148,21 +149,21 @@ def _routers(block: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _obstacle(module: nn.Module, routers: list[nn.Module]) -> str | None:
-    """Why a module with a matrix can never be a target, if that is so."""
+def _obstacle(module: nn.Module, routers: list[nn.Module]) -> str:
+    """Why a module with a matrix can never be a target; empty if it can."""
     if type(module) is not nn.Linear:
         return f"{type(module).__name__} is not a plain nn.Linear"
-    return "it gates experts" if any(module is router for router in routers) else None
+    return "it gates experts" if any(module is router for router in routers) else ""
 
 
-def _reason_not_chosen(name: str, config: CompressionConfig, used: set[str]) -> str | None:
-    """Why the settings leave a linear layer out, if they do. Adds matching patterns to `used`."""
+def _reason_not_chosen(name: str, config: CompressionConfig, used: set[str]) -> str:
+    """Why the settings leave a linear layer out; empty if they do not. Adds matching patterns to `used`."""
     wanted = [p for p in config.targets if matches(name, p)]
     unwanted = [p for p in config.ignore if matches(name, p)]
     used.update(wanted, unwanted)
     if unwanted:
         return f"ignored by {unwanted[0]!r}"
-    return None if wanted else "not a target"
+    return "" if wanted else "not a target"
 
 
 def _check_patterns(
