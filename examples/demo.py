@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from slablm import CompressionConfig, __version__
+from slablm import CompressionConfig
 from slablm.api import compress_model
 from slablm.calibration.windows import EvaluationText, calibration_windows
 from slablm.checkpoint.card import model_card
@@ -84,7 +84,7 @@ def compress_to(model: Any, tokenizer: Any, windows: torch.Tensor, config: Compr
         reports = compress_model(
             model, targets, windows, config, lambda done, total, report: bar.update(task, completed=done, total=total)
         )
-    card = model_card("smollm2", model.config.quantization_config.compression, reports, targets.left_dense, __version__)
+    card = model_card("smollm2", model.config.quantization_config.compression, reports, targets.left_dense)
     save(model, tokenizer, folder, card=card, overwrite=True)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slablm.calibration.windows import calibration_windows
-from slablm.checkpoint.layer_report import LayerReport
+from slablm.checkpoint.layer_report import LayerReport, few_tokens_line, rarely_chosen
 from slablm.compression import run
 from slablm.compression.blocks import Progress, compress_blocks, unreached
 from slablm.compression.options import RunOptions
@@ -34,6 +34,7 @@ def compress(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     on_layer: Progress | None = None,
+    mostly_dense: bool = False,
 ) -> PreTrainedModel:
     """Compress a causal language model in one shot.
 
@@ -42,6 +43,7 @@ def compress(
         config: settings; the default is `slab+` at 50 %.
         tokenizer: needed to cut calibration text; by default loaded from where the model came from.
         on_layer: called after each layer with (layers done, layers in all, `LayerReport`).
+        mostly_dense: go on where less than half of the blocks' weights can be compressed.
 
     Returns:
         The same model with `SlabLinear` layers. ``model.save_pretrained(folder)`` writes the packed checkpoint.
@@ -60,8 +62,10 @@ def compress(
         where, options = loading.locate(model.config.name_or_path or "")
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     check_model(model)
-    windows = calibration_windows(model, tokenizer, config)
-    compress_model(model, select_targets(model, config), windows, config, on_layer)
+    targets = select_targets(model, config)
+    if not mostly_dense:
+        targets.check_reach()
+    compress_model(model, targets, calibration_windows(model, tokenizer, config), config, on_layer)
     return model
 
 
@@ -111,7 +115,8 @@ def compress_model(
         on_layer: see `compress`.
 
     Returns:
-        One report per compressed layer. A layer that no calibration token reached stays dense, with a warning.
+        One report per compressed layer. A layer that no calibration token reached stays dense, with a warning; there is
+        one about experts that few were sent to.
 
     Raises:
         SlabError: the model is compressed already; NaN or Inf in weights or activations; an impossible ratio or
@@ -125,6 +130,8 @@ def compress_model(
     reports = compress_blocks(model, targets, windows, config, on_layer, store)
     for name, reason in unreached(targets, reports).items():
         warnings.warn(f"left dense: {name} ({reason})", stacklevel=2)
+    if rare := rarely_chosen(reports):
+        warnings.warn(few_tokens_line(rare), stacklevel=2)
     hf.attach(model, config, reports, store.drift)
     return reports
 

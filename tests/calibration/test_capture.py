@@ -6,6 +6,9 @@ from slablm import SlabError
 from slablm.calibration.capture import capture_block_calls, collect_stats
 from slablm.calibration.statistics import Use
 from slablm.dense.targets import find_blocks
+from slablm.runtime.experts import separate_experts
+from slablm.system.distributed import ALONE
+from tests.compression.mixtures import tiny
 
 
 @torch.no_grad()
@@ -141,3 +144,33 @@ def test_inputs_shared_in_some_windows_only_are_refused():
 
     with pytest.raises(SlabError, match="layer k shares its inputs with others in some windows only"):
         collect_stats(toy, {"q": toy.q, "k": toy.k}, run, [Use.FIT] * 2, with_gram=False, seed=0)
+
+
+class Doubled:
+    """Two ranks that see the same windows."""
+
+    def share(self, count):
+        return range(count)
+
+    def gather(self, notes, tensors):
+        return [(notes, tensors), (notes, {name: tensor.clone() for name, tensor in tensors.items()})]
+
+
+@pytest.mark.parametrize(("world", "ranks"), [(ALONE, 1), (Doubled(), 2)])
+def test_every_token_goes_to_every_expert_and_those_sent_there_are_counted(world, ranks):
+    block = tiny("mixtral").model.layers[0].mlp
+    separate_experts(block)
+    layers = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    windows = torch.randn(3, 1, 7, 64, generator=torch.Generator().manual_seed(0))
+    chosen = []
+    handle = block.gate.register_forward_hook(lambda module, args, output: chosen.append(output[2].flatten()))
+    uses = [Use.FIT, Use.HOLD_BACK, Use.MEASURE]
+    stats = collect_stats(block, layers, lambda i: block(windows[i]), uses, with_gram=False, seed=0, world=world)
+    handle.remove()
+    counts = torch.cat(chosen[:2]).bincount(minlength=4)  # the last window calibrates nothing
+    assert len({tuple(one.input_norms.tolist()) for name, one in stats.items() if "down" not in name}) == 1
+    for number in range(4):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            found = stats[f"experts.{number}.{name}"]
+            assert (found.tokens, found.routed) == (ranks * 14, ranks * counts[number])
+    assert block.experts.note is None

@@ -56,8 +56,8 @@ class Reader:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self.entries = config["quantization_config"]
         assert self.entries["quant_method"] == "slab"
-        assert self.entries["format_version"] == 8
-        self.int8_rows = self.entries.get("int8_rows", [])
+        self.int8_rows, self.experts = (self.entries.get(key, []) for key in ("int8_rows", "experts"))
+        assert self.entries["format_version"] == (9 if self.experts else 8)
         self.modules, self.value_dtype = self.entries["modules"], self.entries["value_dtype"]
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
@@ -77,6 +77,7 @@ class Reader:
     def verify(self, config):
         record = self.record
         assert record.keys() == {"format_version", "digests", "tied", "modules", "config"}
+        assert record["format_version"] == self.entries["format_version"]
         for name, (dtype, shape, raw) in self.tensors.items():
             assert (
                 blake(f"{NAMES[dtype]}[{', '.join(map(str, shape))}]".encode("ascii") + raw) == record["digests"][name]
@@ -88,8 +89,8 @@ class Reader:
         assert stored == record["digests"].keys()
         modules = {name: {k: v for k, v in entry.items() if k not in ERRORS} for name, entry in self.modules.items()}
         decoding = {"modules": modules, "value_dtype": self.value_dtype}
-        if self.int8_rows:
-            decoding["int8_rows"] = self.int8_rows
+        decoding |= {"int8_rows": self.int8_rows} if self.int8_rows else {}
+        decoding |= {"experts": self.experts} if self.experts else {}
         assert blake(canonical(decoding)) == record["modules"]
         for key in ("_name_or_path", "transformers_version", "transformers_weights"):
             config.pop(key, None)
@@ -99,6 +100,12 @@ class Reader:
         """The name under which a tensor is in the files: its own, or that of one it is tied to."""
         names = [name, *(other for group in self.record["tied"] if name in group for other in group)]
         return next(other for other in names if other in self.tensors)
+
+    def projection(self, experts, number, name):
+        """W of one layer of an expert, packed or not."""
+        assert experts in self.experts
+        layer = f"{experts}.{number}.{name}"
+        return self.dense(layer) if layer in self.modules else self.numbers(f"{layer}.weight")
 
     def from_int8(self, name):
         """An embedding or a head in int8 rows."""

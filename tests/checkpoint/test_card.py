@@ -21,7 +21,7 @@ HEAD = (
 
 def card(source="owner/model", left_dense=None, revision=None, **settings):
     config = replace(CompressionConfig("slab"), **settings)
-    return model_card(str(source), config, [REPORT], left_dense or {}, "1.2.3", revision)
+    return model_card(str(source), config, [REPORT], left_dense or {}, revision)
 
 
 def rows(text):

@@ -161,7 +161,7 @@ def test_entries_of_the_checkpoint(case, copy_of, compressed_folder):
     refused(folder, match)
 
 
-@pytest.mark.parametrize("version", [True, "4", 3.0, None, [5], 0, 9])
+@pytest.mark.parametrize("version", [True, "4", 3.0, None, [5], 0, 10])
 def test_versions_that_are_none(version):
     with pytest.raises(SlabError, match="is not supported"):
         check_version(version)

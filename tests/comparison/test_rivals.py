@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from slablm import CompressionConfig, SlabError
+from slablm.api import compress_folder
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.comparison import rivals
 from slablm.comparison.rivals import Rival, Size
 from slablm.dense import loading
 from slablm.dense.targets import select_targets
 from slablm.runtime.linear import SlabLinear
+from tests.compression.mixtures import build
 from tests.conftest import tiny_config
 from tests.gguf_files import finish
 
@@ -200,6 +202,20 @@ def test_a_folder_of_our_own(compressed_folder, dense):
     layers = inspect_folder(compressed_folder).layers
     assert rivals.true_bits(rival, dense, names) == Size(sum(layer.true_bits for layer in layers) // 8, WEIGHTS)
     assert rivals.embedding_size(rival, dense) == Size(2 * ENDS, ENDS)  # FORMAT.md: in 16 bits
+
+
+def test_a_mixture_of_experts(quick, tmp_path):
+    """A rival with transformers' own experts, and one with ours."""
+    source = build(tmp_path / "dense", "qwen3_moe")
+    compress_folder(str(source), tmp_path / "out", quick)
+    dense = loading.load(str(source))[0]
+    names, before = targets(dense), logits(dense)
+    for path, bits in ((source, 32), (tmp_path / "out", None)):
+        rival = Rival("rival", path)
+        loaded, size = rivals.load(rival, dense), rivals.true_bits(rival, dense, names)
+        layers = inspect_folder(tmp_path / "out").layers
+        assert size.bits_per_weight == (bits or sum(layer.true_bits for layer in layers) / size.weights)
+        assert torch.equal(logits(loaded), before) == (path == source)
 
 
 @pytest.mark.parametrize(

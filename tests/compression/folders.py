@@ -6,6 +6,7 @@ from slablm.api import compress_model
 from slablm.calibration.windows import calibration_windows
 from slablm.checkpoint import save
 from slablm.checkpoint.card import model_card
+from slablm.checkpoint.inspection import inspect_folder
 from slablm.compression import blocks
 from slablm.dense import loading
 from slablm.dense.targets import select_targets
@@ -18,17 +19,18 @@ NOTE = {save.RUN}
 
 def in_memory(source, out, config, dtype="auto", max_shard_size="50GB"):
     """What the Python API writes: the truth here."""
-    from slablm import __version__
-
     model, tokenizer = loading.load(str(source), dtype=dtype)
     targets = select_targets(model, config)
     reports = compress_model(model, targets, calibration_windows(model, tokenizer, config), config)
     described = model.config.quantization_config
     left_dense = targets.left_dense | blocks.unreached(targets, reports)
-    card = model_card(str(source), described.compression, reports, left_dense, __version__, drift=described.drift)
     with save._staging(out) as folder:
         save._write_model(model, folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
+        bits = inspect_folder(folder).model_bits_per_weight
+        card = model_card(
+            str(source), described.compression, reports, left_dense, drift=described.drift, model_bits=bits
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -40,13 +42,15 @@ def assert_same_folders(a, b, besides=()):
 
 
 def build(folder, family, **save_options):
+    """A tiny model of a family; one called headless is saved without its head, so that it is read as a whole."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    family, _, headless = family.partition(" ")
     torch.manual_seed(0)
     sizes = SMALL | {"vocab_size": 258} | FAMILIES[family]
     config = AutoConfig.for_model(family.removesuffix("-tied"), **sizes)
     model = AutoModelForCausalLM.from_config(config, dtype=save_options.pop("dtype", torch.float32))
-    model.save_pretrained(folder, **save_options)
+    (model.base_model if headless else model).save_pretrained(folder, **save_options)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -234,7 +234,7 @@ def errors(logs):
     [
         ("llama", 2, {}),
         ("llama-tied", 3, {"max_memory": "1B"}),
-        ("gpt_neox", 2, {}),
+        ("llama-tied headless", 2, {}),
         ("llama", 3, {"rank": 2}),
         ("llama-tied", 2, {"head_bits": 8}),
         ("llama", 2, {"method": "slab+", "ratio": None, "bits_per_weight": 5.0}),
@@ -242,7 +242,7 @@ def errors(logs):
     ],
 )
 def test_any_number_of_ranks_gives_the_files_of_one_process(launch, settings, quick, tmp_path, family, size, more):
-    """So the masks are identical, and the values. gpt_neox is read as a whole."""
+    """So the masks are identical, and the values. A model without its head is read as a whole."""
     source, out = build(tmp_path / "dense", family), tmp_path / "out"
     config = replace(quick, **{name: value for name, value in more.items() if name != "max_memory"})
     given = {f"--{name.replace('_', '-')}": value for name, value in more.items() if value is not None}

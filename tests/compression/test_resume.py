@@ -27,7 +27,7 @@ def test_resume_with_symbols(tiny_folder, quick_plus, tmp_path):
     assert_same_folders(tmp_path / "out", tmp_path / "straight")
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama-tied", "llama-tied headless"])
 def test_resume_with_a_head_in_8_bits(family, quick, tmp_path):
     source, config = build(tmp_path / "dense", family), replace(quick, head_bits=8)
     compress_folder(str(source), tmp_path / "straight", config, RunOptions())
@@ -44,7 +44,7 @@ def test_resume_with_a_head_in_8_bits(family, quick, tmp_path):
         compress_folder(str(source), out, quick, RunOptions(resume=True))
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama-tied", "llama-tied headless"])
 @pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
 def test_resume_gives_the_same_files(family, share, quick, tmp_path):
     """Stopped in the first block, in the second, and at the very end; streamed and from the whole model."""

@@ -7,7 +7,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from slablm.errors import SlabError
-from slablm.methods.allocation import RATE, Demand, allot, log_error
+from slablm.methods.allocation import RATE, Demand, allot, log_variance, log_volume
 from slablm.methods.budget import SYMBOL_BITS, symbol_budget, symbol_bytes
 
 shapes = st.tuples(st.integers(16, 300), st.integers(64, 600))
@@ -150,7 +150,7 @@ def test_a_demand_has_the_sizes_of_files(shape):
 
 
 def test_a_layer_of_zeros_gets_the_least():
-    demands = [Demand.of((64, 64), log_error(torch.zeros(64, 64), torch.eye(64))), Demand.of((64, 64))]
+    demands = [Demand.of((64, 64), log_variance(torch.zeros(64, 64))), Demand.of((64, 64))]
     assert allot((demands[0].sizes[0] + demands[1].sizes[3]) / 2, demands) == [0, 3]
 
 
@@ -160,5 +160,5 @@ def test_error_follows_the_determinant():
     gram, weight = inputs.T @ inputs / 200, torch.randn(6, 10, generator=generator)
     damped = gram.double() + 0.01 * gram.double().diagonal().mean() * torch.eye(10)
     expected = math.log2(weight.square().mean()) + torch.logdet(damped).item() / math.log(2) / 10
-    assert log_error(weight, gram) == pytest.approx(expected, rel=1e-4)
-    assert log_error(2 * weight, 4 * gram) == pytest.approx(expected + 4, rel=1e-4)
+    assert log_variance(weight) + log_volume(gram) == pytest.approx(expected, rel=1e-4)
+    assert log_variance(2 * weight) + log_volume(4 * gram) == pytest.approx(expected + 4, rel=1e-4)

@@ -7,14 +7,15 @@ through. That costs an embedding look-up and gives, for every block, exactly the
 one block of each class is really run, on two tokens, to see what blocks of this class return.
 
 Then each block is run on all windows, and the inputs of its linear layers go to collectors
-(`slablm.calibration.statistics`).
+(`slablm.calibration.statistics`). In a mixture of experts every token counts for every expert, sent there or not: gate
+and up of all experts share one XᵀX then, and no expert has too few tokens for its own. How many are sent is noted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -25,6 +26,7 @@ from slablm.calibration.activations import Activations
 from slablm.calibration.statistics import Part, StatsCollector, Use, joined, rows_per_window
 from slablm.errors import SlabError
 from slablm.methods import LayerStats
+from slablm.runtime.experts import Experts, all_tokens
 from slablm.system.distributed import ALONE, World
 
 
@@ -165,6 +167,7 @@ class _BlockWatch:
     """
 
     def __init__(self, layers: dict[str, nn.Linear], with_gram: bool, samples: tuple[int, int]) -> None:
+        self._routed: dict[Experts, Tensor] = {}
         self._layers, self._with_gram, self._samples = layers, with_gram, samples
         self._collectors: dict[str, StatsCollector] = {}
         self._current: tuple[Tensor, int, Use] | None = None
@@ -206,6 +209,23 @@ class _BlockWatch:
         if self._may_leave and len(self._inputs) == len(self._layers):
             raise _AllSeen
 
+    def route(self, experts: Experts, chosen: Tensor) -> None:
+        """Note which experts the tokens of a window are sent to, [tokens, k]."""
+        assert self._current is not None
+        if self._current[2] is not Use.MEASURE:
+            counts = chosen.flatten().bincount(minlength=experts.num_experts).cpu()
+            self._routed[experts] = self._routed.get(experts, 0) + counts
+
+    def _routed_to(self) -> dict[str, int]:
+        """Tokens that were sent to the expert of each layer that is one's."""
+        owned = {
+            id(layer): int(counts[number])
+            for experts, counts in self._routed.items()
+            for number in range(experts.num_experts)
+            for layer in experts.get_submodule(str(number)).children()
+        }
+        return {name: owned[id(layer)] for name, layer in self._layers.items() if id(layer) in owned}
+
     def stats(self, world: World) -> dict[str, LayerStats]:
         """The statistics of every layer that a fitted token has reached, of the windows of all ranks.
 
@@ -216,21 +236,23 @@ class _BlockWatch:
         numbers = {name: collectors.index(collector) for name, collector in self._collectors.items()}
         mine = [collector.part() for collector in collectors]
         tensors = {key: tensor for i, part in enumerate(mine) for key, tensor in part.tensors(str(i)).items()}
-        told = world.gather((numbers, [(part.tokens, part.fitted) for part in mine]), tensors)
+        notes = numbers, [(part.tokens, part.fitted) for part in mine], self._routed_to()
+        told = world.gather(notes, tensors)
         result: dict[str, LayerStats] = {}
         made: dict[tuple[int | None, ...], LayerStats | None] = {}
         for name in self._layers:
             # Ranks need not have seen the same layers, nor share collectors alike.
-            where = tuple(numbers.get(name) for (numbers, _), _ in told)
+            where = tuple(numbers.get(name) for (numbers, _, _), _ in told)
             if where not in made:
                 parts = [
                     Part.from_tensors(counts[number], theirs, str(number))
-                    for number, ((_, counts), theirs) in zip(where, told, strict=True)
+                    for number, ((_, counts, _), theirs) in zip(where, told, strict=True)
                     if number is not None
                 ]
                 made[where] = joined(name, parts)
             if (stats := made[where]) is not None:
-                result[name] = stats
+                routed = [theirs[name] for (_, _, theirs), _ in told if name in theirs]
+                result[name] = replace(stats, routed=sum(routed)) if routed else stats
         return result
 
 
@@ -274,10 +296,11 @@ def collect_stats(
 
     handles = [layer.register_forward_pre_hook(hook_for(name)) for name, layer in layers.items()]
     try:
-        for index, use in enumerate(uses):
-            sampled = torch.randint(1 << 30, (per_window[measured[index]],), generator=generator)
-            if index in mine:
-                watch.window(partial(run, index - mine.start), sampled, index, use)
+        with all_tokens(block, watch.route):
+            for index, use in enumerate(uses):
+                sampled = torch.randint(1 << 30, (per_window[measured[index]],), generator=generator)
+                if index in mine:
+                    watch.window(partial(run, index - mine.start), sampled, index, use)
     finally:
         for handle in handles:
             handle.remove()

@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 from huggingface_hub import ModelCardData, hf_hub_download, metadata_load
 
-from slablm.checkpoint.layer_report import LayerReport, error_summary, size_summary
+from slablm.checkpoint.layer_report import (
+    FEW_TOKENS,
+    MOST_SHOWN,
+    LayerReport,
+    error_summary,
+    rarely_chosen,
+    size_summary,
+)
 from slablm.config import CompressionConfig, Excerpt
 from slablm.system.memory import human_bytes
+from slablm.system.versions import __version__
 
 if TYPE_CHECKING:
     from slablm.methods.drift import Drift
@@ -35,6 +43,9 @@ with [slablm](https://pypi.org/project/slablm/) {{ version }}.
 |---|---|
 | compression ratio (paper's accounting) | {{ "%.4f" | format(ratio) }} |
 | true bits per weight (packed tensors over target weights) | {{ "%.3f" | format(bits) }} |
+{% if model_bits is not none -%}
+| the same of the whole model (files over all weights) | {{ "%.3f" | format(model_bits) }} |
+{% endif -%}
 | compressed layers | {{ layers }} ({{ "%.1f" | format(weights / 1e6) }} M weights, {{ packed }}) |
 | mean relative output error on calibration text | {{ "%.4f" | format(errors.output_error) }} |
 {% if errors.unseen_error is not none -%}
@@ -51,6 +62,13 @@ with [slablm](https://pypi.org/project/slablm/) {{ version }}.
 {% if left_dense -%}
 Left dense inside the blocks: {% for name, reason in left_dense.items() %}{{ name | code }} ({{ reason | plain }})
 {%- if not loop.last %}, {% endif %}{% endfor %}.
+
+{% endif %}
+{% if rarely_chosen -%}
+Experts that the router sent fewer than {{ few_tokens }} calibration tokens to: {{ rarely_chosen | length }}
+({% for name, tokens in (rarely_chosen.items() | list)[:most_shown] %}{{ name | code }} {{ tokens }}
+{%- if not loop.last %}, {% endif %}{% endfor %}
+{%- if rarely_chosen | length > most_shown %} and others{% endif %}).
 
 {% endif %}
 ## Use
@@ -72,9 +90,10 @@ def model_card(
     config: CompressionConfig,
     reports: list[LayerReport],
     left_dense: dict[str, str],
-    version: str,
     revision: str | None = None,
     drift: Sequence[Drift] = (),
+    *,
+    model_bits: float | None = None,
 ) -> str:
     """Text of the model card.
 
@@ -83,9 +102,9 @@ def model_card(
         config: the settings.
         reports: one per compressed layer.
         left_dense: matrices inside the blocks that were left dense, with the reason.
-        version: version of slablm.
         revision: of the dense model on the hub.
         drift: behind every block; empty if it was not measured.
+        model_bits: true bits per weight of the whole model; None where the files are not written yet.
     """
     summary, budget = size_summary(reports), config.bits_per_weight
     ratio = summary["compression_ratio"]
@@ -97,7 +116,7 @@ def model_card(
         # A local path says nothing to a reader and too much about the writer.
         base=source if _is_hub_id(source) else title,
         title=title,
-        version=version,
+        version=__version__,
         config=config,
         size=f"to a ratio of {ratio:.4f}" if budget is None else f"with a budget of {budget:g} true bits per weight",
         settings=_shown_settings(config),
@@ -109,6 +128,10 @@ def model_card(
         errors=error_summary(reports),
         drift=drift[-1].rest if drift else None,
         left_dense=left_dense,
+        model_bits=model_bits,
+        rarely_chosen=rarely_chosen(reports),
+        few_tokens=FEW_TOKENS,
+        most_shown=MOST_SHOWN,
     )
 
 

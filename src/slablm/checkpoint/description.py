@@ -16,10 +16,26 @@ from typing import Any
 import torch
 
 from slablm.checkpoint.config_file import json_digest
-from slablm.checkpoint.entries import DECIMALS, OLD_GRID, ModuleSpec, RowModule, SymbolModule, damaged, is_size
+from slablm.checkpoint.entries import (
+    DECIMALS,
+    OLD_GRID,
+    ModuleSpec,
+    RowModule,
+    SymbolModule,
+    damaged,
+    is_size,
+    read_names,
+)
 from slablm.checkpoint.files import WAY_OUT
-from slablm.checkpoint.guard import FIRST_WITH_FP16_GRID, FIRST_WITH_SYMBOLS, UNRELEASED_SYMBOLS, check_version
-from slablm.checkpoint.int8_rows import read_int8_rows
+from slablm.checkpoint.guard import (
+    FIRST_WITH_EXPERTS,
+    FIRST_WITH_FP16_GRID,
+    FIRST_WITH_INT8_ROWS,
+    FIRST_WITH_SYMBOLS,
+    FORMAT_VERSION,
+    UNRELEASED_SYMBOLS,
+    check_version,
+)
 from slablm.checkpoint.shards import DTYPES, Piece
 from slablm.config import VALUE_DTYPES
 from slablm.errors import SlabError
@@ -39,19 +55,24 @@ class Description:
         value_dtype: ``float16`` or ``bfloat16``.
         format_version: as `config.json` says.
         int8_rows: full names of the modules whose matrix is stored in int8 rows.
+        experts: full names of the modules whose experts are stored one by one.
     """
 
     modules: Mapping[str, ModuleSpec]
     value_dtype: str
     format_version: int
     int8_rows: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
     @classmethod
-    def from_json(cls, modules: Any, value_dtype: Any, format_version: Any, int8_rows: Any = None) -> Description:
+    def from_json(
+        cls, modules: Any, value_dtype: Any, format_version: Any, int8_rows: Any = None, experts: Any = None
+    ) -> Description:
         """Read the entries of ``quantization_config``; modules that are `ModuleSpec` already are taken as they are.
 
         Raises:
-            SlabError: see `check_version`, `ModuleSpec.from_json` and `read_int8_rows`; the value type is none.
+            SlabError: see `check_version`, `ModuleSpec.from_json` and `read_names`; the value type is none, or the
+                version has no such list.
         """
         check_version(format_version)
         if not isinstance(modules, dict) or not modules or value_dtype not in VALUE_DTYPES:
@@ -68,7 +89,19 @@ class Description:
         if format_version < FIRST_WITH_FP16_GRID and value_dtype == OLD_GRID:
             # An old file means the numbers that were measured when it was written.
             specs = {name: _on_old_grid(spec) for name, spec in specs.items()}
-        return cls(specs, value_dtype, format_version, read_int8_rows(int8_rows, specs, format_version))
+        for key, names, first in (
+            ("int8_rows", int8_rows, FIRST_WITH_INT8_ROWS),
+            ("experts", experts, FIRST_WITH_EXPERTS),
+        ):
+            if names is not None and format_version < first:
+                raise damaged(f"is damaged: it has {key}, which format {format_version} has not", "")
+        rows, apart = read_names("int8_rows", int8_rows, specs), read_names("experts", experts, specs)
+        return cls(specs, value_dtype, format_version, rows, apart)
+
+    @property
+    def written_version(self) -> int:
+        """Of what is written: the first that has all that there is."""
+        return FIRST_WITH_EXPERTS if self.experts else FORMAT_VERSION
 
     @property
     def dtype(self) -> torch.dtype:
@@ -84,8 +117,13 @@ class Description:
             name: {key: value for key, value in spec.to_dict().items() if key not in _ERRORS}
             for name, spec in self.modules.items()
         }
-        rows = {"int8_rows": list(self.int8_rows)} if self.int8_rows else {}
-        return json_digest({"modules": modules, "value_dtype": self.value_dtype, **rows})
+        lists = {key: list(names) for key, names in self.lists.items()}
+        return json_digest({"modules": modules, "value_dtype": self.value_dtype, **lists})
+
+    @property
+    def lists(self) -> dict[str, tuple[str, ...]]:
+        """The lists of modules of other kinds, by their keys; those that are not empty."""
+        return {key: names for key in ("int8_rows", "experts") if (names := getattr(self, key))}
 
 
 def _on_old_grid(spec: ModuleSpec) -> ModuleSpec:

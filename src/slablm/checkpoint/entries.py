@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
@@ -218,6 +218,27 @@ class RowModule(ModuleSpec):
             return PackedSpec(*shape, self.kept, self.rank, self.signs, own)
         grid_dtype = GRID_DTYPE if self.grid_dtype is None else getattr(torch, self.grid_dtype)
         return CodedSpec(*shape, self.kept, self.value_bits, self.group_size, value_dtype, grid_dtype)
+
+
+def read_names(key: str, names: Any, modules: Container[str]) -> tuple[str, ...]:
+    """Read an entry that lists modules of another kind than the compressed layers, in alphabetical order.
+
+    Args:
+        key: of the entry.
+        names: anything; None where there is no entry.
+        modules: the compressed layers.
+
+    Raises:
+        SlabError: it is no list of names, or names a compressed layer.
+    """
+    if names is None:
+        return ()
+    if not isinstance(names, list | tuple) or not names:
+        raise damaged(f"{key} is damaged: it is no list of names")
+    for name in names:
+        if not isinstance(name, str) or not name or names.count(name) > 1 or name in modules:
+            raise damaged(f"{key} is damaged: {name!r} is no name of a module, or has another entry")
+    return tuple(sorted(names))
 
 
 def is_int(value: Any) -> bool:

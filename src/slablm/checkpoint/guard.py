@@ -16,13 +16,15 @@ QUANT_METHOD = "slab"
 GUARD = "this model is compressed by slablm: run `pip install slablm` and `import slablm` before loading it"
 # Of FORMAT.md: what is written, and what can be read. Version 2 added values in few bits, 3 errors on unseen text, 4
 # digests of what config.json says, 5 the drift, 6 symbols in the place of values in few bits (of a form that was never
-# released, and is not read), 7 those of today, 8 int8 rows; since 4 values in few bits are FP16 numbers in memory.
+# released, and is not read), 7 those of today, 8 int8 rows, 9 experts one by one; since 4 values in few bits are FP16
+# numbers in memory. Without experts a file has nothing that version 8 has not, and says so.
 FORMAT_VERSION = 8
-READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
+READABLE_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 9)
 FIRST_WITH_FP16_GRID = 4
 UNRELEASED_SYMBOLS = 6
 FIRST_WITH_SYMBOLS = 7
 FIRST_WITH_INT8_ROWS = 8
+FIRST_WITH_EXPERTS = 9
 
 
 def check_version(version: Any) -> None:
@@ -35,5 +37,5 @@ def check_version(version: Any) -> None:
     if type(version) is not int or version not in READABLE_VERSIONS:
         raise SlabError(
             f"checkpoint format version {version!r} is not supported, "
-            f"this slablm reads versions up to {FORMAT_VERSION}: upgrade slablm (pip install -U slablm)"
+            f"this slablm reads versions up to {READABLE_VERSIONS[-1]}: upgrade slablm (pip install -U slablm)"
         )

@@ -23,20 +23,20 @@ from slablm.checkpoint import integrity
 from slablm.checkpoint.config_file import config_digest
 from slablm.checkpoint.description import Description, drift_entry, read_drift
 from slablm.checkpoint.entries import ModuleSpec
-from slablm.checkpoint.files import WAY_OUT
-from slablm.checkpoint.guard import FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
+from slablm.checkpoint.guard import FIRST_WITH_EXPERTS, FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
 from slablm.checkpoint.layer_report import LayerReport
+from slablm.checkpoint.places import place_experts, place_int8_rows, place_layers
 from slablm.checkpoint.stored import stored_form
-from slablm.checkpoint.verification import Checkpoint, check_inside, open_checkpoint
+from slablm.checkpoint.verification import check_inside, open_checkpoint
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods.drift import Drift
 from slablm.packing import CodedSpec, PackedSpec
 from slablm.runtime import kernels
-from slablm.runtime.int8 import int8_names, tie_scales, use_int8
+from slablm.runtime.experts import all_experts
+from slablm.runtime.int8 import int8_names, tie_scales
 from slablm.runtime.linear import RowLinear, SlabLinear
 from slablm.runtime.narrow import narrow_matrices
-from slablm.runtime.replace_module import replace_module
 from slablm.runtime.token_path import use_token_path
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         format_version: version of the format.
         drift: the drift behind each block (`Drift` or its dict); None if it was not measured.
         int8_rows: full names of the modules whose matrix is stored in int8 rows; None for none.
+        experts: full names of the modules whose experts are stored one by one; None for none.
 
     Raises:
         SlabError: the version is not one this slablm reads, or a field is missing or wrong.
@@ -67,18 +68,19 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         drift: Sequence[Any] | None = None,
         int8_rows: Sequence[str] | None = None,
+        experts: Sequence[str] | None = None,
         **unknown: Any,
     ) -> None:
         check_version(format_version)  # a newer version may have new entries
         unknown.pop("quant_method", None)
         if unknown:
             raise SlabError(f"config.json: quantization_config is damaged (unknown entry {sorted(unknown)[0]!r})")
-        description = Description.from_json(modules, value_dtype, format_version, int8_rows)
+        description = Description.from_json(modules, value_dtype, format_version, int8_rows, experts)
         self.modules = dict(description.modules)
         self.quant_method = QUANT_METHOD  # type: ignore[assignment] # the enum lists only built-in methods
         self.format_version = format_version
         self.value_dtype = description.value_dtype
-        self.int8_rows = description.int8_rows
+        self.int8_rows, self.experts = description.int8_rows, description.experts
         self.drift = read_drift(drift)
         self.compression = (
             compression
@@ -89,17 +91,18 @@ class SlabQuantizationConfig(QuantizationConfigMixin):
     @property
     def description(self) -> Description:
         """What decides decoding."""
-        return Description(self.modules, self.value_dtype, self.format_version, self.int8_rows)
+        return Description(self.modules, self.value_dtype, self.format_version, self.int8_rows, self.experts)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form, as in `config.json`; what is written is always in the present version."""
+        """JSON-ready form, as in `config.json`; what is written is never in an older version."""
+        description = self.description
         return {
             "quant_method": self.quant_method,
-            "format_version": FORMAT_VERSION,
+            "format_version": description.written_version,
             "value_dtype": self.value_dtype,
             "compression": self.compression.to_dict(),
             "modules": {name: spec.to_dict() for name, spec in self.modules.items()},
-            **({"int8_rows": list(self.int8_rows)} if self.int8_rows else {}),
+            **{key: list(names) for key, names in description.lists.items()},
             **({"drift": [drift_entry(block) for block in self.drift]} if self.drift else {}),
         }
 
@@ -124,17 +127,23 @@ class SlabHfQuantizer(HfQuantizer):
         paths = check_inside([str(file) for file in checkpoint_files or []], model.config.name_or_path)
         checkpoint = open_checkpoint(paths, self.quantization_config.description)
         checkpoint.verify()
-        modules = {}
-        for name, module in self.quantization_config.modules.items():
-            own_name, linear = _find_linear(model, name)
-            spec = checkpoint.specs[name]
-            _check_shape(model, name, (spec.out_features, spec.in_features), linear)
-            modules[own_name] = module
-            replace_module(model, own_name, SlabLinear.from_spec(spec, linear.bias))
+        config = self.quantization_config
         # From here on they are this model's: it is saved under its own names.
-        self.quantization_config.modules = modules
-        _place_int8_rows(model, checkpoint)
-        self.quantization_config.int8_rows = tuple(int8_names(model))
+        config.experts = place_experts(model, config.experts)
+        config.modules = place_layers(model, config.modules, checkpoint.specs)
+        place_int8_rows(model, checkpoint)
+        config.int8_rows = tuple(int8_names(model))
+
+    def update_weight_conversions(self, weight_conversions: list[Any], *model: Any) -> list[Any]:
+        """What transformers does to tensors while it loads, without joining experts that are stored one by one."""
+        apart = [
+            f"{name}.0.{projection}.weight"
+            for name in self.quantization_config.experts
+            for projection in ("gate_proj", "up_proj", "down_proj")
+        ]
+        kept = [one for one in weight_conversions if all(one.rename_source_key(name)[1] is None for name in apart)]
+        updated: list[Any] = super().update_weight_conversions(kept, *model)  # type: ignore[no-untyped-call]
+        return updated
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         """Check the planes and make `save_pretrained` write the complete format again."""
@@ -167,7 +176,7 @@ class SlabHfQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, str]]:
         """The tensors to save and the header's metadata, digests included."""
         dtype = getattr(torch, self.quantization_config.value_dtype)
-        state = model.state_dict()
+        state, description = model.state_dict(), self.quantization_config.description
         # Tied tensors must stay one tensor, or transformers would write each of them.
         narrowed: dict[int, Tensor] = {}
         for name, tensor in state.items():
@@ -179,7 +188,8 @@ class SlabHfQuantizer(HfQuantizer):
         # What a checkpoint's config.json will say but for what transformers fills in while it saves: `save_pretrained`
         # here seals the files again, with what it does say.
         written = config_digest(json.loads(model.config.to_json_string()))
-        return state, integrity.sealed(integrity.metadata(state), self.quantization_config.description.digest, written)
+        metadata = integrity.metadata(state, description.written_version)
+        return state, integrity.sealed(metadata, description.digest, written)
 
     def is_serializable(self) -> bool:
         """Packed models can be saved."""
@@ -192,74 +202,8 @@ class SlabHfQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """The forward is plain torch."""
-        return True
-
-
-def _find_linear(model: PreTrainedModel, name: str) -> tuple[str, nn.Linear]:
-    """The layer that a checkpoint calls `name`, and this model's own name of it.
-
-    A model without a head (``LlamaModel``) has ``layers.0`` where the one with a head has ``model.layers.0``; each can
-    be loaded from a checkpoint of the other.
-
-    Raises:
-        SlabError: there is none.
-    """
-    found = _find(model, name, nn.Linear)
-    if found is None:
-        raise SlabError(f"config.json lists a compressed layer {name!r} that {type(model).__name__} lacks")
-    own_name, linear = found
-    assert isinstance(linear, nn.Linear)
-    return own_name, linear
-
-
-def _find(model: PreTrainedModel, name: str, *kinds: type[nn.Module]) -> tuple[str, nn.Module] | None:
-    """This model's own name of a module of a checkpoint, and the module; None if there is none of these classes."""
-    prefix = f"{model.base_model_prefix}."
-    for own_name in (name, name.removeprefix(prefix), prefix + name):
-        try:
-            module = model.get_submodule(own_name)
-        except AttributeError:
-            continue
-        if isinstance(module, kinds):
-            return own_name, module
-    return None
-
-
-def _place_int8_rows(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """Put empty int8 rows where the checkpoint has some, and where this model ties another module to them.
-
-    Raises:
-        SlabError: the model has none of them, or one of another shape.
-    """
-    pieces, names, stored = checkpoint.pieces, [], set()
-    for name, holder in checkpoint.int8_rows.items():
-        found = _find(model, name, nn.Embedding, nn.Linear)
-        if found is not None:  # a model need not have a head
-            names.append(found[0])
-            stored |= {found[0]} if name == holder else set()
-            _check_shape(model, name, pieces[f"{holder}.weight"].shape, found[1])
-    if checkpoint.int8_rows and not names:
-        raise SlabError(
-            f"config.json lists int8 rows {next(iter(checkpoint.int8_rows))!r} that {type(model).__name__} lacks"
-        )
-    for pair in model.all_tied_weights_keys.items():
-        modules = [tensor.removesuffix(".weight") for tensor in pair]
-        if not set(names).isdisjoint(modules):
-            names += [module for module in modules if module not in names]
-    use_int8(model, names)
-    for name in set(names) - stored:  # transformers would look for them in the files
-        model.get_submodule(name)._buffers["scales"] = None
-
-
-def _check_shape(model: PreTrainedModel, name: str, shape: tuple[int, ...], module: nn.Module) -> None:
-    own = module.weight.shape
-    assert isinstance(own, torch.Size)
-    if own != shape:
-        raise SlabError(
-            f"layer {name!r} is {' × '.join(map(str, shape))} in the files and "
-            f"{' × '.join(map(str, own))} in {type(model).__name__}: {WAY_OUT}"
-        )
+        """The forward is plain torch; but which experts run is decided in Python."""
+        return not self.quantization_config.experts
 
 
 def _widen(model: PreTrainedModel) -> None:
@@ -308,8 +252,11 @@ def describe(
         assert not isinstance(layer.spec, CodedSpec)
         dtype = getattr(torch, config.value_dtype or "")
         modules[report.name] = ModuleSpec.of(layer.spec, dtype, report.output_error, report.unseen_error)
+    experts = [name for name, _ in all_experts(model)]
+    version = FIRST_WITH_EXPERTS if experts else FORMAT_VERSION
+    lists: dict[str, Any] = {"int8_rows": int8_names(model) or None, "experts": experts or None}
     quantization_config = SlabQuantizationConfig(
-        modules, config.value_dtype or "", config, drift=drift, int8_rows=int8_names(model) or None
+        modules, config.value_dtype or "", config, version, drift=drift, **lists
     )
     model.config.quantization_config = quantization_config
     return quantization_config

@@ -25,12 +25,14 @@ class SizeOnDisk:
         layers: one report per compressed layer.
         header_bytes: bytes of all safetensors headers, digests included.
         file_bytes: bytes of all safetensors files.
+        model_weights: number of weights of the whole model.
         head_bits: bits of a weight of head and embedding, 16 or 8.
     """
 
     layers: tuple[LayerReport, ...]
     header_bytes: int
     file_bytes: int
+    model_weights: int
     head_bits: int = field(default=16, kw_only=True)
 
     @property
@@ -42,6 +44,11 @@ class SizeOnDisk:
     def bits_per_weight(self) -> float:
         """True bits per target weight: packed tensors and headers on disk."""
         return (sum(layer.true_bits for layer in self.layers) + 8 * self.header_bytes) / self.weights
+
+    @property
+    def model_bits_per_weight(self) -> float:
+        """True bits per weight of the whole model: its files, over all weights, compressed or not."""
+        return 8 * self.file_bytes / self.model_weights
 
     @property
     def compression_ratio(self) -> float:
@@ -71,9 +78,11 @@ class Inspection(SizeOnDisk):
         """JSON-ready form."""
         return {
             "bits_per_weight": self.bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
             "compression_ratio": self.compression_ratio,
             "kept_fraction": self.kept_fraction,
             "weights": self.weights,
+            "model_weights": self.model_weights,
             "file_bytes": self.file_bytes,
             "head_bits": self.head_bits,
             "compression": self.settings,
@@ -116,7 +125,8 @@ def inspect_folder(folder: Path, variant: str | None = None) -> Inspection:
     return Inspection(
         tuple(layers),
         header_bytes=sum(file.header_bytes for file in checkpoint.files),
-        file_bytes=sum(file.path.stat().st_size for file in checkpoint.files),
+        file_bytes=checkpoint.file_bytes,
+        model_weights=checkpoint.model_weights,
         settings=quantization.compression.to_dict(),
         drift=quantization.drift,
         head_bits=8 if quantization.int8_rows else 16,

@@ -1,41 +1,15 @@
-"""Embedding and head in int8 rows: what `config.json` says of them, checked, and what the files must hold."""
+"""Embedding and head in int8 rows: what the files must hold of those that `config.json` lists."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from slablm.checkpoint.entries import damaged
 from slablm.checkpoint.files import WAY_OUT
-from slablm.checkpoint.guard import FIRST_WITH_INT8_ROWS
 from slablm.checkpoint.shards import DTYPES, Piece
 from slablm.errors import SlabError
-
-
-def read_int8_rows(names: Any, modules: Iterable[str], format_version: int) -> tuple[str, ...]:
-    """Read the entry ``int8_rows``, in alphabetical order.
-
-    Args:
-        names: anything; None where there is no entry.
-        modules: the compressed layers.
-        format_version: as `config.json` says.
-
-    Raises:
-        SlabError: it is no list of names, names a compressed layer, or the version has no int8 rows.
-    """
-    if names is None:
-        return ()
-    if format_version < FIRST_WITH_INT8_ROWS:
-        raise damaged(f"is damaged: it has int8_rows, which format {format_version} has not", "")
-    if not isinstance(names, list | tuple) or not names:
-        raise damaged("int8_rows is damaged: it is no list of names")
-    for name in names:
-        if not isinstance(name, str) or not name or names.count(name) > 1 or name in modules:
-            raise damaged(f"int8_rows is damaged: {name!r} is no name of a matrix, or has another entry")
-    return tuple(sorted(names))
 
 
 def check_int8_rows(

@@ -60,24 +60,27 @@ def digest(tensor: Tensor | Piece) -> str:
     return hasher.hexdigest()
 
 
-def metadata(state: Mapping[str, Tensor]) -> dict[str, str]:
+def metadata(state: Mapping[str, Tensor], version: int) -> dict[str, str]:
     """Header metadata for the tensors of a state dict; of tied tensors (one memory) only one will be stored."""
     groups: dict[int, list[str]] = {}
     for name, tensor in state.items():
         if tensor.numel():
             groups.setdefault(tensor.data_ptr(), []).append(name)
-    return record({name: digest(tensor) for name, tensor in state.items()}, groups.values())
+    return record({name: digest(tensor) for name, tensor in state.items()}, groups.values(), version)
 
 
-def record(digests: Mapping[str, str], groups: Iterable[Sequence[str]] = ()) -> dict[str, str]:
+def record(
+    digests: Mapping[str, str], groups: Iterable[Sequence[str]] = (), version: int = FORMAT_VERSION
+) -> dict[str, str]:
     """Header metadata from digests by name, still to be sealed (`sealed`).
 
     Args:
         digests: of the tensors.
         groups: of a group of names with one tensor only one is stored.
+        version: of the format, `Description.written_version`.
     """
     entry = {
-        "format_version": FORMAT_VERSION,
+        "format_version": version,
         "digests": dict(digests),
         "tied": sorted(sorted(names) for names in groups if len(names) > 1),
         "modules": UNSEALED,

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from slablm.checkpoint.shards import Piece
 from slablm.methods.budget import PAPER_VALUE_BITS
 from slablm.methods.drift import Drift, mean_drift
+from slablm.packing import Spec
+
+# An expert that sees fewer tokens of its own is named.
+FEW_TOKENS = 256
+MOST_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,8 @@ class LayerReport:
         seconds: time of the decomposition.
         unseen_error: the same on inputs from text that calibrated nothing; None if there was no such text.
         symbol_bits: bits of a symbol; None where entries are kept.
+        routed: of a layer of an expert, how many calibration tokens the router sends there; None for all others, and
+            where it is not known.
     """
 
     name: str
@@ -36,6 +45,7 @@ class LayerReport:
     seconds: float
     unseen_error: float | None = None
     symbol_bits: int | None = None
+    routed: int | None = None
 
     @property
     def form(self) -> str:
@@ -58,6 +68,43 @@ class LayerReport:
     def bits_per_weight(self) -> float:
         """True bits per weight."""
         return self.true_bits / self.weights
+
+
+def model_weights(stored: Mapping[str, Piece], specs: Mapping[str, Spec], int8_rows: Iterable[str]) -> int:
+    """Number of weights of a whole model, however they are stored.
+
+    Args:
+        stored: its tensors by name.
+        specs: what is stored of each compressed layer.
+        int8_rows: names of the modules of int8 rows.
+    """
+    extra = {f"{name}.{part}" for name, spec in specs.items() for part in spec.parts()}
+    extra |= {f"{name}.scales" for name in int8_rows}  # tied ones are stored once
+    others = sum(math.prod(piece.shape) for name, piece in stored.items() if name not in extra)
+    return others + sum(spec.out_features * spec.in_features for spec in specs.values())
+
+
+def rarely_chosen(reports: Sequence[LayerReport]) -> dict[str, int]:
+    """Experts that the router sent fewer than `FEW_TOKENS` calibration tokens to, by full name, and how many.
+
+    They are fitted to the tokens of all experts as the others are, but hardly to any of their own.
+
+    Args:
+        reports: one per compressed layer.
+    """
+    experts = {report.name.rpartition(".")[0]: report.routed for report in reports if report.routed is not None}
+    return {name: tokens for name, tokens in experts.items() if tokens < FEW_TOKENS}
+
+
+def few_tokens_line(rare: Mapping[str, int]) -> str:
+    """What to tell a user about such experts.
+
+    Args:
+        rare: from `rarely_chosen`; not empty.
+    """
+    shown = ", ".join(f"{name} ({tokens})" for name, tokens in list(rare.items())[:MOST_SHOWN])
+    more = f" and {len(rare) - MOST_SHOWN} more" if len(rare) > MOST_SHOWN else ""
+    return f"fewer than {FEW_TOKENS} calibration tokens were sent to {shown}{more}: more --num-samples would help"
 
 
 def size_summary(reports: Sequence[LayerReport]) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import json
-import math
 import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
@@ -24,6 +23,7 @@ from slablm.checkpoint import integrity, push
 from slablm.checkpoint.config_file import config_digest
 from slablm.checkpoint.files import CONFIG, INDEX, variant_of, weight_files, weights_in, with_variant
 from slablm.checkpoint.guard import GUARD
+from slablm.checkpoint.layer_report import model_weights
 from slablm.checkpoint.shards import Piece, open_all, write_tensors
 from slablm.checkpoint.staging import staging_folder
 from slablm.errors import SlabError
@@ -190,16 +190,10 @@ def _count_parameters(model: PreTrainedModel, folder: Path, variant: str | None 
     path = folder / with_variant(INDEX, variant)
     if not path.exists():
         return
-    elements = {name: math.prod(piece.shape) for name, piece in open_all(weight_files(folder, variant)).items()}
-    for name in int8_names(model):
-        elements.pop(f"{name}.scales", None)  # tied ones are stored once
-    for name, layer in model.named_modules():
-        if isinstance(layer, SlabLinear):
-            for part in layer.spec.parts():
-                del elements[f"{name}.{part}"]
-            elements[f"{name}.weight"] = layer.out_features * layer.in_features
+    specs = {name: layer.spec for name, layer in model.named_modules() if isinstance(layer, SlabLinear)}
+    total = model_weights(open_all(weight_files(folder, variant)), specs, int8_names(model))
     index = json.loads(path.read_text(encoding="utf-8"))
-    index["metadata"]["total_parameters"] = sum(elements.values())
+    index["metadata"]["total_parameters"] = total
     _write_json(path, index)
 
 

@@ -26,6 +26,7 @@ from slablm.checkpoint.files import (
     with_variant,
 )
 from slablm.checkpoint.int8_rows import check_int8_rows, check_scales
+from slablm.checkpoint.layer_report import model_weights
 from slablm.checkpoint.shards import Piece, TensorFile
 from slablm.errors import SlabError
 from slablm.packing import Spec
@@ -52,6 +53,16 @@ class Checkpoint:
         """All tensors by name."""
         return {name: piece for file in self.files for name, piece in file.pieces.items()}
 
+    @property
+    def file_bytes(self) -> int:
+        """Bytes of its files."""
+        return sum(file.path.stat().st_size for file in self.files)
+
+    @property
+    def model_weights(self) -> int:
+        """Number of weights of the model; see `model_weights`."""
+        return model_weights(self.pieces, self.specs, self.int8_rows)
+
     def verify(self) -> None:
         """Read every tensor and compare it with its digest.
 
@@ -73,7 +84,7 @@ def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
         SlabError: it is no slablm checkpoint, or damaged.
     """
     entries = read_config(folder)["quantization_config"]
-    keys = ("modules", "value_dtype", "format_version", "int8_rows")
+    keys = ("modules", "value_dtype", "format_version", "int8_rows", "experts")
     description = Description.from_json(*(entries.get(key) for key in keys))
     return open_checkpoint(weight_files(folder, variant), description)
 
@@ -166,8 +177,8 @@ def _check_config(record: integrity.Record, description: Description, folder: Pa
         return
     if description.digest != record.modules:
         raise SlabError(
-            f"{folder}: modules, value_dtype or int8_rows of config.json is not what the files were written with: "
-            f"{WAY_OUT}"
+            f"{folder}: modules, value_dtype, experts or int8_rows of config.json is not what the files were written "
+            f"with: {WAY_OUT}"
         )
     # A config that the user hands to transformers need not lie here.
     if (folder / CONFIG).is_file() and config_digest(read_config(folder)) != record.config:

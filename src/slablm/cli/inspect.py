@@ -11,6 +11,7 @@ from slablm.cli.console import Json, TextTable, console, print_json
 
 if TYPE_CHECKING:
     from slablm.checkpoint.inspection import Inspection
+    from slablm.checkpoint.layer_report import LayerReport
 
 
 def inspect(
@@ -26,9 +27,17 @@ def inspect(
         _print_table(inspection)
 
 
+def _of_all_experts(name: str) -> str:
+    """A name that the experts of a block share: layers.0.experts.3.up_proj → layers.0.experts.*.up_proj."""
+    parts = name.split(".")
+    numbers = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join("*" if index in numbers[1:] else part for index, part in enumerate(parts))
+
+
 def _print_table(inspection: Inspection) -> None:
     from rich.box import SIMPLE
 
+    from slablm.checkpoint.layer_report import error_summary
     from slablm.methods.drift import mean_drift
     from slablm.system.memory import human_bytes
 
@@ -36,20 +45,27 @@ def _print_table(inspection: Inspection) -> None:
     table.add_column("layer", no_wrap=True)
     for column in ("shape", "form", "bits", "ratio", "error", "unseen"):
         table.add_column(column, justify="right", no_wrap=True)
+    groups: dict[tuple[str, tuple[int, int], str], list[LayerReport]] = {}
     for layer in inspection.layers:
+        groups.setdefault((_of_all_experts(layer.name), layer.shape, layer.form), []).append(layer)
+    for (name, (m, n), form), layers in groups.items():
+        errors = error_summary(layers)
+        unseen = errors["unseen_error"]
         table.add_row(
-            layer.name,
-            f"{layer.shape[0]}×{layer.shape[1]}",
-            layer.form,
-            f"{layer.bits_per_weight:.3f}",
-            f"{layer.compression_ratio:.4f}",
-            f"{layer.output_error:.4f}",
-            "" if layer.unseen_error is None else f"{layer.unseen_error:.4f}",
+            layers[0].name if len(layers) == 1 else f"{name} ({len(layers)})",
+            f"{m}×{n}",
+            form,
+            f"{layers[0].bits_per_weight:.3f}",
+            f"{layers[0].compression_ratio:.4f}",
+            f"{errors['output_error']:.4f}",
+            "" if unseen is None else f"{unseen:.4f}",
         )
     shown = console()
     shown.print(table)
     shown.print("form: bits of a symbol, or share of kept entries; bits: true bits per weight; ratio: the paper's")
     shown.print("error: relative output error on calibration text; unseen: on text that calibrated nothing")
+    if len(groups) < len(inspection.layers):
+        shown.print("experts of one shape and form share a line, with their number and mean errors (--json has each)")
     if inspection.drift:
         last, mean = inspection.drift[-1], mean_drift(inspection.drift)
         shown.print(
@@ -58,7 +74,8 @@ def _print_table(inspection: Inspection) -> None:
         )
     shown.print(
         f"total: {len(inspection.layers)} layers, {inspection.weights / 1e6:.1f} M weights, "
-        f"{inspection.bits_per_weight:.3f} true bits per weight, "
+        f"{inspection.bits_per_weight:.3f} true bits per weight ({inspection.model_bits_per_weight:.3f} in the whole "
+        f"model of {inspection.model_weights / 1e6:.1f} M), "
         f"compression ratio {inspection.compression_ratio:.4f} (paper), {human_bytes(inspection.file_bytes)} on disk"
     )
     shown.print(f"head and embedding: {inspection.head_bits} bits")

@@ -58,6 +58,9 @@ MaxMemory = Annotated[
         help="Memory for calibration activations (of each rank), such as 4GB; more of them go to a file beside OUT."
     ),
 ]
+MostlyDense = Annotated[
+    bool, typer.Option("--mostly-dense", help="Go on where less than half of the blocks' weights can be compressed.")
+]
 MaxShardSize = Annotated[str, typer.Option(help="Largest file of weights in OUT, such as 5GB.")]
 
 
@@ -89,6 +92,7 @@ class Source:
 
     max_memory: MaxMemory = None
     max_shard_size: MaxShardSize = "50GB"
+    mostly_dense: MostlyDense = False
     revision: Revision = None
     trust_remote_code: TrustRemoteCode = False
 
@@ -144,6 +148,7 @@ def run_options(settings: Settings, source: Source, **others: Any) -> RunOptions
         trust_remote_code=source.trust_remote_code,
         max_memory=None if source.max_memory is None else parse_bytes(source.max_memory, "--max-memory"),
         max_shard_size=parse_bytes(source.max_shard_size, "--max-shard-size"),
+        mostly_dense=source.mostly_dense,
         **others,
     )
 

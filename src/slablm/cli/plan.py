@@ -87,6 +87,7 @@ def _needs(plan: Plan) -> list[Table]:
     files = f" in {size.files} files" if size.files > 1 else ""
     for name, value in {
         "true bits per weight (headers included)": f"{size.bits_per_weight:.3f}",
+        "true bits per weight of the whole model": f"{size.model_bits_per_weight:.3f}",
         "compression ratio (paper, positions not counted)": f"{size.compression_ratio:.4f}",
         "head and embedding": f"{size.head_bits} bits",
         "weights on disk": human_bytes(size.file_bytes) + files,
@@ -151,10 +152,10 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _without_number(name: str) -> str:
-    """A name that layers of all blocks share: model.layers.0.mlp.up_proj → mlp.up_proj."""
+    """A name that layers of all blocks and experts share: layers.0.mlp.experts.3.up_proj → mlp.experts.up_proj."""
     parts = name.split(".")
     numbers = [index for index, part in enumerate(parts) if part.isdigit()]
-    return ".".join(parts[numbers[0] + 1 :]) if numbers else name
+    return ".".join(part for part in parts[numbers[0] + 1 :] if not part.isdigit()) if numbers else name
 
 
 def _time(seconds: float) -> str:

@@ -38,6 +38,7 @@ from slablm.dense.opening import empty_model
 from slablm.dense.targets import find_blocks
 from slablm.errors import SlabError
 from slablm.methods import METHODS
+from slablm.runtime.experts import separate_experts
 from slablm.runtime.replace_module import unpack_layers
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def load(rival: Rival, like: PreTrainedModel) -> PreTrainedModel:
     dtype = str(like.dtype).removeprefix("torch.")
     model, _ = loading.load(str(rival.path), dtype=dtype, device=str(like.device))
     unpack_layers(model, model.dtype)
+    separate_experts(model)  # as targets are selected in the dense model
     if difference := _difference(model, like):
         raise SlabError(f"rival {rival.name}: {difference}: {_SAME_MODEL}")
     return _with_settings_of(like, model, rival) if rival.is_gguf else model

@@ -40,7 +40,7 @@ from slablm.config import CompressionConfig
 from slablm.dense.targets import Targets, find_blocks
 from slablm.errors import SlabError
 from slablm.methods import LayerStats
-from slablm.methods.allocation import Allowance, Demand, log_error
+from slablm.methods.allocation import Allowance, Demand, log_variance, log_volume
 from slablm.packing import Packed
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.replace_module import replace_module
@@ -173,11 +173,14 @@ def _layer_configs(
     known = [math.log2(value) for value in sensitivity.values()]
     unknown = sum(known) / len(known) if known else 0.0
     demands = []
+    volumes: dict[int, float] = {}  # hundreds of layers (experts) may share one Gram matrix
     for name, layer in layers.items():
         gram = stats[name].gram
         assert gram is not None
+        if id(gram) not in volumes:
+            volumes[id(gram)] = log_volume(gram / stats[name].tokens)
         importance = math.log2(sensitivity[name]) if name in sensitivity else unknown
-        importance += log_error(layer.weight, gram / stats[name].tokens)
+        importance += log_variance(layer.weight) + volumes[id(gram)]
         demands.append(Demand.of((layer.out_features, layer.in_features), importance))
     return {
         name: replace(config, bits_per_weight=demand.sizes[chosen])

@@ -63,5 +63,6 @@ def compress_layer(
         seconds=seconds,
         unseen_error=stats.unseen_error(weight, approximation),
         symbol_bits=result.symbol_bits if isinstance(result, SymbolWeight) else None,
+        routed=stats.routed,
     )
     return report, approximation, packed

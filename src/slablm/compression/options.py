@@ -21,6 +21,7 @@ class RunOptions:
         resume: continue an unfinished run.
         max_memory: bytes of RAM for the calibration activations of one rank; None for as much as they take.
         max_shard_size: bytes of tensors per file of the result.
+        mostly_dense: go on where most of the blocks' weights cannot be compressed.
         world: the ranks that compress together; the compute device is the world's then.
     """
 
@@ -32,4 +33,5 @@ class RunOptions:
     resume: bool = False
     max_memory: int | None = None
     max_shard_size: int = MAX_SHARD_SIZE
+    mostly_dense: bool = False
     world: World = ALONE

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from slablm.calibration.stream import windows_held
@@ -24,10 +24,11 @@ from slablm.calibration.windows import calibration_windows
 from slablm.checkpoint import integrity
 from slablm.checkpoint.card import model_card
 from slablm.checkpoint.inspection import read_quantization_config
-from slablm.checkpoint.layer_report import LayerReport
+from slablm.checkpoint.layer_report import LayerReport, few_tokens_line, rarely_chosen
 from slablm.checkpoint.save import assemble, check_target, publish
 from slablm.checkpoint.shards import sync, sync_folder
 from slablm.checkpoint.staging import remove_abandoned
+from slablm.checkpoint.verification import open_folder
 from slablm.compression.blocks import Progress, compress_blocks, unreached
 from slablm.compression.fingerprint import differences, fingerprint, inputs, read_run, write_run
 from slablm.compression.journal import Journal, open_journal, unfinished_folder
@@ -47,7 +48,6 @@ from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
 from slablm.methods.drift import Drift
 from slablm.system.memory import give_back, human_bytes
-from slablm.system.versions import __version__
 
 _PUBLISH = "publish.json"
 Say = Callable[[str], None]
@@ -64,11 +64,13 @@ class RunResult:
         config: the settings, the value type filled in.
         dense_bytes: bytes of the dense model's parameters; None if there was nothing left to do.
         resumed_blocks: blocks that an earlier run had finished.
+        rarely_chosen: experts that hardly any calibration token was sent to, and how many were.
     """
 
     config: CompressionConfig
     dense_bytes: int | None
     resumed_blocks: int
+    rarely_chosen: dict[str, int] = field(default_factory=dict)
 
 
 def compress_folder(
@@ -165,12 +167,14 @@ class _Run:
         reports = compress_blocks(model, self.targets, self.windows, self.config, on_layer, blocks, world)
         left_dense = unreached(self.targets, reports)
         self._say_left_dense(left_dense)
+        if rare := rarely_chosen(reports):
+            self.say(few_tokens_line(rare))
         if not (journal.folder / _PUBLISH).exists():
             self._assemble(reports, blocks.drift, self.targets.left_dense | left_dense, blocks.names)
         self._publish()
         journal.remove()
         world.tell(None)
-        return RunResult(self.config, self.dense_bytes, resumed)
+        return RunResult(self.config, self.dense_bytes, resumed, rare)
 
     def _say_left_dense(self, reasons: dict[str, str]) -> None:
         for name, reason in reasons.items():
@@ -199,13 +203,15 @@ class _Run:
         model, folder = self.dense.model, self.journal.model_folder
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        hf.describe(model, self.config, reports, drift)
+        version = hf.describe(model, self.config, reports, drift).description.written_version
         pieces, digests = self.journal.everything()
         digests |= {alias: digests[first] for first, *aliases in names for alias in aliases}
-        assemble(model, folder, pieces, integrity.record(digests, names), self.options.max_shard_size)
+        assemble(model, folder, pieces, integrity.record(digests, names, version), self.options.max_shard_size)
         self.dense.tokenizer.save_pretrained(folder)
         revision = self.options.revision
-        card = model_card(self.source, self.config, reports, left_dense, __version__, revision, drift)
+        written = open_folder(folder)
+        bits = 8 * written.file_bytes / written.model_weights
+        card = model_card(self.source, self.config, reports, left_dense, revision, drift, model_bits=bits)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_run(folder, self.made_from)
         for path in (path for path in folder.rglob("*") if path.is_file()):

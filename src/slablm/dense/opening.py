@@ -7,6 +7,7 @@ reason.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from slablm.checkpoint.files import WAY_OUT
 from slablm.checkpoint.shards import Piece
 from slablm.dense import loading, sources
+from slablm.dense.conversion import by_own_names
 from slablm.dense.targets import find_blocks
 from slablm.errors import SlabError
+from slablm.runtime.experts import separate_experts
 from slablm.system.memory import mapped_apart
 
 if TYPE_CHECKING:
@@ -81,7 +84,7 @@ def open_dense(
         weights = sources.open_weights(files, where, revision)
     if not whole_because:
         with loading.explained(source):
-            model, whole_because = _skeleton(where, dtype, weights, options)
+            model, weights, whole_because = _skeleton(where, dtype, weights, options)
     if not whole_because:
         from transformers import AutoTokenizer
 
@@ -94,11 +97,13 @@ def open_dense(
     return DenseModel(model, tokenizer, files, weights, whole_because, torch.device(device))
 
 
-def _skeleton(where: str, dtype: str, weights: dict[str, Piece], options: dict[str, Any]) -> tuple[Any, str]:
-    """The model without its weights as `from_pretrained` would set it up, or why it has to be read as a whole.
+def _skeleton(
+    where: str, dtype: str, weights: dict[str, Piece], options: dict[str, Any]
+) -> tuple[Any, dict[str, Piece], str]:
+    """The model without its weights as `from_pretrained` would set it up and its tensors, or why to read it as a whole.
 
     Raises:
-        SlabError: see `why_whole`.
+        SlabError: see `by_own_names` and `why_whole`.
     """
     from transformers import AutoConfig, GenerationConfig
 
@@ -107,7 +112,7 @@ def _skeleton(where: str, dtype: str, weights: dict[str, Piece], options: dict[s
     if wanted == "auto":
         types = own_dtypes(config, weights)
         if len(types) != 1:
-            return None, "its config names no dtype and its files hold several"
+            return None, {}, "its config names no dtype and its files hold several"
         wanted = types[0]
     model = empty_model(config, wanted, trust_remote_code=options["trust_remote_code"])
     model.config.name_or_path = where
@@ -118,7 +123,8 @@ def _skeleton(where: str, dtype: str, weights: dict[str, Piece], options: dict[s
             model.generation_config = GenerationConfig.from_pretrained(
                 where, config_file_name="config.json", _from_model_config=True, revision=options["revision"]
             )
-    return model, why_whole(model, weights)
+    weights = by_own_names(model, weights)
+    return model, weights, why_whole(model, weights)
 
 
 def own_dtypes(config: Any, weights: dict[str, Piece]) -> list[torch.dtype]:
@@ -129,7 +135,7 @@ def own_dtypes(config: Any, weights: dict[str, Piece]) -> list[torch.dtype]:
 
 
 def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """A model on the meta device, in eval mode; only buffers that no file holds have bytes.
+    """A model on the meta device, in eval mode, its experts apart; only buffers that no file holds have bytes.
 
     Args:
         config: transformers' config of the model.
@@ -143,8 +149,19 @@ def empty_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = Fa
     with mapped_apart(), init_empty_weights(include_buffers=False):
         build: Any = AutoModelForCausalLM.from_config
         model: PreTrainedModel = build(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    _keep_in_float32(model, dtype)
+    separate_experts(model)
     model.tie_weights()  # the context above makes a tensor of its own for every name
     return model
+
+
+def _keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give tensors that transformers keeps in float32 that type, as `from_pretrained` does (routers of DeepSeek)."""
+    plan: dict[str, torch.dtype] = model._get_dtype_plan(dtype)
+    for name, tensor in model.state_dict().items():
+        wider = next((wide for pattern, wide in plan.items() if re.search(pattern.replace("*", ".*"), name)), None)
+        if wider is not None and tensor.is_floating_point():
+            put(model, [name], tensor.to(wider))
 
 
 def why_whole(model: PreTrainedModel, weights: dict[str, Piece]) -> str:
@@ -152,7 +169,7 @@ def why_whole(model: PreTrainedModel, weights: dict[str, Piece]) -> str:
 
     Args:
         model: on the meta device.
-        weights: where each tensor lies.
+        weights: where each tensor lies, from `by_own_names`.
 
     Raises:
         SlabError: a tensor is missing in the files, or has another shape than the model wants.
@@ -175,8 +192,6 @@ def why_whole(model: PreTrainedModel, weights: dict[str, Piece]) -> str:
                 f"{model.config.name_or_path}: tensor {name!r} has shape {list(weights[name].shape)}, "
                 f"the config asks for {list(tensor.shape)}: {WAY_OUT}"
             )
-    if getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None):
-        return "it mixes types"
     return ""
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
 
 import torch
 from torch import Tensor
@@ -81,10 +82,17 @@ def allot(budget: float, demands: Sequence[Demand]) -> list[int]:
         demand = demands[i]
         return demand.importance - RATE * chosen[i] - math.log2(cost(i) / demand.weights)
 
-    while fitting := [i for i, d in enumerate(demands) if chosen[i] + 1 < len(d.sizes) and cost(i) <= left]:
-        best = max(fitting, key=gain)
+    # A block may have hundreds of layers (experts). What does not fit once never will: less and less is left.
+    best_first = [(-gain(i), i) for i, d in enumerate(demands) if len(d.sizes) > 1]
+    heapify(best_first)
+    while best_first:
+        _, best = heappop(best_first)
+        if cost(best) > left:
+            continue
         left -= cost(best)
         chosen[best] += 1
+        if chosen[best] + 1 < len(demands[best].sizes):
+            heappush(best_first, (-gain(best), best))
     return chosen
 
 
@@ -117,15 +125,21 @@ class Allowance:
         self._saved += self.budget * weights - bits
 
 
-def log_error(weight: Tensor, gram: Tensor) -> float:
-    """Log₂ (σ² det(G)^{1/n}): the output error per weight at equal bits, up to what all layers share.
+def log_variance(weight: Tensor) -> float:
+    """Log₂ σ² of W, [m, n]; with `log_volume` of its inputs the output error per weight at equal bits.
+
+    The logarithm of σ² det(G)^{1/n}, that is, up to what all layers share.
+    """
+    return math.log2(max(weight.float().square().mean().item(), torch.finfo(torch.float32).tiny))  # zeros have some
+
+
+def log_volume(gram: Tensor) -> float:
+    """Log₂ det(G)^{1/n}.
 
     Args:
-        weight: W, [m, n].
         gram: G = XᵀX, [n, n]; damped as in the sweep.
 
     Raises:
         SlabError: the Gram matrix is not finite, or cannot be factored.
     """
-    variance = max(weight.float().square().mean().item(), torch.finfo(torch.float32).tiny)  # of a layer of zeros
-    return math.log2(variance) - 2 * inverse_factor(gram.float()).diagonal().log2().mean().item()
+    return -2 * inverse_factor(gram.float()).diagonal().log2().mean().item()

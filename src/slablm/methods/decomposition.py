@@ -34,6 +34,7 @@ class LayerStats:
         gram: XᵀX, [n, n] float32, for methods that need it (`slablm.methods.Method`); None for all others.
         held_out: XᵀX of tokens that are not in `gram`, for methods that need it.
         unseen: a few inputs, [s, n] float32, of text that is in none of the above; None if there was no more text.
+        routed: of a layer of an expert, how many of the tokens the router sends there; None for all others.
     """
 
     input_norms: Tensor
@@ -42,6 +43,7 @@ class LayerStats:
     gram: Tensor | None = None
     held_out: Tensor | None = None
     unseen: Tensor | None = None
+    routed: int | None = None
 
     def output_error(self, weight: Tensor, approximation: Tensor) -> float:
         """`relative_error` on the sampled rows.

@@ -132,6 +132,11 @@ def look_ahead(
         known: what shapes and settings do not tell.
     """
     stored_as, problems = budgets(model, targets, config)
+    if not options.mostly_dense:
+        try:
+            targets.check_reach()
+        except SlabError as error:
+            problems.insert(0, str(error))
     largest_outside, dense_bytes = _largest_outside(model, targets), sum(p.nbytes for p in model.parameters())
     try:
         use_head_bits(model, config)

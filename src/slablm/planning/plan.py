@@ -144,7 +144,9 @@ def _numbers(outlook: Outlook) -> dict[str, Any]:
     size, memory, disk = outlook.size, outlook.memory, outlook.disk
     return {
         "weights": size.weights,
+        "model_weights": size.model_weights,
         "bits_per_weight": size.bits_per_weight,
+        "model_bits_per_weight": size.model_bits_per_weight,
         "compression_ratio": size.compression_ratio,
         "head_bits": size.head_bits,
         "bytes_on_disk": size.file_bytes,

@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from slablm.calibration.capture import BlockCall, capture_block_calls
 from slablm.calibration.statistics import StatsCollector, Use
 from slablm.dense.targets import Targets, find_blocks
+from slablm.runtime.experts import all_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -181,10 +182,12 @@ def rehearse(
             modules = [model.get_submodule(name) for name in targets.names[index]]
             layers = [module for module in modules if isinstance(module, nn.Linear)]
             call = calls[index]
-            plain = _measure(blocks[index], call, window, known, _collectors(layers, samples, 0))
+            with all_tokens(blocks[index]):
+                plain = _measure(blocks[index], call, window, known, _collectors(layers, samples, 0))
             statistics, gram_bytes = plain, 0
             if grams:
-                held = _measure(blocks[index], call, window, known, _collectors(layers, samples, grams))
+                with all_tokens(blocks[index]):
+                    held = _measure(blocks[index], call, window, known, _collectors(layers, samples, grams))
                 gram_bytes = (held.left_bytes - plain.left_bytes) // grams
                 # There may be several at a time, but a window goes into one.
                 statistics = replace(

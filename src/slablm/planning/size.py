@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from slablm.checkpoint import integrity
 from slablm.checkpoint.guard import GUARD
 from slablm.checkpoint.inspection import SizeOnDisk
-from slablm.checkpoint.layer_report import LayerReport
+from slablm.checkpoint.layer_report import LayerReport, model_weights
 from slablm.checkpoint.save import divide
 from slablm.checkpoint.shards import Piece, header
 from slablm.config import CompressionConfig
@@ -27,6 +27,7 @@ from slablm.methods import RowBudget, SymbolBudget, get_method, storage
 from slablm.methods.allocation import Allowance, Demand
 from slablm.methods.drift import Drift
 from slablm.packing import PackedSpec, SymbolSpec
+from slablm.runtime.int8 import int8_names
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.replace_module import replace_module
 
@@ -108,10 +109,11 @@ def plan_size(
 
     dtype: torch.dtype = getattr(torch, config.value_dtype or "")
     layers = tuple(_empty_layer(model, name, budget, dtype) for name, budget in stored_as.items())
-    hf.describe(model, config, list(layers), [Drift(_ERROR, _ERROR)] * len(find_blocks(model)[1]))
+    drift = [Drift(_ERROR, _ERROR)] * len(find_blocks(model)[1])
+    version = hf.describe(model, config, list(layers), drift).description.written_version
     state, groups = model.state_dict(), tensor_names(model)
     pieces = {names[0]: Piece.of(_stored(state[names[0]], dtype)) for names in groups}
-    metadata = {"format": "pt", **integrity.record(dict.fromkeys(state, _DIGEST), groups)}
+    metadata = {"format": "pt", **integrity.record(dict.fromkeys(state, _DIGEST), groups, version)}
     shards = divide(model, pieces, max_shard_size)
     files = [{name: pieces[name] for name in inside} for inside in shards.filename_to_tensors.values()]
     header_bytes = sum(len(header(file, metadata)) for file in files)
@@ -120,7 +122,9 @@ def plan_size(
     if shards.is_sharded:
         config_bytes += len(json.dumps(shards.tensor_to_filename, indent=2))
     file_bytes = sum(stored.values()) + header_bytes
-    sizes = header_bytes, file_bytes, dense_bytes, stored, len(files), config_bytes
+    specs = {report.name: _packed_layer(model, report.name).spec for report in layers}
+    weights = model_weights(pieces, specs, int8_names(model))
+    sizes = header_bytes, file_bytes, weights, dense_bytes, stored, len(files), config_bytes
     return Size(layers, *sizes, head_bits=config.head_bits)
 
 
@@ -128,6 +132,12 @@ def _shape(model: nn.Module, name: str) -> tuple[int, int]:
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     return linear.out_features, linear.in_features
+
+
+def _packed_layer(model: nn.Module, name: str) -> SlabLinear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, SlabLinear)
+    return layer
 
 
 def _empty_layer(model: nn.Module, name: str, budget: Stored, dtype: torch.dtype) -> LayerReport:

@@ -17,6 +17,7 @@ import torch
 from slablm.checkpoint.files import CONFIG
 from slablm.checkpoint.shards import Piece
 from slablm.dense import loading, sources
+from slablm.dense.conversion import by_own_names
 from slablm.dense.opening import empty_model, own_dtypes, why_whole
 from slablm.errors import SlabError
 
@@ -74,6 +75,7 @@ def open_skeleton(source: str, dtype: str, revision: str | None, *, trust_remote
             wanted = next(iter(own_dtypes(config, weights)), torch.float32)
         model = empty_model(config, wanted, trust_remote_code=trust_remote_code)
         model.config.name_or_path = where
+    weights = by_own_names(model, weights)
     notes = []
     if not files:
         notes.append("no weights here: shapes come from config.json alone")
