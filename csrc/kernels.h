@@ -23,7 +23,7 @@
 #include "slablm.h"
 
 // Chunk numbers become constants.
-#define UNROLLED _Pragma("GCC unroll 8")
+#define UNROLLED _Pragma("GCC unroll 16")
 
 namespace {
 

@@ -38,8 +38,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Cached:
-    """Keys and values [sequences, kv_heads, capacity, head_dim], where attention begins, where the new token goes, and
-    a mask of what is between."""
+    """Keys and values [sequences, kv_heads, capacity, head_dim]; attention is from `first` to the new token's slot."""
 
     keys: torch.Tensor
     values: torch.Tensor
@@ -60,15 +59,14 @@ class Step:
     place: Cached
 
     def described(self):
-        place = self.place
-        caches = kernel.describe_caches(place.keys, place.values)
+        caches = kernel.describe_caches(self.place.keys, self.place.values)
         block = kernel.describe(self.shape, self.norms, self.projections)
-        return block, kernel.Place(caches, place.first, place.slot)
+        return block, kernel.Place(caches, self.place.first, self.place.slot)
 
     def run(self, name):
         block, place = self.described()
         outputs = kernel.run(LIBRARY, name, block, self.inputs, self.rotary, [place], self.place.mask)
-        return None if outputs is None else outputs[0]
+        return outputs and outputs[0]
 
     def with_own_cache(self):
         return self.with_place(keys=self.place.keys.clone(), values=self.place.values.clone())
@@ -208,9 +206,8 @@ def assert_right(step, name, tolerance=1e-3):
     assert (error <= tolerance * added + 0.51 * torch.finfo(given.dtype).eps * outputs.norm(dim=-1)).all(), name
     for before, after, new in ((step.place.keys, ran.place.keys, keys), (step.place.values, ran.place.values, values)):
         slot = after[:, :, step.place.slot].double()
-        assert ((slot - new).norm(dim=-1) <= (tolerance + step_size) * new.norm(dim=-1).amax(1, keepdim=True)).all(), (
-            name
-        )
+        largest = new.norm(dim=-1).amax(1, keepdim=True)
+        assert ((slot - new).norm(dim=-1) <= (tolerance + step_size) * largest).all(), name
         assert_only_the_slot_differs(before, after, step.place.slot)
     return given
 

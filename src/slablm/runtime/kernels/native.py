@@ -104,8 +104,8 @@ def load() -> Library | str:
     functions.slablm_symbols_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
     functions.slablm_trellis_columns.argtypes = (i32, pointer, i32)
     functions.slablm_blocks.argtypes = (i32, pointer, pointer, i64, pointer, i32)
-    functions.slablm_prompt_heads.argtypes = (i32, pointer, pointer, pointer, pointer, i32)
-    functions.slablm_prompt_outputs.argtypes = (i32, pointer, pointer, pointer, pointer, i32)
+    for function in (functions.slablm_prompt_heads, functions.slablm_prompt_outputs):
+        function.argtypes = (i32, pointer, pointer, pointer, pointer, i32)
     functions.slablm_rotate.argtypes = (i32, pointer, i64, i64, i64, ctypes.c_uint64, i32)
     supported = tuple(name for name, number in INSTRUCTION_SETS.items() if functions.slablm_supports(number))
     none = (NO_SYMBOLS, None, 0, 0, 14, None, 0, 1)
@@ -304,11 +304,8 @@ def ran(status: int) -> bool:
 def symbols_struct(weight: PackedSymbols) -> bytes:
     """The weight's `SlabSymbols`, made per call: that takes 1.5 µs, and nothing can go stale."""
     spec, parts = weight.spec, (weight.symbols, weight.scales, weight.levels)
-    for part in parts:
-        if not (part.is_cpu and part.is_contiguous()):
-            raise RuntimeError(
-                "a kernel needs contiguous symbols, scales and levels on the CPU; this is a bug in slablm"
-            )
+    if not all(part.is_cpu and part.is_contiguous() for part in parts):
+        raise RuntimeError("a kernel needs contiguous symbols, scales and levels on the CPU; this is a bug in slablm")
     m, n, rotation = spec.out_features, spec.in_features, spec.rotation
     block, seed = (0, 0) if rotation is None else (rotation.block, rotation.seed)
     return _SYMBOLS.pack(m, n, block, seed, spec.bits, *[part.data_ptr() for part in parts])
