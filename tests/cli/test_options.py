@@ -32,10 +32,11 @@ VERBS = {
 
 USAGE = {
     "bench": "MODEL",
+    "chat": "MODEL",
     "compare": "MODEL",
     "compress": "MODEL OUT",
     "eval": "MODEL",
-    "generate": "MODEL PROMPT",
+    "generate": "MODEL [PROMPT]",
     "inspect": "OUT",
     "plan": "MODEL [OUT]",
     "doctor": "",

@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from slablm.cli.bench import bench
+from slablm.cli.chat import chat
 from slablm.cli.compare import compare
 from slablm.cli.compress import compress
 from slablm.cli.console import printable
@@ -26,6 +27,7 @@ from slablm.errors import SlabError
 
 VERBS: dict[str, Callable[..., None]] = {
     "bench": bench,
+    "chat": chat,
     "compare": compare,
     "compress": compress,
     "eval": evaluate,
