@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import types
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from slablm import autoload
+from tests.serving.folders import with_template
 
 tomllib = pytest.importorskip("tomllib")
 
@@ -109,6 +111,30 @@ def test_lm_eval(compressed_folder, environment, tmp_path):
     results = list((tmp_path / "results").rglob("results_*.json"))
     assert results, done.stderr
     assert 0 <= json.loads(results[0].read_text())["results"]["sums"]["acc,none"] <= 1
+
+
+def test_transformers_own_server_and_chat(compressed_folder, environment, tmp_path):
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    pexpect = pytest.importorskip("pexpect")
+    folder = with_template(compressed_folder, tmp_path / "model")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    program = ["-c", "from transformers.cli.transformers import main; main()"]
+    command = [sys.executable, *program, "serve", str(folder), "--device", "cpu", "--port", str(port)]
+    server = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        assert any("running on" in line for line in server.stderr)
+        talk = [*program, "chat", str(folder), f"http://localhost:{port}/v1", "max_new_tokens=4", "do_sample=False"]
+        quiet = environment | {"TERM": "dumb"}
+        child = pexpect.spawn(sys.executable, talk, env=quiet, encoding="utf-8", codec_errors="replace", timeout=60)
+        child.expect(r"already\s+loaded")
+        child.sendline("Hello")
+        child.expect(r"\d+ tokens in")
+        child.close(force=True)
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def test_what_fails_in_a_hook_is_a_warning(monkeypatch):

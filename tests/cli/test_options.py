@@ -39,6 +39,7 @@ USAGE = {
     "generate": "MODEL [PROMPT]",
     "inspect": "OUT",
     "plan": "MODEL [OUT]",
+    "serve": "MODEL",
     "doctor": "",
 }
 

@@ -23,6 +23,7 @@ from slablm.cli.eval import evaluate
 from slablm.cli.generate import generate
 from slablm.cli.inspect import inspect
 from slablm.cli.plan import plan
+from slablm.cli.serve import serve
 from slablm.errors import SlabError
 
 VERBS: dict[str, Callable[..., None]] = {
@@ -34,6 +35,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate,
     "inspect": inspect,
     "plan": plan,
+    "serve": serve,
     "doctor": doctor,
 }
 

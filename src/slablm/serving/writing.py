@@ -191,7 +191,7 @@ def write(
     elif sampling.temperature > 0:
         torch.seed()
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    watcher = _Watcher(Decoder(tokenizer, ids[0].tolist()), StopWords(sampling.stop), on_text)
+    watcher = Watcher(Decoder(tokenizer, ids[0].tolist()), StopWords(sampling.stop), on_text)
     # The name has changed in transformers 5.2x.
     cached_as = "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
     interrupted = False
@@ -210,21 +210,28 @@ def write(
     return watcher.written(ids.shape[1] - cached, interrupted)
 
 
-class _Watcher(StoppingCriteria):
-    """What `generate` asks after each token whether to stop; it sees the token on this occasion."""
+class Watcher(StoppingCriteria):
+    """What `generate` asks after each token whether to stop; it sees the token on this occasion.
 
-    def __init__(self, decoder: Decoder, stop: StopWords, on_text: OnText) -> None:
+    Args:
+        decoder: of the text.
+        stop: words at which the text ends.
+        on_text: told each piece of the text.
+    """
+
+    def __init__(self, decoder: Decoder, stop: StopWords, on_text: OnText = lambda text: None) -> None:
         self._decoder, self._stop, self._on_text = decoder, stop, on_text
+        self.cancelled = False  # by whoever no longer wants the text, from any thread
         self._text: list[str] = []
         self._tokens: list[int] = []
         self._times = [time.perf_counter()]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        """Whether a stop word has come, [sequences]; the tokens so far are [1, tokens]."""
+        """Whether a stop word has come, or the text is not wanted, [sequences]; the tokens so far are [1, tokens]."""
         self._tokens.append(int(input_ids[0, -1]))
         self._times.append(time.perf_counter())
         self._show(self._stop.feed(self._decoder.feed(self._tokens[-1])))
-        return torch.full(input_ids.shape[:1], self._stop.found, device=input_ids.device)
+        return torch.full(input_ids.shape[:1], self._stop.found or self.cancelled, device=input_ids.device)
 
     def written(self, prompt_tokens: int, interrupted: bool) -> Written:
         """All of it; once."""
