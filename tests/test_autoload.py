@@ -126,7 +126,7 @@ def test_transformers_own_server_and_chat(compressed_folder, environment, tmp_pa
     try:
         assert any("running on" in line for line in server.stderr)
         talk = [*program, "chat", str(folder), f"http://localhost:{port}/v1", "max_new_tokens=4", "do_sample=False"]
-        quiet = environment | {"TERM": "dumb"}
+        quiet = environment | {"TERM": "dumb", "HF_HUB_OFFLINE": "0"}  # which is of every address, this machine too
         child = pexpect.spawn(sys.executable, talk, env=quiet, encoding="utf-8", codec_errors="replace", timeout=60)
         child.expect(r"already\s+loaded")
         child.sendline("Hello")
