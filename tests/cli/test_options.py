@@ -36,6 +36,7 @@ USAGE = {
     "compare": "MODEL",
     "compress": "MODEL OUT",
     "eval": "MODEL",
+    "export": "OUT DIR",
     "generate": "MODEL [PROMPT]",
     "inspect": "OUT",
     "plan": "MODEL [OUT]",

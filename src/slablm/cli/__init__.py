@@ -20,6 +20,7 @@ from slablm.cli.compress import compress
 from slablm.cli.console import printable
 from slablm.cli.doctor import doctor
 from slablm.cli.eval import evaluate
+from slablm.cli.export import export
 from slablm.cli.generate import generate
 from slablm.cli.inspect import inspect
 from slablm.cli.plan import plan
@@ -32,6 +33,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare,
     "compress": compress,
     "eval": evaluate,
+    "export": export,
     "generate": generate,
     "inspect": inspect,
     "plan": plan,
