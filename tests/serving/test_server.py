@@ -178,7 +178,7 @@ def test_what_was_asked_before_sigterm_is_answered_whole(talking, model):
 
 def test_what_cannot_be_served(talking, tiny_gguf, tmp_path, monkeypatch):
     refused(slablm("serve", talking, "--host", "0.0.0.0"), "0.0.0.0 can be reached by others: .* --api-key-env")
-    refused(slablm("serve", talking, "--api-key-env", "NO_SUCH_KEY"), "variable NO_SUCH_KEY is not set")
+    refused(slablm("serve", talking, "--api-key-env", "NO_SUCH_KEY"), "variable NO_SUCH_KEY holds no key")
     refused(slablm("serve", tiny_gguf), "is a GGUF file")
     refused(slablm("serve", talking, "--max-model-len", 1000), "1000 is more than the model's 128 positions")
     refused(slablm("serve", tmp_path / "nowhere"), "does not exist")

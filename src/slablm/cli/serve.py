@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
 
 from slablm.cli.console import Device, Dtype, TrustRemoteCode, say
-from slablm.errors import SlabError
 
 
 def serve(
@@ -28,11 +26,6 @@ def serve(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve MODEL on transformers' own server, with OpenAI's API and a page to try it, until Ctrl-C or SIGTERM."""
-    key = None
-    if api_key_env is not None:
-        key = os.environ.get(api_key_env)
-        if not key:
-            raise SlabError(f"environment variable {api_key_env} is not set: put the key into it")
     from slablm.serving.server import ServerOptions, serve
 
-    serve(model, ServerOptions(host, port, key, max_model_len, dtype, device, trust_remote_code), say)
+    serve(model, ServerOptions(host, port, api_key_env, max_model_len, dtype, device, trust_remote_code), say)

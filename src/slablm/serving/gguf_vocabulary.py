@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, folder: Path, size: int) -> None:
         writer.add_tokenizer_pre(_rule(content.get("pre_tokenizer"), path))
     writer.add_token_list(texts)
     writer.add_token_types(kinds)
+    logging.getLogger("gguf.vocab").setLevel(logging.ERROR)  # it warns of templates of pairs, which are not written
     special = gguf.SpecialVocab(folder, load_merges=not by_bytes, n_vocab=size)
     special.add_special_token["bos"] = adds_bos(AutoTokenizer.from_pretrained(folder))
     special.add_to_gguf(writer, quiet=True)

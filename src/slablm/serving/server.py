@@ -10,6 +10,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -30,7 +31,7 @@ class ServerOptions:
     Attributes:
         host: address; others than this machine's own need a key.
         port: 0 for any that is free.
-        api_key: what clients have to send; None for no key.
+        api_key_env: environment variable with the key that clients have to send; None for no key.
         max_model_len: tokens of a prompt and its answer together; None for all that the model has.
         dtype: as for `slablm.dense.loading.load`.
         device: torch device.
@@ -39,7 +40,7 @@ class ServerOptions:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None
+    api_key_env: str | None = None
     max_model_len: int | None = None
     dtype: str = "auto"
     device: str = "cpu"
@@ -58,18 +59,38 @@ def serve(source: str, options: ServerOptions, say: Callable[[str], None]) -> No
         SlabError: the model cannot be loaded, the address cannot be had or is open to others without a key, or a
             package is missing.
     """
+    key = _key(options)
     _check(source, options)
     with _bound(options) as listener:
-        server, with_template = _loaded(source, options)
+        server, with_template = _loaded(source, options, key)
         listener.listen()
         where = f"http://{_shown(options.host)}:{listener.getsockname()[1]}"
         say(f"{source} at {where} (a page to try it, and /v1 for OpenAI's clients); Ctrl-C ends it")
-        say(_curl(where, source, with_template, options.api_key is not None))
+        say(_curl(where, source, with_template, options.api_key_env))
         # uvicorn raises the signal that ended it again when all is answered: an orderly end, not a death.
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: None)
         server.run(sockets=[listener])
     say("all requests are answered")
+
+
+def _key(options: ServerOptions) -> str | None:
+    """What clients have to send.
+
+    Raises:
+        SlabError: there is none where one is needed, or it is no text that can be sent.
+    """
+    if options.api_key_env is None:
+        if not _is_loopback(options.host):
+            raise SlabError(
+                f"{options.host} can be reached by others: name a variable that holds a key with --api-key-env, "
+                "or listen on 127.0.0.1"
+            )
+        return None
+    key = os.environ.get(options.api_key_env, "")
+    if not key.strip() or not key.isascii():
+        raise SlabError(f"environment variable {options.api_key_env} holds no key: put some ASCII text into it")
+    return key
 
 
 def _check(source: str, options: ServerOptions) -> None:
@@ -78,13 +99,6 @@ def _check(source: str, options: ServerOptions) -> None:
 
     if not is_serve_available():
         raise SlabError("serving needs further packages: pip install 'slablm[serve]'")
-    if options.api_key is None and not _is_loopback(options.host):
-        raise SlabError(
-            f"{options.host} can be reached by others: name a variable that holds a key with --api-key-env, "
-            "or listen on 127.0.0.1"
-        )
-    if options.api_key is not None and (not options.api_key.isascii() or not options.api_key.strip()):
-        raise SlabError("the API key must be some ASCII text")
     if options.max_model_len is not None and options.max_model_len < 2:
         raise SlabError(f"max_model_len must be 2 or more, got {options.max_model_len}")
     check_device(options.device)
@@ -126,7 +140,7 @@ def _bound(options: ServerOptions) -> socket.socket:
     return listener
 
 
-def _loaded(source: str, options: ServerOptions) -> tuple[Any, bool]:
+def _loaded(source: str, options: ServerOptions, key: str | None) -> tuple[Any, bool]:
     """Uvicorn's server around the loaded model, and whether there is a chat template."""
     from transformers.cli.serve import Serve
 
@@ -151,7 +165,7 @@ def _loaded(source: str, options: ServerOptions) -> tuple[Any, bool]:
     config = serving.server.config
     _explain_errors(config.app)
     page = Path(__file__).with_name("page.html").read_bytes()
-    config.app = Gate(config.app, source, options.api_key, page)
+    config.app = Gate(config.app, source, key, page)
     return serving.server, bool(getattr(loaded.processor, "chat_template", None))
 
 
@@ -203,9 +217,9 @@ def _shown(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def _curl(where: str, model: str, with_template: bool, with_key: bool) -> str:
+def _curl(where: str, model: str, with_template: bool, key_variable: str | None) -> str:
     """What to type for a first answer."""
-    key = ' -H "Authorization: Bearer $KEY"' if with_key else ""
+    key = f' -H "Authorization: Bearer ${key_variable}"' if key_variable else ""
     path = "completions"
     request: dict[str, Any] = {"model": model, "prompt": "Once upon a time"}
     if with_template:
