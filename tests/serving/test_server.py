@@ -3,6 +3,7 @@
 import http.client
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -151,6 +152,16 @@ def test_a_client_that_leaves_disturbs_nobody(server, client, model):
         with chat(client, model, "x", max_tokens=70, stream=True) as stream:
             next(iter(stream))
     assert chat(client, model, "Hello").usage.completion_tokens == 12
+
+
+def test_the_page_runs_in_a_browser(server, model, tmp_path):
+    """Under its own policy, its script asks for the model's name."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("needs chromium")
+    options = ["--headless", "--no-sandbox", f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run([browser, *options, server], capture_output=True, text=True, check=False, timeout=120)
+    assert f'<small id="model">{model}</small>' in done.stdout, done.stderr
 
 
 def test_what_was_asked_before_sigterm_is_answered_whole(talking, model):

@@ -163,6 +163,8 @@ def _loaded(source: str, options: ServerOptions, key: str | None) -> tuple[Any, 
     (loaded,) = serving._model_manager.loaded_models.values()
     _use_answers(serving, _longest(loaded.model, options.max_model_len))
     config = serving.server.config
+    # Clients drop idle connections after 5 s, and so does uvicorn: some would ask on one that is just being closed.
+    config.timeout_keep_alive = 30
     _explain_errors(config.app)
     page = Path(__file__).with_name("page.html").read_bytes()
     config.app = Gate(config.app, source, key, page)
