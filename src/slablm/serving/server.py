@@ -59,7 +59,7 @@ def serve(source: str, options: ServerOptions, say: Callable[[str], None]) -> No
         SlabError: the model cannot be loaded, the address cannot be had or is open to others without a key, or a
             package is missing.
     """
-    key = _key(options)
+    source, key = source.rstrip("/") or source, _key(options)
     _check(source, options)
     with _bound(options) as listener:
         server, with_template = _loaded(source, options, key)
@@ -69,7 +69,7 @@ def serve(source: str, options: ServerOptions, say: Callable[[str], None]) -> No
         say(_curl(where, source, with_template, options.api_key_env))
         # uvicorn raises the signal that ended it again when all is answered: an orderly end, not a death.
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
+            signal.signal(number, lambda *_: setattr(server, "should_exit", True))
         server.run(sockets=[listener])
     say("all requests are answered")
 
