@@ -15,6 +15,7 @@ from slablm.dense import loading
 from slablm.serving.export import export_dense
 from slablm.serving.gguf_export import export_gguf, interleaved
 from tests.cli.test_cli import refused, slablm
+from tests.compression.mixtures import build
 from tests.conftest import tiny_config
 
 load_tokenizer = AutoTokenizer.from_pretrained
@@ -135,6 +136,14 @@ def test_what_cannot_be_exported(compressed_folder, tiny_folder, tmp_path):
     (source / "model.safetensors").write_bytes(data)
     for kind in ("dense", "gguf"):
         refused(slablm("export", source, tmp_path / "x", "--format", kind), "is corrupted")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_mixture_of_experts_is_refused(quick, tmp_path):
+    build(tmp_path / "dense", "mixtral")
+    compress_folder(str(tmp_path / "dense"), tmp_path / "out", quick)
+    for kind in ("dense", "gguf"):
+        refused(slablm("export", tmp_path / "out", tmp_path / "x", "--format", kind), "is a mixture of experts")
     assert not (tmp_path / "x").exists()
 
 

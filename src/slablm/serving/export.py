@@ -17,11 +17,12 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from slablm.checkpoint.config_file import read_config
+from slablm.checkpoint.config_file import read_config, read_quantization_config
 from slablm.checkpoint.files import CONFIG, INDEX
 from slablm.checkpoint.save import COMPANIONS, MAX_SHARD_SIZE, RUN, check_target, staged
 from slablm.checkpoint.shards import DTYPES, Piece, write_tensors
 from slablm.checkpoint.verification import Checkpoint, open_folder
+from slablm.errors import SlabError
 from slablm.packing import Spec
 
 _CARD = "README.md"
@@ -81,9 +82,11 @@ def verified(source: Path) -> Checkpoint:
     """A compressed folder, every byte of it compared with its digest.
 
     Raises:
-        SlabError: it is none, or damaged.
+        SlabError: it is none, or damaged; or it is a mixture of experts, whose tensors others have under other names.
     """
     checkpoint = open_folder(source)
+    if read_quantization_config(source).get("experts"):
+        raise SlabError(f"{source} is a mixture of experts, which cannot be exported: run it with transformers")
     checkpoint.verify()
     return checkpoint
 
