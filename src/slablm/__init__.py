@@ -4,10 +4,8 @@
     model = slablm.compress("path/or/hub-id", slablm.CompressionConfig(ratio=0.5))
     model.save_pretrained("out")
 
-After ``import slablm``, a plain ``AutoModelForCausalLM.from_pretrained("out")`` loads the result.
-
-Importing is instant: the names below load on first use, and the transformers plug-in registers itself as soon as
-transformers' quantizer registry is there, whichever of the two is imported first.
+A plain ``AutoModelForCausalLM.from_pretrained("out")`` loads the result, and so does all that builds on it: see
+`slablm.autoload`. Importing is instant: the names below load on first use.
 """
 
 from __future__ import annotations
@@ -15,8 +13,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import wrapt
-
+from slablm.autoload import register
 from slablm.errors import SlabError
 from slablm.system.versions import __version__
 
@@ -56,7 +53,4 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'slablm' has no attribute {name!r}")
 
 
-@wrapt.when_imported("transformers.quantizers.auto")
-def _register(module: Any) -> None:
-    """Register the format with transformers."""
-    import_module("slablm.checkpoint.hf")
+register()

@@ -1,6 +1,7 @@
 """Loading through transformers: with slablm in any import order, without it, and from damaged configs."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +19,9 @@ from tests.checkpoint.folders import age
 
 
 def run_python(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    """A process in which only the code's own imports tell transformers of slablm."""
+    environment = os.environ | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
 
 
 LOAD = "AutoModelForCausalLM.from_pretrained({folder!r})"

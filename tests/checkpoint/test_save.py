@@ -104,7 +104,7 @@ def test_a_kill_in_the_middle_leaves_no_model_and_is_cleaned_up(compressed, tmp_
     code = f"""
         import os, pathlib, signal
         from slablm.checkpoint import save
-        with save._staging(pathlib.Path({str(tmp_path / "out")!r})) as folder:
+        with save.staged(pathlib.Path({str(tmp_path / "out")!r})) as folder:
             (folder / "model.safetensors").write_bytes(b"half")
             os.kill(os.getpid(), signal.SIGKILL)
     """

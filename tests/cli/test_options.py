@@ -32,12 +32,15 @@ VERBS = {
 
 USAGE = {
     "bench": "MODEL",
+    "chat": "MODEL",
     "compare": "MODEL",
     "compress": "MODEL OUT",
     "eval": "MODEL",
-    "generate": "MODEL PROMPT",
+    "export": "OUT DIR",
+    "generate": "MODEL [PROMPT]",
     "inspect": "OUT",
     "plan": "MODEL [OUT]",
+    "serve": "MODEL",
     "doctor": "",
 }
 

@@ -24,7 +24,7 @@ def in_memory(source, out, config, dtype="auto", max_shard_size="50GB"):
     reports = compress_model(model, targets, calibration_windows(model, tokenizer, config), config)
     described = model.config.quantization_config
     left_dense = targets.left_dense | blocks.unreached(targets, reports)
-    with save._staging(out) as folder:
+    with save.staged(out) as folder:
         save._write_model(model, folder, max_shard_size=max_shard_size)
         tokenizer.save_pretrained(folder)
         bits = inspect_folder(folder).model_bits_per_weight

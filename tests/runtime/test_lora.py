@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from slablm import SlabError, SlabLinear
 
 peft = pytest.importorskip("peft")
-from slablm.runtime.lora import SlabLora, beside_slab  # noqa: E402
+from slablm.runtime.lora import SlabLora  # noqa: E402
 
 # PEFT asks a deprecated attribute of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -18,7 +18,7 @@ TOKENS = torch.arange(48).view(2, 24)
 
 
 def config_of(**settings):
-    return beside_slab(peft.LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", **settings))
+    return peft.LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", **settings)
 
 
 @pytest.fixture
@@ -68,11 +68,7 @@ def test_an_adapter_is_saved_alone_and_loaded(model, compressed_folder, tmp_path
     model = peft.get_peft_model(model, config_of())
     train(model, 2)
     model.eval().save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(compressed_folder),
-        tmp_path,
-        config=beside_slab(peft.LoraConfig.from_pretrained(tmp_path)),
-    ).eval()
+    again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(compressed_folder), tmp_path).eval()
     torch.testing.assert_close(loss_of(again), loss_of(model))
     with again.disable_adapter():
         assert loss_of(again) > loss_of(model)

@@ -64,7 +64,7 @@ def save(
         SlabError: see `check_target`; the disk is full or not writable. Nothing is left behind.
     """
     check_target(out, overwrite)
-    with _staging(out) as folder:
+    with staged(out) as folder:
         _write_model(model, folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)
@@ -98,7 +98,7 @@ def save_pretrained(
         return
     out = Path(save_directory)
     upload = push.prepare(model, out, kwargs) if push_to_hub else None
-    with _staging(out) as folder:
+    with staged(out) as folder:
         _write_model(model, folder, **kwargs)
         written = {path.name for path in folder.iterdir()}
     if upload is not None and written:
@@ -208,8 +208,12 @@ def _set_guard(folder: Path) -> None:
 
 
 @contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A hidden folder beside `out` whose files move into `out` when all went well, and vanish when not."""
+def staged(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` whose files move into `out` when all went well, and vanish when not.
+
+    Raises:
+        SlabError: the disk is full or not writable.
+    """
     out = out.resolve()  # beside it, also where it is called "."
     try:
         with staging_folder(out) as folder:

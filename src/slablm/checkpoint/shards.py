@@ -13,7 +13,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -51,17 +51,22 @@ _LIMIT = 1 << 63
 
 @dataclass(frozen=True)
 class Piece:
-    """Where one tensor lies: in a file, or in memory.
+    """Where one tensor lies: in a file, or in memory; or how it is made when it is wanted.
 
     Attributes:
         dtype: safetensors' name of the type.
         shape: dimensions.
-        source: the file and the position of its first byte, or the tensor itself.
+        source: the file and the position of its first byte, the tensor itself, or what makes it.
     """
 
     dtype: str
     shape: tuple[int, ...]
-    source: tuple[Path, int] | Tensor
+    source: tuple[Path, int] | Tensor | Callable[[], Tensor]
+
+    @classmethod
+    def made(cls, make: Callable[[], Tensor], dtype: torch.dtype, shape: tuple[int, ...]) -> Piece:
+        """A tensor of this type and shape that is made anew each time it is read."""
+        return cls(_NAMES[dtype], shape, lambda: make().to(dtype).contiguous())
 
     @classmethod
     def of(cls, tensor: Tensor) -> Piece:
@@ -87,6 +92,8 @@ class Piece:
         """
         if isinstance(self.source, Tensor):
             return self.source
+        if not isinstance(self.source, tuple):
+            return self.source()
         # The device is named because transformers verifies files inside a meta device context.
         tensor = torch.empty(self.shape, dtype=DTYPES[self.dtype], device="cpu")
         view, filled = byte_view(tensor), 0
@@ -101,8 +108,8 @@ class Piece:
         Raises:
             SlabError: see `read`.
         """
-        if isinstance(self.source, Tensor):
-            yield byte_view(self.source)
+        if not isinstance(self.source, tuple):
+            yield byte_view(self.read())
             return
         path, start = self.source
         left = self.nbytes

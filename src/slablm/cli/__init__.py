@@ -14,24 +14,30 @@ import typer
 from typer.core import TyperCommand
 
 from slablm.cli.bench import bench
+from slablm.cli.chat import chat
 from slablm.cli.compare import compare
 from slablm.cli.compress import compress
 from slablm.cli.console import printable
 from slablm.cli.doctor import doctor
 from slablm.cli.eval import evaluate
+from slablm.cli.export import export
 from slablm.cli.generate import generate
 from slablm.cli.inspect import inspect
 from slablm.cli.plan import plan
+from slablm.cli.serve import serve
 from slablm.errors import SlabError
 
 VERBS: dict[str, Callable[..., None]] = {
     "bench": bench,
+    "chat": chat,
     "compare": compare,
     "compress": compress,
     "eval": evaluate,
+    "export": export,
     "generate": generate,
     "inspect": inspect,
     "plan": plan,
+    "serve": serve,
     "doctor": doctor,
 }
 

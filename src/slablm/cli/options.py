@@ -52,6 +52,11 @@ HeadBits = Annotated[
     int, typer.Option(help="Bits of a weight of embedding and head: 16, or 8 (int8, a scale per row).")
 ]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is sampled.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens to write at most.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above it, tokens are drawn.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this much probability together.")]
+WritingSeed = Annotated[int | None, typer.Option(help="Seed of the draws. [default: another one each time]")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the text in front of this word; repeat for several.")]
 MaxMemory = Annotated[
     str | None,
     typer.Option(

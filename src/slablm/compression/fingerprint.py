@@ -131,7 +131,7 @@ def _samples(name: str, piece: Piece) -> Iterator[memoryview | bytes]:
             path, first = piece.source
             yield _read(path, first + start, _SAMPLE)
         else:
-            yield byte_view(piece.source)[start : start + _SAMPLE]
+            yield byte_view(piece.read())[start : start + _SAMPLE]
 
 
 def _read(path: Path, start: int = 0, count: int = -1) -> bytes:

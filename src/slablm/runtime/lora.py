@@ -1,13 +1,12 @@
 """LoRA adapters of PEFT beside compressed layers.
 
     from peft import LoraConfig, get_peft_model
-    from slablm.runtime.lora import beside_slab
 
-    model = get_peft_model(model, beside_slab(LoraConfig(target_modules=["q_proj", "v_proj"])))
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"]))
 
-y = Ŵ x + s B A x: gradients pass through Ŵ's kernels to what lies below, A and B are trained, Ŵ never changes. Nobody
-else imports this module, PEFT is no dependency. PEFT's own variants (DoRA, PiSSA, ...) read a dense weight, and merging
-would need a new decomposition: both are refused.
+y = Ŵ x + s B A x: gradients pass through Ŵ's kernels to what lies below, A and B are trained, Ŵ never changes. PEFT is
+no dependency: this module is imported when it makes a configuration (`slablm.autoload`). PEFT's own variants (DoRA,
+PiSSA, ...) read a dense weight, and merging would need a new decomposition: both are refused.
 """
 
 from __future__ import annotations
@@ -24,22 +23,6 @@ from slablm.runtime.linear import SlabLinear
 
 # What PEFT can start an adapter from without looking at the weight.
 _INITIAL_WEIGHTS = (True, False, "gaussian")
-
-
-def beside_slab(config: LoraConfig) -> LoraConfig:
-    """Let a configuration of PEFT reach compressed layers.
-
-    PEFT does not save this. To load an adapter, pass the configuration yourself:
-    ``PeftModel.from_pretrained(model, folder, config=beside_slab(LoraConfig.from_pretrained(folder)))``.
-
-    Args:
-        config: changed in place.
-
-    Returns:
-        The same configuration.
-    """
-    config._register_custom_module({SlabLinear: SlabLora})
-    return config
 
 
 class SlabLora(Linear):
@@ -77,3 +60,7 @@ class SlabLora(Linear):
             "an adapter cannot be merged into a compressed weight: keep it beside the model (save_pretrained writes "
             "it alone), or merge it into the dense model and compress that"
         )
+
+
+# What PEFT makes of which layers, as its configurations take it.
+CUSTOM_MODULES: dict[type[nn.Module], type[nn.Module]] = {SlabLinear: SlabLora}
