@@ -118,7 +118,7 @@ class BlockRuns:
             Its outputs, with the new keys and values in the cache; None where the block has to run itself.
         """
         given = Given.of(kwargs)
-        if given is None:
+        if given is None or hidden_states.ndim != 3:
             return None
         if hidden_states.shape[1] != 1:
             return self._read(index, hidden_states, given)
