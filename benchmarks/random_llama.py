@@ -106,6 +106,7 @@ def random_model(vocabulary: int, bits: int) -> LlamaForCausalLM:
             layer = SlabLinear.from_packed(pack_symbols(SymbolWeight(codes, scales, levels, rotation)))
             layer.use_native()
             replace_module(model, name, layer)
+    model.tie_weights()
     narrow_matrices(model, torch.bfloat16)
     assert use_token_path(model) == BLOCKS
     return model
