@@ -1,5 +1,6 @@
 """Embedding and head in int8 rows, in files: saved again to the same bytes, and checked before they are believed."""
 
+import gc
 import json
 import shutil
 from dataclasses import replace
@@ -328,5 +329,6 @@ def test_nothing_of_the_file_stays_in_memory_beside_its_numbers(folder):
     if not maps.is_file() or kernels.backend().library is None:
         pytest.skip("needs /proc, and kernels: else tensors stay in the mapping")
     model = AutoModelForCausalLM.from_pretrained(folder)
+    gc.collect()  # transformers 5.18 leaves a circle behind
     assert str(folder) not in maps.read_text()
     assert (model.lm_head.weight is model.model.embed_tokens.weight) == is_tied(folder)
