@@ -106,7 +106,8 @@ def random_model(vocabulary: int, bits: int) -> LlamaForCausalLM:
             layer = SlabLinear.from_packed(pack_symbols(SymbolWeight(codes, scales, levels, rotation)))
             layer.use_native()
             replace_module(model, name, layer)
-    model.tie_weights()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()  # as a checkpoint's, which 16 bits hold without loss
     narrow_matrices(model, torch.bfloat16)
     assert use_token_path(model) == BLOCKS
     return model
