@@ -7,9 +7,6 @@ namespace {
 constexpr int64_t kTokensAtATime = 1024;
 constexpr int64_t kTilesPerSegment = 8;  // sums stay below 127.5 * 16382 * 1024 < 2^31
 
-// Weights that a token's preparation takes as long as.
-constexpr int64_t kWeightsPerInput = 16;
-
 BatchActivations take_batch(Scratch& memory, const SlabSymbols& weight, int64_t tokens, int64_t planes) {
     BatchActivations act{};
     act.tokens = tokens;

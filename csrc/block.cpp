@@ -271,7 +271,7 @@ public:
     bool run(const void* from, void* to, Scratch& memory) {
         take(memory);
         const int64_t count = tokens * block.hidden;
-        for (int64_t i = 0; i < count; ++i) residual.data[i] = number({from, step.type}, i);
+        read_token(from, static_cast<int32_t>(step.type), 0, count, count, residual.data);
         if (!attention() || !mlp()) return false;
         for (int64_t i = 0; i < count; ++i) write(residual.data[i], to, step.type, i);
         return true;

@@ -23,17 +23,17 @@ class PromptRun {
     // Memory for the rows that go together, of so many numbers each.
     void take(std::initializer_list<std::pair<float**, int64_t>> arrays) const {
         static thread_local Scratch memory;
+        const auto whole = [&](int64_t size) { return (most * size + kMostLanes - 1) / kMostLanes * kMostLanes; };
         int64_t numbers = 0;
-        for (const auto& array : arrays) numbers += most * array.second + kMostLanes;
+        for (const auto& array : arrays) numbers += whole(array.second);
         memory.start(4 * numbers);
-        for (const auto& array : arrays) memory.take((most * array.second + kMostLanes - 1) / kMostLanes * kMostLanes, *array.first);
+        for (const auto& array : arrays) memory.take(whole(array.second), *array.first);
     }
 
     // work(row) for each of so many rows.
     template <class Work>
     void each(int64_t count, int64_t numbers, const Work& work) {
-        constexpr int64_t kWeightsPerNumber = 16;  // take as long
-        for_rows(0, count, kWeightsPerNumber * numbers, threads, [&](int64_t begin, int64_t end) {
+        for_rows(0, count, kWeightsPerInput * numbers, threads, [&](int64_t begin, int64_t end) {
             for (int64_t row = begin; row < end; ++row) work(row);
         });
     }
@@ -50,8 +50,7 @@ class PromptRun {
     }
 
     void read_row(int64_t row, float* to) const {
-        const SlabVector given{prompt.inputs, prompt.type};
-        for (int64_t i = 0; i < block.hidden; ++i) to[i] = number(given, row * block.hidden + i);
+        read_token(prompt.inputs, static_cast<int32_t>(prompt.type), row * block.hidden, block.hidden, block.hidden, to);
     }
 
     void turned(float* head, const SlabNorm& norm, int64_t sequence, int64_t token) const {
@@ -123,7 +122,7 @@ public:
         float *normed, *query, *key, *value;
         take({{&normed, block.hidden}, {&query, block.query.weight.rows}, {&key, key_size}, {&value, key_size}});
         const int64_t stride = block.query.weight.rows;
-        const bool no_key = block.key.weight.rows == 0, no_value = block.value.weight.rows == 0;
+        const bool joined = block.key.weight.rows == 0;
         for (int64_t first = 0; first < rows; first += kRowsTogether) {
             const int64_t count = std::min(kRowsTogether, rows - first);
             each(count, block.hidden, [&](int64_t row) {
@@ -136,8 +135,8 @@ public:
             if (status != 0) return status;
             each(count, query_size, [&](int64_t row) {
                 float* own = query + row * stride;
-                float* own_key = no_key ? own + query_size : key + row * key_size;
-                float* own_value = no_value ? own + query_size + key_size : value + row * key_size;
+                float* own_key = joined ? own + query_size : key + row * key_size;
+                float* own_value = joined ? own + query_size + key_size : value + row * key_size;
                 scatter(first + row, own, own_key, own_value, keys, values);
             });
         }

@@ -26,6 +26,8 @@ const Kernels* kernels_of(int32_t set);
 
 // Below this many weights per thread, waking a thread costs more than it saves.
 constexpr int64_t kWeightsPerThread = 100'000;
+// What is done to a number between products takes as long as so many weights.
+constexpr int64_t kWeightsPerInput = 16;
 // Rows are handed out in pieces, so that a thread whose core is busy elsewhere holds up the others only a little.
 constexpr int64_t kPiecesPerThread = 8;
 constexpr int64_t kRowsPerPiece = 8;

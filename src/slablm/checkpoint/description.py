@@ -32,9 +32,9 @@ from slablm.checkpoint.guard import (
     FIRST_WITH_FP16_GRID,
     FIRST_WITH_INT8_ROWS,
     FIRST_WITH_SYMBOLS,
-    FORMAT_VERSION,
     UNRELEASED_SYMBOLS,
     check_version,
+    written_version,
 )
 from slablm.checkpoint.shards import DTYPES, Piece
 from slablm.config import VALUE_DTYPES
@@ -101,7 +101,7 @@ class Description:
     @property
     def written_version(self) -> int:
         """Of what is written: the first that has all that there is."""
-        return FIRST_WITH_EXPERTS if self.experts else FORMAT_VERSION
+        return written_version(bool(self.experts))
 
     @property
     def dtype(self) -> torch.dtype:

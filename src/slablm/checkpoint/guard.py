@@ -27,6 +27,15 @@ FIRST_WITH_INT8_ROWS = 8
 FIRST_WITH_EXPERTS = 9
 
 
+def written_version(experts: bool) -> int:
+    """The version of what is written: the first that has all that there is.
+
+    Args:
+        experts: whether there are some, stored one by one.
+    """
+    return FIRST_WITH_EXPERTS if experts else FORMAT_VERSION
+
+
 def check_version(version: Any) -> None:
     """Refuse formats this slablm does not know.
 

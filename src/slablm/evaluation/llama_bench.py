@@ -74,7 +74,7 @@ class LlamaBench:
         Raises:
             SlabError: as for `run`.
         """
-        self._asked(1, "-p", 1, "-n", 0, "--no-warmup")  # which says why, if it cannot
+        self.weight_bytes()  # says why, if it cannot
         command = self._command(1, "-p", prompt_tokens, "-n", FOOTPRINT_NEW_TOKENS)
         done = subprocess.run([sys.executable, "-c", _PEAK, *command], capture_output=True, text=True, check=False)
         if done.returncode != 0 or sys.platform == "win32":

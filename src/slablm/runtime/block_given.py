@@ -60,6 +60,10 @@ class Given:
         plain = type(mask) is Tensor and mask.dtype == torch.bool and mask.is_cpu
         return plain and mask.shape in ((sequences, 1, tokens, count), (1, 1, tokens, count))
 
+    def contiguous_mask(self) -> Tensor | None:
+        """A readable mask as the kernels read it."""
+        return None if self.mask is None else self.mask.contiguous()
+
 
 def are_readable(keys: Tensor, values: Tensor) -> bool:
     """Whether kernels can read the keys and values of a cache."""

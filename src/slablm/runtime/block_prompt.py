@@ -44,7 +44,6 @@ def read(block: DecoderBlock, description: bytes, hidden_states: Tensor, given: 
     known = _known_tokens(given.cache, block.index)
     if not given.has_readable_mask(sequences, tokens, known + tokens) or (given.mask is None and known > 0):
         return None
-    mask = None if given.mask is None else given.mask.contiguous()
     prompt = Prompt(
         chosen.library, chosen.name, description, block.shape, hidden_states, given.rotary, activation_bits()
     )
@@ -56,7 +55,7 @@ def read(block: DecoderBlock, description: bytes, hidden_states: Tensor, given: 
     size = (sequences, block.shape.kv_heads, known + tokens, block.shape.head_dim)
     outputs = None
     if keys.shape == size and are_readable(keys, values):
-        outputs = prompt.outputs(keys.contiguous(), values.contiguous(), mask)
+        outputs = prompt.outputs(keys.contiguous(), values.contiguous(), given.contiguous_mask())
     if outputs is None and given.cache is not None:
         _restore(given.cache, block.index, before)
     return outputs

@@ -167,14 +167,15 @@ class BlockRuns:
         description, count = self._description(index, len(layers)) if layers else (None, 0)
         if description is None:
             return None
-        mask = None if given.mask is None else given.mask.contiguous()
         rooms = _rooms(layers[:count])
         counts = [layer.keys.shape[2] + 1 for layer in layers[:count]]
         places = [
             kernel.Place(room.description, room.slot + 1 - attended, room.slot)
             for room, attended in zip(rooms, counts, strict=True)
         ]
-        outputs = kernel.run(chosen.library, chosen.name, description, hidden_states, given.rotary, places, mask)
+        outputs = kernel.run(
+            chosen.library, chosen.name, description, hidden_states, given.rotary, places, given.contiguous_mask()
+        )
         if outputs is None:  # of whichever block: each has to find out for itself
             self._follows[index : index + count] = [False] * count
             return None

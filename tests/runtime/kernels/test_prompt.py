@@ -10,7 +10,7 @@ from slablm.runtime.kernels import block as kernel
 from slablm.runtime.kernels import native
 from slablm.runtime.kernels.block import BlockShape
 from slablm.runtime.kernels.prompt import Prompt
-from tests.runtime.kernels.test_block import FLOATS, LIBRARY, SMALL, Kind, Random, normed, product, products
+from tests.runtime.kernels.test_block import FLOATS, LIBRARY, SMALL, Kind, Random, normed, product, products, turned
 
 SETS = () if isinstance(LIBRARY, str) else LIBRARY.batched
 PLAIN = Kind()
@@ -62,7 +62,8 @@ class Reading:
         rows = [shape.heads * d, shape.kv_heads * d, shape.kv_heads * d]
         made = products(self.projections[:3], normed(attention, x), rows)
         q, k, v = (part.unflatten(-1, (-1, d)).transpose(1, 2) for part in made)
-        q, k = self.turned(normed(of_query, q)), self.turned(normed(of_key, k))
+        turns = [part[:, None] for part in self.rotary]  # for every head
+        q, k = turned(normed(of_query, q), *turns), turned(normed(of_key, k), *turns)
         keys, values = (torch.cat([past.double(), new], dim=2) for past, new in zip(self.past, (k, v), strict=True))
         every = [tensor.repeat_interleave(shape.heads // shape.kv_heads, dim=1) for tensor in (keys, values)]
         scores = shape.scaling * q @ every[0].transpose(-1, -2)
@@ -73,13 +74,6 @@ class Reading:
         gate, up = products(self.projections[4:6], normed(mlp, h), [shape.intermediate] * 2)
         active = functional.silu(gate) if shape.activation == "silu" else functional.gelu(gate, approximate="tanh")
         return h + normed(mlp_out, product(self.projections[6], active * up)), keys, values
-
-    def turned(self, heads):
-        cosines, sines = (part.double()[:, None] for part in self.rotary)
-        size = cosines.shape[-1]
-        part, rest = heads[..., :size], heads[..., size:]
-        crossed = torch.cat([-part[..., size // 2 :], part[..., : size // 2]], dim=-1)
-        return torch.cat([part * cosines + crossed * sines, rest], dim=-1)
 
     def check(self, tolerance=1e-3, **options):
         outputs, keys, values = self.run(**options)
