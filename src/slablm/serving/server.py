@@ -16,12 +16,12 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from slablm.checkpoint.verification import open_folder
 from slablm.dense.loading import check_device, explained, is_compressed, locate, quiet_libraries, wanted_dtype
 from slablm.errors import SlabError
-from slablm.serving.gate import Gate, RequestError
+from slablm.serving.gate import App, Gate, RequestError
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _loaded(source: str, options: ServerOptions, key: str | None) -> tuple[Any, 
     config.timeout_keep_alive = 30
     _explain_errors(config.app)
     page = Path(__file__).with_name("page.html").read_bytes()
-    config.app = Gate(config.app, source, key, page)
+    config.app = Gate(cast(App, config.app), source, key, page)
     return serving.server, bool(getattr(loaded.processor, "chat_template", None))
 
 
