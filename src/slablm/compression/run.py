@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from slablm.calibration.pairwise import LEAVES
 from slablm.calibration.stream import windows_held
 from slablm.calibration.windows import calibration_windows
 from slablm.checkpoint import integrity
@@ -99,6 +100,8 @@ def compress_folder(
     check_packable(config.method)
     out = out.resolve()  # hidden folders lie beside it, whatever it is called here
     world = options.world
+    if world.size > LEAVES:
+        raise SlabError(f"windows are divided among {LEAVES} ranks at most, here are {world.size}: use fewer")
     if config.num_samples < world.size:
         raise SlabError(
             f"{config.num_samples} calibration windows cannot be divided among {world.size} ranks: "

@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from slablm.calibration.pairwise import most_sums
+from slablm.calibration.pairwise import leaf_of, most_sums, share
 from slablm.calibration.statistics import Use
 from slablm.calibration.stream import window_uses, windows_held
 from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text
@@ -29,6 +29,7 @@ from slablm.methods import get_method
 from slablm.packing.quantize import ENTRIES_AT_ONCE
 from slablm.planning.rehearsal import Rehearsal, Work
 from slablm.planning.size import Size
+from slablm.system.distributed import World
 
 FLOAT32_BYTES = 4
 # n x n matrices of a column sweep beside the statistics: G in another order, its factor, the factor's inverse, the
@@ -156,7 +157,7 @@ def plan_memory(
     phases.append(Phase("embedding", (*held, copy, _working("one window", rehearsal.embedding, s))))
     largest = max(rehearsal.blocks, key=lambda block: block.statistics.peak_bytes)
     run = _working("one window in a block, with statistics", largest.statistics, s)
-    sums = Part("Gram matrices still to be added up", _open_sums(config) * largest.gram_bytes, s.accelerator)
+    sums = Part("Gram matrices still to be added up", _open_sums(config, s.ranks) * largest.gram_bytes, s.accelerator)
     phases.append(Phase("statistics", (*held, run, sums)))
     statistics = Part("statistics", max(b.statistics.left_bytes for b in rehearsal.blocks), s.accelerator)
     packed = Part("the block's packed weights", _packed_bytes(size, rehearsal), s.accelerator)
@@ -211,14 +212,19 @@ def spilled_bytes(window_bytes: int, windows: int, max_memory: int | None) -> in
     return (windows - kept) * window_bytes
 
 
-def _open_sums(config: CompressionConfig) -> int:
-    """Gram matrices of a layer that `PairwiseSum` holds at most, beyond those that are left in the end."""
+def _open_sums(config: CompressionConfig, ranks: int) -> int:
+    """Gram matrices of a layer that the busiest rank holds at most, beyond those that are left in the end."""
     if not get_method(config.method).needs_gram:
         return 0
-    uses = window_uses(config.method, config.num_samples, 0)
-    fitted, kept_back = uses.count(Use.FIT), uses.count(Use.HOLD_BACK)
-    at_once = max(most_sums(fitted), fitted.bit_count() + most_sums(kept_back))
-    return at_once - (2 if kept_back else 1)
+    uses = window_uses(config.method, config.num_samples, UNSEEN_WINDOWS)
+    final = 2 if Use.HOLD_BACK in uses else 1
+    most = 0
+    for rank in range(ranks):
+        mine = share(World(rank, ranks), len(uses))
+        leaves = {use: sorted({leaf_of(i, len(uses)) for i in mine if uses[i] is use}) for use in Use}
+        fitted, left = most_sums(leaves[Use.FIT])
+        most = max(most, fitted, left + most_sums(leaves[Use.HOLD_BACK])[0])
+    return max(0, most - final)
 
 
 def _working(name: str, work: Work, situation: Situation) -> Part:
