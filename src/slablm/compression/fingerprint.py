@@ -48,7 +48,7 @@ def inputs(dense: DenseModel, config: CompressionConfig) -> dict[str, str]:
         "dtype": str(dense.model.dtype),
         "model config": _digest(json.dumps(described, sort_keys=True, default=str).encode()),
     }
-    text = Path(Excerpt.parse(config.calibration).source)
+    text = Excerpt.parse(config.calibration).file
     return found | ({"calibration text": _digest(_read(text))} if text.is_file() else {})
 
 

@@ -17,7 +17,6 @@ one and are not affected.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from slablm.calibration.pairwise import leaf_of, most_sums, share
 from slablm.calibration.statistics import Use
@@ -259,7 +258,8 @@ def _int8_bytes(situation: Situation) -> int:
 
 
 def _text_bytes(config: CompressionConfig) -> int:
-    source = Excerpt.parse(config.calibration).source
+    excerpt = Excerpt.parse(config.calibration)
+    source = excerpt.source
     if source == "self":
         return 0
     if source == "wikitext2":
@@ -269,6 +269,5 @@ def _text_bytes(config: CompressionConfig) -> int:
     elif source == "builtin":
         characters = len(load_text("builtin", split="calibration"))
     else:
-        path = Path(source)
-        characters = path.stat().st_size if path.is_file() else 0
+        characters = excerpt.file.stat().st_size if excerpt.file.is_file() else 0
     return characters * _TOKENISER_BYTES_PER_CHARACTER
