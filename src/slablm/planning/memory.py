@@ -23,12 +23,13 @@ from slablm.calibration.statistics import Use
 from slablm.calibration.stream import window_uses, windows_held
 from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text
 from slablm.calibration.windows import UNSEEN_WINDOWS, windows_wanted
+from slablm.compression.layer import cost
 from slablm.config import CompressionConfig, Excerpt
 from slablm.methods import get_method
 from slablm.packing.quantize import ENTRIES_AT_ONCE
-from slablm.planning.rehearsal import Rehearsal, Work
+from slablm.planning.rehearsal import BlockRehearsal, Rehearsal, Work
 from slablm.planning.size import Size
-from slablm.system.distributed import World
+from slablm.system.distributed import World, assign
 
 FLOAT32_BYTES = 4
 # n x n matrices of a column sweep beside the statistics: G in another order, its factor, the factor's inverse, the
@@ -158,7 +159,8 @@ def plan_memory(
     run = _working("one window in a block, with statistics", largest.statistics, s)
     sums = Part("Gram matrices still to be added up", _open_sums(config, s.ranks) * largest.gram_bytes, s.accelerator)
     phases.append(Phase("statistics", (*held, run, sums)))
-    statistics = Part("statistics", max(b.statistics.left_bytes for b in rehearsal.blocks), s.accelerator)
+    owned = max(_owned_bytes(block, size, config, s.ranks) for block in rehearsal.blocks)
+    statistics = Part("statistics", owned, s.accelerator)
     packed = Part("the block's packed weights", _packed_bytes(size, rehearsal), s.accelerator)
     buffers = Part("buffers of the largest matrix", largest_workspace(size, config, s), s.accelerator)
     phases.append(Phase("decomposition", (*held, statistics, packed, buffers)))
@@ -224,6 +226,18 @@ def _open_sums(config: CompressionConfig, ranks: int) -> int:
         fitted, left = most_sums(leaves[Use.FIT])
         most = max(most, fitted, left + most_sums(leaves[Use.HOLD_BACK])[0])
     return max(0, most - final)
+
+
+def _owned_bytes(block: BlockRehearsal, size: Size, config: CompressionConfig, ranks: int) -> int:
+    """Statistics of a block on the rank that has most of them while layers are decomposed."""
+    if ranks == 1:
+        return block.statistics.left_bytes
+    shapes = {layer.name: layer.shape for layer in size.layers}
+    owners = assign({name: cost(shapes[name], config.method) for names, _ in block.inputs for name in names}, ranks)
+    return max(
+        sum(bytes_ for names, bytes_ in block.inputs if rank in {owners[name] for name in names})
+        for rank in range(ranks)
+    )
 
 
 def _working(name: str, work: Work, situation: Situation) -> Part:
