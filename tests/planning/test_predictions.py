@@ -199,7 +199,7 @@ def test_ranks_have_their_share(monkeypatch):
     assert part(alone, "statistics") == pytest.approx(down + 3 * hidden, rel=0.01)
     assert part(four, "statistics") == part(eight, "statistics") == pytest.approx(down, rel=0.01)
     shapes = [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 2 + [(8192, 28672)]
-    work = [m * n * n + n**3 / 2 for m, n in shapes]
+    work = [m * n * n + n**3 / 6 for m, n in shapes]
     for outlook in (four, eight):
         share = busiest_share(outlook.rehearsal, outlook.size, "slab+", 4)
         assert share == pytest.approx(work[-1] / sum(work))

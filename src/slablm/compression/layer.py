@@ -21,15 +21,15 @@ from slablm.packing import Packed, pack
 def cost(shape: Sequence[int], method: str) -> float:
     """About how long a weight takes beside others, in any unit.
 
-    With error feedback m n² for the sweeps, and n³ / 2 for factors and inverses of the Gram matrix. (Measured, `slab+`
-    on a CPU with m from 256 to 2,048 and n of 512, 1,024 and 2,048: 0.4 n³.)
+    With error feedback m n² for the sweeps, and n³ / 6 for what is done with the Gram matrix alone. (Measured, `slab+` on
+    a CPU with m of 256 and 1,024 and n of 1,024, 2,048 and 4,096.)
 
     Args:
         shape: (m, n).
         method: its name.
     """
     m, n = shape
-    return m * n * n + n**3 / 2 if get_method(method).needs_gram else m * n
+    return m * n * n + n**3 / 6 if get_method(method).needs_gram else m * n
 
 
 def compress_layer(

@@ -13,11 +13,17 @@ in one upper triangular matrix U with H⁻¹ = UᵀU (Frantar & Alistarh 2023, a
     [H_F⁻¹]_jj = U_jj²,      [H_F⁻¹]_j,: = U_jj · U_j,F
 
 so with e = (w_j − q) / U_jj the update is w_F ← w_F − e · U_j,F. It is applied at once to the rest of a block of
-columns, and to all columns behind the block by one matrix product when the block is done. This delay changes nothing
-in exact arithmetic.
+columns. The papers get U from Cholesky, inverse, Cholesky, and apply it to all columns behind the block as well.
 
-The papers get U from Cholesky, inverse, Cholesky. We take H = R Rᵀ with R upper triangular (Cholesky in reversed
-column order), so that U = R⁻¹: the same matrix with half the work and no second factorisation that could fail.
+None of H has to be inverted. Let H = R Rᵀ with R upper triangular (Cholesky in reversed column order), so that
+U = R⁻¹, and Δ what a row has lost so far. Its output error Δ H Δᵀ = ‖Δ R‖² is a sum over columns, of which the ones of a
+block B are zero if what has been lost before it, in the columns A, is made up for by
+
+    Δ_B = − Δ_A R_AB R_BB⁻¹
+
+whatever comes behind. So a block starts at w_B + Δ_A R_AB U_BB when its turn comes, where U_BB, the inverse of the
+small R_BB, is at the same time all that is needed of U inside the block. In exact arithmetic nothing is different. (That
+feedback needs no inverse: Chee et al. 2023, arXiv 2307.13304.)
 
 What the columns become is the caller's affair. A *plan* settles block after block, each as it is with all errors so far
 fed into it: so a mask can be settled per block, a scale per group, a code per column (`by_column`).
@@ -128,24 +134,25 @@ def column_sweep(
         SlabError: the Gram matrix is not finite, or not positive definite even with the damping raised.
     """
     gram = gram.to(weight.device, torch.float32)
-    factor = inverse_factor(gram, damping)
-    n = weight.shape[1]
+    factor, n = triangular_factor(gram, damping), weight.shape[1]
     # Transposed, a column is contiguous. clone: the caller's weight must survive, also where .T is a plain view.
-    columns = weight.float().T.clone(memory_format=torch.contiguous_format)
-    columns[gram.diagonal() == 0] = 0
+    wanted = weight.float().T.clone(memory_format=torch.contiguous_format)
+    wanted[gram.diagonal() == 0] = 0
+    columns, lost = torch.empty_like(wanted), torch.empty_like(wanted)
     for start in range(0, n, block_size):
         stop = min(start + block_size, n)
-        inner = factor[start:stop, start:stop]
-        block = Block(columns[start:stop].T, inner.diagonal(), start, inner, inner.diagonal())
-        columns[start:stop], errors = plan(block)
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        identity = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
+        inner = torch.linalg.solve_triangular(factor[start:stop, start:stop], identity, upper=True)
+        current = torch.addmm(wanted[start:stop], inner.T, factor[:start, start:stop].T @ lost[:start])
+        columns[start:stop], _ = plan(Block(current.T, inner.diagonal(), start, inner, inner.diagonal()))
+        lost[start:stop] = wanted[start:stop] - columns[start:stop]
     return columns.T.contiguous()
 
 
-def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """U, upper triangular with UᵀU = H⁻¹ and H = XᵀX + λ · mean(diag) · I.
+def triangular_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """R, upper triangular with R Rᵀ = H = XᵀX + λ · mean(diag) · I.
 
-    Dead inputs get the mean of the live diagonal, so that U does not depend on the scale of the Gram matrix in any
+    Dead inputs get the mean of the live diagonal, so that R does not depend on the scale of the Gram matrix in any
     other way than by a factor. (The papers' 1 does the same for their scale.)
 
     Args:
@@ -163,12 +170,9 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         reversed_gram = gram.flip(0, 1)
         reversed_gram.diagonal().add_(dead.flip(0) * mean + step * damping * mean)
         lower, failed = torch.linalg.cholesky_ex(reversed_gram)
-        del reversed_gram  # as large as the largest thing there is: no more of them than needed
         if not failed:
-            lower = lower.flip(0, 1)
-            identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=True)
-            return factor
+            del reversed_gram  # as large as the largest thing there is: no more of them than needed
+            return lower.flip(0, 1)
     raise SlabError(
         f"the Gram matrix of the calibration inputs is not positive definite, even with {step * damping:g} of its "
         "mean diagonal added: use more calibration windows, or a method that needs no Gram matrix"

@@ -32,8 +32,8 @@ from slablm.planning.size import Size
 from slablm.system.distributed import World, assign
 
 FLOAT32_BYTES = 4
-# n x n matrices of a column sweep beside the statistics: G in another order, its factor, the factor's inverse, the
-# identity, and G with damping.
+# n x n matrices of a column sweep beside the statistics: G rotated and in another order, with damping, its factor, and
+# what the factorisation takes.
 _SWEEP_MATRICES = 6
 # `check_finite` works on pieces of this many entries.
 _CHECKED_AT_ONCE = 1 << 24
