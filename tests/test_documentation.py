@@ -33,9 +33,11 @@ EXTRA = {
     "export": (),
     "inspect": (),
     "doctor": (),
+    "compare": (*CALIBRATED[:4], "--ratios", 0.5, "--patterns", "unstructured", "--max-windows", 2),
 }
-# These need what a test has not: a terminal, a hub, minutes, llama.cpp, a tokenizer that GGUF has a name for.
-NOT_HERE = {"--tasks", "--task-file", "gguf"}
+# These need what a test has not: a hub, texts of many windows, a tokenizer that GGUF has a name for. The verbs that are
+# not above need a terminal, llama.cpp or other programs that talk to them.
+NOT_HERE = {"--tasks", "--development", "gguf"}
 # Names that pages use for the same.
 SAME = dict.fromkeys(("meta-llama/Llama-3.2-1B", "smollm2"), "MODEL") | {"out": "OUT", "[OUT]": "OUT"}
 TEXTS = {"c4", "wikitext2", "builtin", "self"}
@@ -148,12 +150,16 @@ def test_commands_run(words, dense, compressed, text_file, tmp_path, monkeypatch
     folders = {"OUT": made if verb in ("compress", "plan") else compressed, "DIR": made}
     rest = [dense if word == "MODEL" else folders.get(word, word) for word in rest]
     rest = [text_file if str(word).partition("@")[0] in TEXTS or str(word).endswith(".txt") else word for word in rest]
-    if verb in ("compress", "plan"):
-        rest += ["--calibration", text_file]
+    if verb in ("compress", "plan", "compare"):
+        rest += ["--calibration", f"{text_file}@0-99"]
+    if verb == "compare":
+        rest += ["--text", f"{text_file}@100-110"]
+    monkeypatch.chdir(tmp_path)
+    Path("questions.jsonl").write_text('{"query": "The sea is", "choices": [" wet", " dry"], "gold": 0}\n')
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What is the sea?")))
-    done = slablm(verb, *rest, *EXTRA[verb])
+    done = slablm(verb, *rest, *(EXTRA[verb] if "--task-file" not in rest else ()))
     assert done.returncode == 0, done.stderr
-    assert made.exists() == (verb in ("compress", "export"))
+    assert made.exists() == (verb in ("compress", "export", "compare"))
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
