@@ -26,7 +26,7 @@ author = "The slablm authors"
 copyright = author
 release = PROJECT["version"]
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_llms_txt"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 nitpicky = True
 # What has its own documentation elsewhere, or is described in words where it is used.
@@ -56,8 +56,6 @@ html_css_files = ["slablm.css"]
 html_math_renderer = "mathml"
 html_show_sphinx = False
 html_theme_options = {"source_repository": REPOSITORY, "source_branch": "main", "source_directory": "docs/"}
-llms_txt_summary = PROJECT["description"]
-llms_txt_full_file = False
 
 _LINK = re.compile(r"\]\((?![a-z]+:|#)([^)#\s]+)(#[^)\s]*)?\)")
 # Files of the repository that are pages of the site as well.
@@ -107,8 +105,23 @@ def write_block(writer: Any, node: nodes.math_block) -> None:
     raise nodes.SkipNode
 
 
+def write_llms_txt(app: Sphinx, failure: Exception | None) -> None:
+    """llms.txt, for programs that read: every page as Markdown, with the file of the repository where it is one."""
+    if failure or app.builder.name != "html":
+        return
+    lines = [f"# {project}", "", f"> {PROJECT['description']}", ""]
+    for page in ["index", *app.env.toctree_includes["index"]]:
+        text = (HERE / f"{page}.md").read_text(encoding="utf-8")
+        file = f"_sources/{page}.md.txt"
+        if included := re.match(r"```\{include\} (.+)", text):
+            Path(app.outdir, file).write_text((HERE / included[1]).read_text(encoding="utf-8"), encoding="utf-8")
+        lines.append(f"- [{app.env.titles[page].astext()}]({html_baseurl}{file})")
+    Path(app.outdir, "llms.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("build-finished", write_llms_txt)
     app.connect("source-read", relink_page)
     app.connect("include-read", relink_included)
     app.add_html_math_renderer("mathml", (write_inline, None), (write_block, None))
