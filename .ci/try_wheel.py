@@ -30,7 +30,7 @@ def main() -> None:
         write_model(dense)
         slablm("compress", dense, out, *SETTINGS)
         slablm("inspect", out)
-        print(slablm("eval", out, "--text", "builtin", "--max-windows", "1", "--seq-len", "64").strip())
+        print(slablm("eval", out, "--text", "builtin", "--max-windows", "2", "--seq-len", "64").strip())
         slablm("generate", out, "The sea", "--max-new-tokens", "4")
     print("the wheel works")
 

@@ -7,6 +7,7 @@ small product.
     python benchmarks/memory.py --layers 26 --hidden-size 1792 --intermediate-size 4864 --vocab-size 32000 \
         --shard-size 500MB --num-samples 8 --seq-len 512       # 2.3 GB, then 4.3 GB
     python benchmarks/memory.py --ceiling 1.2GB                # the kernel enforces it (RLIMIT_DATA above the imports)
+    python benchmarks/memory.py --ranks 4 --method slab+       # of each of several processes, and what was planned
 
 The ceiling is on private writable memory (heap, stacks, anonymous maps), the kind that cannot be taken back.
 """
@@ -43,6 +44,15 @@ resource.setrlimit(resource.RLIMIT_DATA, (int(sys.argv[1]),) * 2)
 sys.argv = ["slablm", *sys.argv[2:]]
 from slablm.cli import main
 main()
+"""
+RANKED = """
+import os, pathlib, sys
+from slablm.cli import main
+from slablm.system.memory import peak_resident_bytes
+try:
+    main()
+finally:
+    pathlib.Path(os.environ["PEAKS"], os.environ["RANK"]).write_text(str(peak_resident_bytes()))
 """
 
 
@@ -114,13 +124,34 @@ def bare_interpreter() -> tuple[int, int]:
     return resident, private
 
 
-def compress(folder: Path, out: Path, options: argparse.Namespace, private: int) -> dict[str, float]:
-    """One compression; what ``--json`` prints."""
-    command = ["compress", str(folder), str(out), "--calibration", "builtin", "--json", "--method", options.method]
+def arguments(verb: str, folder: Path, out: Path, options: argparse.Namespace) -> list[str]:
+    """A command of slablm."""
+    command = [verb, str(folder), str(out), "--calibration", "builtin", "--json", "--method", options.method]
     command += ["--num-samples", str(options.num_samples), "--seq-len", str(options.seq_len)]
     command += ["--iterations", str(options.iterations), "--dtype", options.dtype]
-    if options.max_memory:
-        command += ["--max-memory", options.max_memory]
+    return [*command, "--max-memory", options.max_memory] if options.max_memory else command
+
+
+def ranks_apart(folder: Path, options: argparse.Namespace, resident: int) -> None:
+    """Print the peak of every rank above the interpreter, and the plan's of the busiest one."""
+    peaks, script = folder / "peaks", folder / "rank.py"
+    peaks.mkdir()
+    script.write_text(RANKED, encoding="utf-8")
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(options.ranks)]
+    command = arguments("compress", folder / "dense", folder / "out", options)
+    environment = os.environ | {"PEAKS": str(peaks)}
+    subprocess.run([*start, str(script), *command], check=True, stdout=subprocess.DEVNULL, env=environment)
+    found = [int((peaks / str(rank)).read_text()) - resident for rank in range(options.ranks)]
+    command = [*arguments("plan", folder / "dense", folder / "out2", options), "--ranks", str(options.ranks)]
+    planned = subprocess.run([sys.executable, "-m", "slablm", *command], check=True, capture_output=True, text=True)
+    memory = json.loads(planned.stdout)["memory"]
+    print(f"{options.ranks} ranks: " + ", ".join(map(human_bytes, found)) + " above the interpreter")
+    print(f"planned for the busiest: {human_bytes(memory['peak_bytes'] - memory['base_bytes'])}")
+
+
+def compress(folder: Path, out: Path, options: argparse.Namespace, private: int) -> dict[str, float]:
+    """One compression; what ``--json`` prints."""
+    command = arguments("compress", folder, out, options)
     start = [sys.executable, "-m", "slablm"]
     if options.ceiling:
         start = [sys.executable, "-c", LIMITED, str(private + parse_bytes(options.ceiling, "--ceiling"))]
@@ -145,11 +176,18 @@ def main() -> None:
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--max-memory", help="as for slablm compress")
     parser.add_argument("--ceiling", help="memory a compression may take above the interpreter; it fails beyond")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of torchrun")
     parser.add_argument("--folder", help="where the models are written (by default a temporary folder)")
     options = parser.parse_args()
     os.environ["TQDM_DISABLE"] = "1"
     resident, private = bare_interpreter()
     print(f"interpreter with imports: peak {human_bytes(resident)}, private {human_bytes(private)}")
+    if options.ranks > 1:
+        with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+            Path(temporary, "dense").mkdir()
+            generate(Path(temporary, "dense"), options.layers, options)
+            ranks_apart(Path(temporary), options, resident)
+        return
     peaks = []
     for layers in (options.layers, 2 * options.layers):
         with tempfile.TemporaryDirectory(dir=options.folder) as temporary:

@@ -18,6 +18,7 @@ from slablm.errors import SlabError
 
 ALL_LINEAR = "all-linear"
 CALIBRATION_SOURCES = ("c4", "wikitext2", "self", "builtin")
+CHAT = "chat:"  # in front of a file of conversations
 VALUE_DTYPES = ("float16", "bfloat16")
 HEAD_BITS = (16, 8)
 # What `slab+` was before format 6 (kept positions and codes), in the settings of checkpoints that it has made.
@@ -106,7 +107,7 @@ class Excerpt:
         Raises:
             SlabError: the range is empty, or there is something else behind the last ``@`` than one.
         """
-        if "@" not in text or Path(text).exists():
+        if "@" not in text or cls(text).file.exists():
             return cls(text)
         found = _RANGE.fullmatch(text)
         if found is None:
@@ -138,9 +139,19 @@ class Excerpt:
         return [self.first + i * count // wanted for i in range(wanted)]
 
     @property
+    def is_chat(self) -> bool:
+        """Whether the source is a file of conversations."""
+        return self.source.startswith(CHAT)
+
+    @property
+    def file(self) -> Path:
+        """Where the text lies, if it is none of the known sources."""
+        return Path(self.source.removeprefix(CHAT))
+
+    @property
     def name(self) -> str:
         """What tables call it: without folders."""
-        return str(replace(self, source=Path(self.source).name))
+        return str(replace(self, source=CHAT * self.is_chat + self.file.name))
 
     def __str__(self) -> str:
         if self == Excerpt(self.source):
@@ -167,8 +178,8 @@ class CompressionConfig:
             block's layers have together: each gets symbols of more or fewer bits as the block is sensitive to it.
         value_bits: bits of a code, 2 to 8; used by the quantizers (`rtn`, `gptq`, `awq`) only.
         group_size: columns of a row that share a scale; of the quantizers only.
-        calibration: ``c4``, ``wikitext2``, ``self``, ``builtin`` or the path of a text file, perhaps with a range of
-            windows (`Excerpt`).
+        calibration: ``c4``, ``wikitext2``, ``self``, ``builtin``, the path of a text file, or ``chat:`` and that of a
+            file of conversations; perhaps with a range of windows (`Excerpt`).
         num_samples: number of calibration windows.
         seq_len: tokens per calibration window.
         bos: whether each window begins with a BOS token, where the tokenizer begins texts with one.

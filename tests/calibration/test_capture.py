@@ -149,11 +149,18 @@ def test_inputs_shared_in_some_windows_only_are_refused():
 class Doubled:
     """Two ranks that see the same windows."""
 
+    rank = 0
+
     def share(self, count):
         return range(count)
 
     def gather(self, notes, tensors):
-        return [(notes, tensors), (notes, {name: tensor.clone() for name, tensor in tensors.items()})]
+        return [(notes, {}), (notes, {})]
+
+    def deliver(self, tensors, readers):
+        for name, tensor in tensors.items():
+            yield 0, name, tensor
+            yield 1, name, tensor.clone()
 
 
 @pytest.mark.parametrize(("world", "ranks"), [(ALONE, 1), (Doubled(), 2)])

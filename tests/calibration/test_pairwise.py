@@ -4,7 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slablm.calibration.pairwise import PairwiseSum, most_sums
+from slablm.calibration.pairwise import LEAVES, PairwiseSum, leaf_of, most_sums, share
+from slablm.system.distributed import World
 
 TERMS = 1000 * torch.randn(40, 3, 2, generator=torch.Generator().manual_seed(0))
 
@@ -39,13 +40,27 @@ def test_one_after_the_other_would_depend_on_the_division():
     assert not torch.equal(in_order, halves)
 
 
-@given(st.integers(0, 40))
-def test_the_number_of_sums_at_a_time(terms):
+@given(st.sets(st.integers(0, 39)))
+def test_the_number_of_sums_at_a_time(leaves):
     tree, most = PairwiseSum(), 0
-    for leaf in range(terms):
+    for leaf in sorted(leaves):
         most = max(most, len(tree.nodes) + 1)  # the one that is being formed
         tree.add((0, leaf), TERMS[leaf].clone())
-    assert most_sums(terms) == most
+    assert most_sums(sorted(leaves)) == (most, len(tree.nodes))
+
+
+@given(st.integers(0, 300), st.integers(1, LEAVES))
+def test_ranks_have_whole_leaves_which_differ_by_one_window_at_most(windows, size):
+    leaves = [leaf_of(window, windows) for window in range(windows)]
+    assert sorted(set(leaves)) == list(range(min(windows, LEAVES)))
+    assert leaves == sorted(leaves)
+    sizes = [leaves.count(leaf) for leaf in set(leaves)]
+    assert not sizes or max(sizes) - min(sizes) <= 1
+    shares = [share(World(rank, size), windows) for rank in range(size)]
+    assert [window for mine in shares for window in mine] == list(range(windows))
+    owners = [{leaves[window] for window in mine} for mine in shares]
+    assert sum(map(len, owners)) == len(set(leaves))
+    assert windows < size or all(owners)
 
 
 def test_nothing_has_no_sum():

@@ -1,6 +1,13 @@
 import torch
 
-from slablm.calibration.statistics import StatsCollector
+from slablm.calibration.statistics import Joint, StatsCollector
+
+
+def stats_of(collector):
+    joint = Joint()
+    for piece, value in collector.pieces().items():
+        joint.add(0, piece, value)
+    return joint.stats("layer", collector.tokens)
 
 
 def test_statistics_are_those_of_all_inputs():
@@ -9,7 +16,7 @@ def test_statistics_are_those_of_all_inputs():
     for batch in batches:
         collector.add(batch, torch.tensor([0, 12, 3]))
     inputs = torch.cat([batch[0] for batch in batches])
-    stats = collector.stats("layer")
+    stats = stats_of(collector)
     assert stats.tokens == 12
     assert torch.allclose(stats.input_norms, inputs.norm(dim=0))
     assert torch.allclose(stats.gram, inputs.T @ inputs, atol=1e-5)
@@ -21,7 +28,7 @@ def test_the_first_token_counts():
     inputs = torch.ones(1, 9, 4)
     inputs[0, 0] = 1000.0
     collector.add(inputs, torch.tensor([0]))
-    assert (collector.stats("layer").input_norms > 1000).all()
+    assert (stats_of(collector).input_norms > 1000).all()
 
 
 def test_statistics_accumulate_on_the_device():
@@ -29,6 +36,8 @@ def test_statistics_accumulate_on_the_device():
     collector = StatsCollector(6, with_gram=True, device=torch.device("meta"))
     collector.add(torch.empty(1, 5, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
     collector.add(torch.empty(1, 7, 6, dtype=torch.bfloat16, device="meta"), torch.tensor([0, 12, 3]))
-    part = collector.part()
-    assert {t.device.type for t in (part.squares, part.sample, *part.sums.values())} == {"meta"}
-    assert part.sample.shape == (6, 6)
+    pieces = collector.pieces()
+    assert {name: piece.device.type for name, piece in pieces.items()} == dict.fromkeys(
+        ("sample", "unseen", "squares", "gram 0 0"), "meta"
+    )
+    assert pieces["sample"].shape == (6, 6)

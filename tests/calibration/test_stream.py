@@ -15,13 +15,12 @@ from slablm.system.distributed import ALONE, World
 from tests import reference
 
 
-@given(st.integers(1, 40), st.integers(0, 9), st.integers(1, 7))
+@given(st.integers(1, 80), st.integers(0, 9), st.integers(1, 7))
 def test_windows_held(calibrating, unseen, ranks):
-    """All once, the unseen ones twice; the largest is what the last rank holds."""
+    """All once, the unseen ones twice."""
     held = stream.windows_held(calibrating, unseen, ranks)
     assert len(held) == ranks
     assert sum(held) == calibrating + 2 * unseen
-    assert max(held) == held[-1]
     assert stream.windows_held(calibrating, unseen) == [calibrating + 2 * unseen]
 
 
@@ -123,7 +122,7 @@ def test_the_copies_calibrate_nothing(tiny_model):
         calibration = stream.Calibration(tiny_model, blocks, WINDOWS[:4], TWO, store, ALONE)
         with torch.no_grad():
             calibration.propagate_dense(0)
-            found.append(calibration.stats(0, layers)["up"])
+            found.append(calibration.stats(0, layers, {"up": 0})["up"])
     assert found[0].tokens == 2 * 20
     assert torch.equal(found[0].input_norms, found[1].input_norms)
     assert torch.equal(found[0].unseen, found[1].unseen)

@@ -44,6 +44,24 @@ def test_resume_with_a_head_in_8_bits(family, quick, tmp_path):
         compress_folder(str(source), out, quick, RunOptions(resume=True))
 
 
+def test_a_run_goes_on_where_it_was_copied_to(quick, tmp_path):
+    """Model, text and finished blocks: on other paths, with other dates."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    source = build(here / "dense", "llama")
+    shutil.copy(quick.calibration, here / "text.txt")
+    with pytest.raises(Stop):
+        compress_folder(
+            str(source), here / "out", replace(quick, calibration=str(here / "text.txt")), RunOptions(), stop_after(10)
+        )
+    shutil.copytree(here, there, copy_function=shutil.copyfile)
+    shutil.rmtree(here)
+    config = replace(quick, calibration=str(there / "text.txt"))
+    result = compress_folder(str(there / "dense"), there / "out", config, RunOptions(resume=True))
+    assert result.resumed_blocks == 1
+    compress_folder(str(there / "dense"), there / "straight", config, RunOptions())
+    assert_same_folders(there / "out", there / "straight")
+
+
 @pytest.mark.parametrize("family", ["llama-tied", "llama-tied headless"])
 @pytest.mark.parametrize("share", [0.2, 0.6, 1.0])
 def test_resume_gives_the_same_files(family, share, quick, tmp_path):

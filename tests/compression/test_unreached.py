@@ -9,7 +9,7 @@ from torch import nn
 from slablm import CompressionConfig, SlabError
 from slablm.api import compress_folder
 from slablm.calibration.capture import collect_stats
-from slablm.calibration.statistics import StatsCollector, Use
+from slablm.calibration.statistics import Use
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.compression.options import RunOptions
 from slablm.dense import loading
@@ -30,25 +30,22 @@ def spare(monkeypatch):
     monkeypatch.setattr(LlamaMLP, "__init__", with_spare)
 
 
-def collector():
-    return StatsCollector(4, with_gram=True, device=torch.device("cpu"))
+@torch.no_grad()
+def statistics(windows, uses):
+    """Of a layer that is sent these windows, each [tokens, 4]."""
+    layer = nn.Linear(4, 4)
+    run = lambda i: layer(windows[i])  # noqa: E731
+    return collect_stats(layer, {"expert": layer}, run, uses, with_gram=True, seed=0).get("expert")
 
 
 def test_a_call_with_no_token_counts_as_none():
-    empty = collector()
-    empty.add(torch.empty(0, 4), torch.tensor([7]))
-    assert empty.stats("expert") is None
-    seen = collector()
-    seen.add(torch.empty(0, 4), torch.tensor([7]))
-    seen.add(torch.ones(2, 4), torch.tensor([7]))
-    assert seen.stats("expert").tokens == 2
+    assert statistics([torch.empty(0, 4)], [Use.FIT]) is None
+    assert statistics([torch.empty(0, 4), torch.ones(2, 4)], [Use.FIT] * 2).tokens == 2
 
 
 @pytest.mark.parametrize("use", [Use.HOLD_BACK, Use.MEASURE])
 def test_tokens_that_are_not_fitted_do_not_calibrate(use):
-    kept_back = collector()
-    kept_back.add(torch.ones(3, 4), torch.tensor([0]), use=use)
-    assert kept_back.stats("expert") is None
+    assert statistics([torch.empty(0, 4), torch.ones(3, 4)], [Use.FIT, use]) is None
 
 
 def test_a_layer_without_inputs_has_no_statistics():

@@ -10,7 +10,7 @@ from slablm.calibration.statistics import SAMPLED_TOKENS
 from slablm.dense.opening import empty_model
 from slablm.dense.targets import find_blocks, select_targets
 from slablm.methods import METHODS, LayerStats
-from slablm.planning.memory import _open_sums, workspace_per_weight
+from slablm.planning.memory import _SWEEP_MATRICES, _open_sums, workspace_per_weight
 from slablm.planning.rehearsal import rehearse
 from tests.conftest import tiny_config
 
@@ -67,9 +67,18 @@ def test_a_rehearsal_counts_what_a_block_takes(dtype):
 
 
 def test_gram_matrices_on_the_way():
-    """Of 64 windows: after 63 there are 6 sums, and the last one. Or 56 are fitted: 3 sums, then up to 4 more."""
-    for method, expected in (("slab", 0), ("sparsegpt", 6 + 1 - 1), ("slab+", 3 + 4 - 2)):
-        assert _open_sums(CompressionConfig(method, num_samples=64)) == expected
+    """66 windows in 16 leaves: after 15 there are 4 sums, and the last one. Or 56 windows, in 14 leaves, are fitted: 3
+    sums; then the rest of leaf 13, which has no sibling, leaf 14, and the last one. Of four ranks, with 4 leaves each,
+    the third holds two sums and forms one more; the last one has one of leaves 12 and 13, and as many as before.
+    """
+    for method, alone, four in (("slab", 0, 0), ("sparsegpt", 4 + 1 - 1, 2 + 1 - 1), ("slab+", 3 + 3 - 2, 1 + 3 - 2)):
+        config = CompressionConfig(method, num_samples=64)
+        assert (_open_sums(config, 1), _open_sums(config, 4)) == (alone, four)
+
+
+def test_more_windows_need_no_more_gram_matrices():
+    """Than the buffers of a sweep, with which the peak comes."""
+    assert max(_open_sums(CompressionConfig("slab+", num_samples=n), 1) for n in range(1, 600)) < _SWEEP_MATRICES
 
 
 @torch.no_grad()

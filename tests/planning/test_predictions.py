@@ -12,9 +12,12 @@ from hypothesis import strategies as st
 
 from slablm import CompressionConfig, SlabError, plan
 from slablm.api import compress_folder
+from slablm.calibration.statistics import SAMPLED_TOKENS
 from slablm.compression.options import RunOptions
 from slablm.methods import METHODS, LayerStats, RowBudget, SymbolBudget, SymbolWeight, storage
 from slablm.planning import checks
+from slablm.planning.timing import busiest_share
+from slablm.system.distributed import World
 from tests.compression.folders import build
 from tests.compression.test_architectures import FAMILIES
 
@@ -176,6 +179,40 @@ def test_published_shapes(name, monkeypatch):
     json.dumps(prediction.to_dict())
 
 
+def test_ranks_have_their_share(monkeypatch):
+    """Of windows, statistics and time. In a block of Llama-3.1-70B down_proj is more than half of the work, and most
+    statistics are those of its inputs: one rank has them alone, and the others have to wait.
+    """
+    monkeypatch.setattr(checks, "free_bytes", lambda out: 10**12)
+    config = CompressionConfig("slab+", num_samples=30)
+    alone, four, eight = (
+        planned(DATA / "llama-3.1-70b", config, world=World(size=ranks)).outlook for ranks in (1, 4, 8)
+    )
+
+    def part(outlook, name):
+        parts = [part for phase in outlook.memory.phases for part in phase.parts]
+        return max(part.bytes for part in parts if part.name == name)
+
+    states = "hidden states of all windows"
+    assert part(four, states) == part(alone, states) * 10 // 34  # 8 windows, 2 of them twice
+    down, hidden = (4 * (2 * n * n + 2 * SAMPLED_TOKENS * n) for n in (28672, 8192))
+    assert part(alone, "statistics") == pytest.approx(down + 3 * hidden, rel=0.01)
+    assert part(four, "statistics") == part(eight, "statistics") == pytest.approx(down, rel=0.01)
+    shapes = [(8192, 8192)] * 2 + [(1024, 8192)] * 2 + [(28672, 8192)] * 2 + [(8192, 28672)]
+    work = [m * n * n + n**3 / 2 for m, n in shapes]
+    for outlook in (four, eight):
+        share = busiest_share(outlook.rehearsal, outlook.size, "slab+", 4)
+        assert share == pytest.approx(work[-1] / sum(work))
+    assert busiest_share(alone.rehearsal, alone.size, "slab+", 1) == pytest.approx(1)
+
+
+def test_more_ranks_than_windows(tiny_folder, quick):
+    with pytest.raises(SlabError, match="4 calibration windows cannot be divided among 5 ranks"):
+        planned(tiny_folder, quick, world=World(size=5))
+    with pytest.raises(SlabError, match="among 16 ranks at most, not among 17"):
+        planned(tiny_folder, replace(quick, num_samples=20), world=World(size=17))
+
+
 def test_spilled_states_move_from_memory_to_disk(tiny_folder, quick):
     window = 32 * 64 * 4
     outlook = planned(tiny_folder, quick, max_memory=window).outlook
@@ -233,7 +270,7 @@ def test_a_compressed_model(compressed_folder):
         planned(compressed_folder, CompressionConfig())
 
 
-def test_the_time_grows_with_the_windows(tiny_folder, quick):
+def test_the_parts_of_the_time(tiny_folder, quick):
     """No timings in tests, but the parts are there and count up."""
     duration = plan(str(tiny_folder), quick).duration
     assert duration.total == duration.calibration + duration.decomposition > 0

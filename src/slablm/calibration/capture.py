@@ -13,7 +13,7 @@ and up of all experts share one XᵀX then, and no expert has too few tokens for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from slablm.calibration.activations import Activations
-from slablm.calibration.statistics import Part, StatsCollector, Use, joined, rows_per_window
+from slablm.calibration.pairwise import leaf_of, share
+from slablm.calibration.statistics import Joint, StatsCollector, Use, rows_per_window
 from slablm.errors import SlabError
 from slablm.methods import LayerStats
 from slablm.runtime.experts import Experts, all_tokens
@@ -176,9 +177,9 @@ class _BlockWatch:
         self._windows = 0
         self._may_leave = False
 
-    def window(self, run: Callable[[], Tensor], sampled: Tensor, number: int, use: Use) -> None:
+    def window(self, run: Callable[[], Tensor], sampled: Tensor, leaf: int, use: Use) -> None:
         """Run one window; the others are for `StatsCollector.add`."""
-        self._current, self._calls = (sampled, number, use), 0
+        self._current, self._calls = (sampled, leaf, use), 0
         with suppress(_AllSeen):
             run()
         if not self._windows:
@@ -226,37 +227,54 @@ class _BlockWatch:
         }
         return {name: owned[id(layer)] for name, layer in self._layers.items() if id(layer) in owned}
 
-    def stats(self, world: World) -> dict[str, LayerStats]:
-        """The statistics of every layer that a fitted token has reached, of the windows of all ranks.
+    def stats(self, world: World, owners: Mapping[str, int]) -> dict[str, LayerStats | None]:
+        """Statistics of the windows of all ranks; see `collect_stats`."""
+        # A collector is called by the first of its layers. Ranks need not have seen the same ones, nor share alike.
+        keys: dict[str, str] = {}
+        for name, collector in self._collectors.items():
+            keys[name] = next(other for other in keys | {name: name} if self._collectors[other] is collector)
+        collectors = {key: self._collectors[key] for key in keys.values()}
+        counts = {key: (collector.tokens, collector.fitted) for key, collector in collectors.items()}
+        told = [notes for notes, _ in world.gather((keys, counts, self._routed_to()), {})]
+        sources = {name: tuple(theirs.get(name) for theirs, _, _ in told) for name in self._layers}
 
-        Raises:
-            SlabError: see `joined`.
-        """
-        collectors = list({id(collector): collector for collector in self._collectors.values()}.values())
-        numbers = {name: collectors.index(collector) for name, collector in self._collectors.items()}
-        mine = [collector.part() for collector in collectors]
-        tensors = {key: tensor for i, part in enumerate(mine) for key, tensor in part.tensors(str(i)).items()}
-        notes = numbers, [(part.tokens, part.fitted) for part in mine], self._routed_to()
-        told = world.gather(notes, tensors)
-        result: dict[str, LayerStats] = {}
-        made: dict[tuple[int | None, ...], LayerStats | None] = {}
-        for name in self._layers:
-            # Ranks need not have seen the same layers, nor share collectors alike.
-            where = tuple(numbers.get(name) for (numbers, _, _), _ in told)
-            if where not in made:
-                parts = [
-                    Part.from_tensors(counts[number], theirs, str(number))
-                    for number, ((_, counts, _), theirs) in zip(where, told, strict=True)
-                    if number is not None
-                ]
-                made[where] = joined(name, parts)
-            if (stats := made[where]) is not None:
-                routed = [theirs[name] for (_, _, theirs), _ in told if name in theirs]
-                result[name] = replace(stats, routed=sum(routed)) if routed else stats
+        def number(where: tuple[str | None, ...], kind: int) -> int:
+            return sum(theirs[key][kind] for key, (_, theirs, _) in zip(where, told, strict=True) if key is not None)
+
+        reached = {name: where for name, where in sources.items() if number(where, 1)}
+        joint = {where: Joint() for name, where in reached.items() if owners[name] == world.rank}
+        self._collectors.clear()
+        for rank, key, piece, value in _delivered(collectors, keys, owners, world):
+            wanted = [one for where, one in joint.items() if where[rank] == key]
+            for one in wanted:
+                one.add(rank, piece, value.clone() if len(wanted) > 1 else value)
+        made: dict[tuple[str | None, ...], LayerStats] = {}
+        result: dict[str, LayerStats | None] = dict.fromkeys(reached)
+        for name, where in reached.items():
+            if where in joint and where not in made:
+                made[where] = joint[where].stats(name, number(where, 0))
+            if owners[name] == world.rank:
+                routed = [theirs[name] for _, _, theirs in told if name in theirs]
+                result[name] = replace(made[where], routed=sum(routed)) if routed else made[where]
         return result
 
 
-def collect_stats(
+def _delivered(
+    collectors: dict[str, StatsCollector], keys: dict[str, str], owners: Mapping[str, int], world: World
+) -> Iterator[tuple[int, str, str, Tensor]]:
+    """Pieces of all collectors that this rank wants: (rank, collector, piece, value); `collectors` is used up."""
+    readers = {key: {owners[name] for name, theirs in keys.items() if theirs == key} for key in collectors}
+    pieces: dict[str, Tensor] = {}
+    wanted: dict[str, set[int]] = {}
+    for key in list(collectors):
+        for piece, value in collectors.pop(key).pieces().items():
+            pieces[f"{key}/{piece}"], wanted[f"{key}/{piece}"] = value, readers[key]
+    for rank, name, value in world.deliver(pieces, wanted):
+        key, piece = name.split("/")
+        yield rank, key, piece, value
+
+
+def collect_stats(  # noqa: PLR0913
     block: nn.Module,
     layers: dict[str, nn.Linear],
     run: Callable[[int], Tensor],
@@ -265,7 +283,8 @@ def collect_stats(
     with_gram: bool,
     seed: int,
     world: World = ALONE,
-) -> dict[str, LayerStats]:
+    owners: Mapping[str, int] | None = None,
+) -> dict[str, LayerStats | None]:
     """Run a block over all windows and return the statistics of its linear layers.
 
     Args:
@@ -276,15 +295,16 @@ def collect_stats(
         with_gram: whether XᵀX is wanted.
         seed: seed of the choice of sampled rows.
         world: the ranks that divide the windows.
+        owners: the rank that wants the statistics of each layer; by default rank 0.
 
     Returns:
-        Statistics by name, of the layers that a fitted token has reached. Layers that share their inputs share the
-        tensors.
+        Statistics by name, of the layers that a fitted token has reached; None where another rank has them. Layers that
+        share their inputs share the tensors.
 
     Raises:
-        SlabError: see `joined` and `_BlockWatch.see`.
+        SlabError: see `Joint.stats` and `_BlockWatch.see`.
     """
-    mine = world.share(len(uses))
+    mine = share(world, len(uses))
     measured = [use is Use.MEASURE for use in uses]
     per_window = {kind: rows_per_window(measured.count(kind)) for kind in (False, True)}
     samples = [per_window[kind] * measured[mine.start : mine.stop].count(kind) for kind in (False, True)]
@@ -300,8 +320,8 @@ def collect_stats(
             for index, use in enumerate(uses):
                 sampled = torch.randint(1 << 30, (per_window[measured[index]],), generator=generator)
                 if index in mine:
-                    watch.window(partial(run, index - mine.start), sampled, index, use)
+                    watch.window(partial(run, index - mine.start), sampled, leaf_of(index, len(uses)), use)
     finally:
         for handle in handles:
             handle.remove()
-    return watch.stats(world)
+    return watch.stats(world, dict.fromkeys(layers, 0) if owners is None else owners)

@@ -9,13 +9,41 @@ binary tree, and whoever holds two siblings adds them to their parent:
     level 0  0   1   2   3
 
 Which sums are formed then depends on the leaves alone, not on their division or order. The price is memory: in the
-middle of a run there are as many sums as the binary number of finished leaves has ones. (The error grows with the
-logarithm of the number of terms only: pairwise summation.)
+middle of a run there are as many sums as the binary number of finished leaves has ones. So there are 16 leaves at most,
+each of them a run of windows that one rank adds up one after the other.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
+
+from slablm.system.distributed import World
+
+LEAVES = 16
+
+
+def leaf_of(window: int, windows: int) -> int:
+    """The leaf that a window belongs to.
+
+    Args:
+        window: its number.
+        windows: how many there are; they are divided evenly.
+    """
+    return ((window + 1) * min(windows, LEAVES) - 1) // windows
+
+
+def share(world: World, windows: int) -> range:
+    """A rank's part of some windows in a row: whole leaves; the last ranks have one more if they do not divide evenly.
+
+    Args:
+        world: the rank.
+        windows: how many there are.
+    """
+    leaves = min(windows, LEAVES)
+    mine = world.share(leaves)
+    return range(mine.start * windows // leaves, mine.stop * windows // leaves) if leaves else range(0)
 
 
 class PairwiseSum:
@@ -53,9 +81,22 @@ class PairwiseSum:
         return total
 
 
-def most_sums(terms: int) -> int:
-    """The largest number of sums that are there at a time while `terms` terms come in their order.
+def most_sums(leaves: Iterable[int]) -> tuple[int, int]:
+    """How many sums there are while leaves come in their order.
 
-    The term that is just being formed is counted: n terms before it leave as many sums as n has ones in binary.
+    Args:
+        leaves: their numbers.
+
+    Returns:
+        The most at a time, the one included that is just being formed; and those that are left in the end.
     """
-    return max((number.bit_count() + 1 for number in range(terms)), default=0)
+    nodes: set[tuple[int, int]] = set()
+    most = 0
+    for place in leaves:
+        most = max(most, len(nodes) + 1)
+        node = (0, place)
+        while (sibling := (node[0], node[1] ^ 1)) in nodes:
+            nodes.remove(sibling)
+            node = (node[0] + 1, node[1] >> 1)
+        nodes.add(node)
+    return most, len(nodes)

@@ -15,6 +15,7 @@ behind a block is its drift (`slablm.methods.drift`).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Protocol
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from slablm.calibration.activations import Activations
 from slablm.calibration.capture import capture_block_calls, collect_stats
+from slablm.calibration.pairwise import share
 from slablm.calibration.sensitivity import sensitivities
 from slablm.calibration.statistics import Use
 from slablm.config import CompressionConfig
@@ -113,7 +115,7 @@ class Calibration:
         self._blocks, self._config, self._world = blocks, config, world
         calibrating = windows[: config.num_samples]
         self._uses = window_uses(config.method, len(calibrating), len(windows) - len(calibrating))
-        mine = world.share(len(windows))
+        mine = share(world, len(windows))
         unseen = _unseen(mine, len(calibrating))
         self._compressed = range(len(mine))
         self._dense = range(len(mine), len(mine) + len(unseen))
@@ -131,8 +133,19 @@ class Calibration:
             layers, lambda states: self._probes.run(index, states), self._probes.hidden, self._config.seed
         )
 
-    def stats(self, index: int, layers: dict[str, nn.Linear]) -> dict[str, LayerStats]:
-        """Statistics of a block's target layers, by name; the hidden states stay in front of the block."""
+    def stats(
+        self, index: int, layers: dict[str, nn.Linear], owners: Mapping[str, int]
+    ) -> dict[str, LayerStats | None]:
+        """Statistics of a block's target layers; the hidden states stay in front of the block.
+
+        Args:
+            index: which block.
+            layers: its target layers by name.
+            owners: the rank that wants the statistics of each.
+
+        Returns:
+            By name, of the layers that a fitted token has reached; None where another rank has them.
+        """
         if not layers:
             return {}
         return collect_stats(
@@ -143,6 +156,7 @@ class Calibration:
             with_gram=get_method(self._config.method).needs_gram,
             seed=self._config.seed,
             world=self._world,
+            owners=owners,
         )
 
     def propagate_dense(self, index: int) -> None:
@@ -163,9 +177,9 @@ class Calibration:
         return Drift.of([squares for theirs, _ in self._world.gather(mine, {}) for squares in theirs])
 
 
-def _unseen(share: range, calibrating: int) -> range:
+def _unseen(mine: range, calibrating: int) -> range:
     """The windows of a rank's share that calibrate nothing."""
-    return range(max(share.start, min(calibrating, share.stop)), share.stop)
+    return range(max(mine.start, min(calibrating, mine.stop)), mine.stop)
 
 
 def windows_held(calibrating: int, unseen: int, ranks: int = 1) -> list[int]:
@@ -176,8 +190,8 @@ def windows_held(calibrating: int, unseen: int, ranks: int = 1) -> list[int]:
         unseen: number of windows after them.
         ranks: processes that divide the windows.
     """
-    shares = [World(rank, ranks).share(calibrating + unseen) for rank in range(ranks)]
-    return [len(share) + len(_unseen(share, calibrating)) for share in shares]
+    shares = [share(World(rank, ranks), calibrating + unseen) for rank in range(ranks)]
+    return [len(mine) + len(_unseen(mine, calibrating)) for mine in shares]
 
 
 def window_uses(method: str, calibrating: int, unseen: int) -> list[Use]:

@@ -4,6 +4,8 @@
   last 1/5 is for evaluation, so that the two never overlap.
 - ``self``: text sampled from the model itself (`slablm.calibration.windows.sample_windows`).
 
+A file may hold conversations instead of text (``chat:FILE``): see `slablm.calibration.chat`.
+
 All text of a source is joined with blank lines, as the pruning literature does it.
 """
 
@@ -12,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from slablm.config import Excerpt
 from slablm.errors import SlabError
 
 BUILTIN_CALIBRATION_SHARE = 0.8
@@ -23,7 +26,7 @@ def load_text(source: str, *, split: str, num_tokens: int | None = None) -> str:
     """Read a text source.
 
     Args:
-        source: ``c4``, ``wikitext2``, ``builtin`` or a file path.
+        source: ``c4``, ``wikitext2``, ``builtin``, a file path, or ``chat:`` and one.
         split: ``"calibration"`` or ``"evaluation"``.
         num_tokens: about how many tokens are wanted (streams stop there); None for all.
 
@@ -34,7 +37,7 @@ def load_text(source: str, *, split: str, num_tokens: int | None = None) -> str:
         return _builtin_text(split)
     if source in ("c4", "wikitext2"):
         return _hub_text(source, split, num_tokens)
-    return _file_text(Path(source))
+    return _file_text(Excerpt(source).file)
 
 
 def _builtin_text(split: str) -> str:
@@ -50,7 +53,7 @@ def _file_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        known = "c4, wikitext2, self, builtin"
+        known = "c4, wikitext2, self, builtin, chat:FILE"
         raise SlabError(f"text file {path} does not exist (known sources besides files: {known})") from None
     except (UnicodeDecodeError, IsADirectoryError, PermissionError) as error:
         raise SlabError(f"text file {path} cannot be read as UTF-8 text: {error}") from error

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from slablm.calibration.chat import chat_text
 from slablm.calibration.text import load_text
 from slablm.config import CompressionConfig, Excerpt
 from slablm.errors import SlabError
@@ -68,18 +69,22 @@ def cut(text: str, tokenizer: PreTrainedTokenizerBase, seq_len: int, excerpt: Ex
     """Tokenise a text, cut it, and take some of the windows.
 
     Args:
-        text: all text.
+        text: all text; of conversations the file's content.
         tokenizer: the model's.
         seq_len: tokens per window.
         excerpt: which windows; its source is how errors call the text.
         bos: whether each window begins with a BOS token where the tokenizer begins texts with one.
 
     Raises:
-        SlabError: too little text, or too few windows for the excerpt.
+        SlabError: too little text, or too few windows for the excerpt; see `chat_text`.
     """
     each = bos and adds_bos(tokenizer)
-    # verbose=False: "sequence longer than the model" is no news for a corpus.
-    options: dict[str, Any] = {"verbose": False} | ({"add_special_tokens": False} if each else {})
+    # verbose=False: "sequence longer than the model" is no news for a corpus. A chat template writes special tokens.
+    options: dict[str, Any] = {"verbose": False}
+    if each or excerpt.is_chat:
+        options["add_special_tokens"] = False
+    if excerpt.is_chat:
+        text = chat_text(text, tokenizer, excerpt.source, bos=not each)
     ids = torch.tensor(tokenizer(text, **options)["input_ids"], dtype=torch.long)
     length = seq_len - each
     available = len(ids) // length

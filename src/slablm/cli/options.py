@@ -34,10 +34,14 @@ PatternText = Annotated[str, typer.Option(help="unstructured, 2:4, 4:8 or any N:
 Rank = Annotated[int, typer.Option(help="Rank of the low-rank part.")]
 Iterations = Annotated[int, typer.Option(help="Rounds of alternating minimisation.")]
 Calibration = Annotated[
-    str, typer.Option(help="c4, wikitext2, self, builtin or a text file; TEXT@0-99: of its windows only those.")
+    str,
+    typer.Option(
+        help="c4, wikitext2, self, builtin, a text file, or chat:FILE.jsonl; TEXT@0-99: of its windows only those."
+    ),
 ]
 EvaluationText = Annotated[
-    str, typer.Option(help="wikitext2, c4, builtin or a text file; TEXT@0-99: of its windows only those.")
+    str,
+    typer.Option(help="wikitext2, c4, builtin, a text file, or chat:FILE.jsonl; TEXT@0-99: of its windows only those."),
 ]
 NumSamples = Annotated[int, typer.Option(help="Calibration windows.")]
 SeqLen = Annotated[int, typer.Option(help="Tokens per window.")]

@@ -31,6 +31,9 @@ def plan(
     *,
     settings: options.Settings,
     source: options.Source,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes that torchrun will start; memory and time are of one.")
+    ] = 1,
     json: Json = False,
 ) -> None:
     """Say what compressing MODEL would give, take and need. No weight is read.
@@ -39,10 +42,12 @@ def plan(
     """
     from slablm.dense.loading import quiet_libraries
     from slablm.planning.plan import plan as make_plan
+    from slablm.system.distributed import World
 
     quiet_libraries()
     say_if_quantized(model)
-    result = make_plan(model, options.config(context), options=options.run_options(settings, source), out=out)
+    run = options.run_options(settings, source, world=World(size=ranks))
+    result = make_plan(model, options.config(context), options=run, out=out)
     if json:
         print_json(result.to_dict())
     else:

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from slablm.calibration.stream import Calibration
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.stored import rounded, value_dtype
-from slablm.compression.layer import compress_layer
+from slablm.compression.layer import compress_layer, cost
 from slablm.compression.store import BlockStore, FinishedBlock
 from slablm.config import CompressionConfig
 from slablm.dense.targets import Targets, find_blocks
@@ -120,12 +120,16 @@ def compress_blocks(
         else:
             assert calibrated is not None
             sensitivity = calibrated.sensitivity(index, layers)
-            stats = calibrated.stats(index, layers)
+            costs = {name: cost(layer.weight.shape, config.method) for name, layer in layers.items()}
+            found = calibrated.stats(index, layers, assign(costs, world.size))
             calibrated.propagate_dense(index)
-            layers = {name: layer for name, layer in layers.items() if name in stats}
+            layers = {name: layer for name, layer in layers.items() if name in found}
+            mine = {name: stats for name, stats in found.items() if stats is not None}
+            del found
             with mapped_apart(above=_HEAP_PIECE):
-                configs = world.tell(_layer_configs(layers, stats, sensitivity, config, allowance))
-                finished = _compress_layers(layers, stats, configs, note, world)
+                volumes = {} if allowance is None else _volumes(mine, world)
+                configs = world.tell(_layer_configs(layers, volumes, sensitivity, config, allowance))
+                finished = _compress_layers(layers, mine, configs, note, world)
         reports += finished.reports
         if allowance is not None:
             weights = sum(layers[name].weight.numel() for name in finished.packed)
@@ -160,9 +164,21 @@ def _round_unreached(model: nn.Module, names: Collection[str], config: Compressi
         layer.weight.data = rounded(layer.weight.data, f"{name}.weight", value_dtype(config, layer.weight.dtype))
 
 
+def _volumes(stats: dict[str, LayerStats], world: World) -> dict[str, float]:
+    """`log_volume` of the inputs of every layer, from the ranks that have their statistics."""
+    known: dict[int, float] = {}  # hundreds of layers (experts) may share one Gram matrix
+    volumes = {}
+    for name, one in stats.items():
+        assert one.gram is not None
+        if id(one.gram) not in known:
+            known[id(one.gram)] = log_volume(one.gram / one.tokens)
+        volumes[name] = known[id(one.gram)]
+    return {name: volume for theirs, _ in world.gather(volumes, {}) for name, volume in theirs.items()}
+
+
 def _layer_configs(
     layers: dict[str, nn.Linear],
-    stats: dict[str, LayerStats],
+    volumes: dict[str, float],
     sensitivity: dict[str, float],
     config: CompressionConfig,
     allowance: Allowance | None,
@@ -173,14 +189,9 @@ def _layer_configs(
     known = [math.log2(value) for value in sensitivity.values()]
     unknown = sum(known) / len(known) if known else 0.0
     demands = []
-    volumes: dict[int, float] = {}  # hundreds of layers (experts) may share one Gram matrix
     for name, layer in layers.items():
-        gram = stats[name].gram
-        assert gram is not None
-        if id(gram) not in volumes:
-            volumes[id(gram)] = log_volume(gram / stats[name].tokens)
         importance = math.log2(sensitivity[name]) if name in sensitivity else unknown
-        importance += log_variance(layer.weight) + volumes[id(gram)]
+        importance += log_variance(layer.weight) + volumes[name]
         demands.append(Demand.of((layer.out_features, layer.in_features), importance))
     return {
         name: replace(config, bits_per_weight=demand.sizes[chosen])
@@ -195,15 +206,12 @@ def _compress_layers(
     note: Callable[[LayerReport], None],
     world: World,
 ) -> FinishedBlock:
-    """Compress the target layers of one block, each on one rank; `stats` is used up.
+    """Compress the target layers of one block, each on the rank that has its statistics; `stats` is used up.
 
     Every layer's weight becomes Ŵ, for the propagation (dense is faster while it lasts).
     """
     finished = FinishedBlock()
-    owners = assign({name: layer.weight.numel() for name, layer in layers.items()}, world.size)
-    others = {name: layer for name, layer in layers.items() if owners[name] != world.rank}
-    for name in others:
-        del stats[name]
+    others = {name: layer for name, layer in layers.items() if name not in stats}
     for name, layer in layers.items():
         if name in others:
             continue

@@ -48,7 +48,7 @@ def inputs(dense: DenseModel, config: CompressionConfig) -> dict[str, str]:
         "dtype": str(dense.model.dtype),
         "model config": _digest(json.dumps(described, sort_keys=True, default=str).encode()),
     }
-    text = Path(Excerpt.parse(config.calibration).source)
+    text = Excerpt.parse(config.calibration).file
     return found | ({"calibration text": _digest(_read(text))} if text.is_file() else {})
 
 
@@ -63,10 +63,10 @@ def fingerprint(
         config: settings.
         options: everything else.
     """
-    # Of a text that is longer than the windows, the rest changes nothing.
+    # Of a text that is longer than the windows, the rest changes nothing; nor does it matter where it lies.
     shown: dict[str, Any] = {name: value for name, value in made_from.items() if name != "calibration text"}
     shown |= {"device": options.device, "format version": FORMAT_VERSION}
-    shown |= {f"setting {key}": value for key, value in config.to_dict().items()}
+    shown |= {f"setting {key}": value for key, value in config.to_dict().items() if key != "calibration"}
     shown["calibration tokens"] = integrity.digest(windows)
     shown |= {f"version of {name}": version for name, version in versions().items()}
     # Sums are split over threads and vector lanes; other splits round differently.

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from slablm.calibration.pairwise import LEAVES
 from slablm.checkpoint.stored import rounded, value_dtype
 from slablm.config import CompressionConfig
 from slablm.dense.targets import Targets
@@ -72,6 +73,21 @@ def check_model(model: PreTrainedModel) -> None:
         raise SlabError("the model is already compressed by slablm: start from the dense model")
     if getattr(model.config, "quantization_config", None) is not None:
         raise SlabError("the model is already quantized: start from the unquantized model")
+
+
+def check_ranks(config: CompressionConfig, ranks: int) -> None:
+    """Refuse more processes than windows can be divided among.
+
+    Raises:
+        SlabError: there are too many.
+    """
+    if ranks > LEAVES:
+        raise SlabError(f"windows are divided among {LEAVES} ranks at most, not among {ranks}: use fewer")
+    if config.num_samples < ranks:
+        raise SlabError(
+            f"{config.num_samples} calibration windows cannot be divided among {ranks} ranks: "
+            f"use --num-samples {ranks} or more, or fewer ranks"
+        )
 
 
 def check_packable(method: str) -> None:

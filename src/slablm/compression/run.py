@@ -36,6 +36,7 @@ from slablm.compression.options import RunOptions
 from slablm.compression.preparation import (
     check_model,
     check_packable,
+    check_ranks,
     prepare_model,
     use_head_bits,
     with_value_dtype,
@@ -99,11 +100,7 @@ def compress_folder(
     check_packable(config.method)
     out = out.resolve()  # hidden folders lie beside it, whatever it is called here
     world = options.world
-    if config.num_samples < world.size:
-        raise SlabError(
-            f"{config.num_samples} calibration windows cannot be divided among {world.size} ranks: "
-            f"use --num-samples {world.size} or more, or fewer ranks"
-        )
+    check_ranks(config, world.size)
     check_dense(source)
     if not world.first:
         return _help(source, out, config, options)

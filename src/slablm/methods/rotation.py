@@ -65,7 +65,7 @@ class Rotation:
         Args:
             rows: [..., n] floating point; the result has their dtype and device.
         """
-        return hadamard(rows * self.signs.to(rows), self.block)
+        return _hadamard_((rows * self.signs.to(rows)).contiguous(), self.block)
 
     def restore(self, rows: Tensor) -> Tensor:
         """Inverse of `rotate`: R of every row."""
@@ -75,7 +75,7 @@ class Rotation:
         """Rᵀ G R: the Gram matrix of rotated inputs, [n, n], exactly symmetric if G is."""
         rotated = self.rotate(self.rotate(gram).T)
         # The two orders of summation differ in the last bits.
-        return (rotated + rotated.T) / 2
+        return (rotated + rotated.T).div_(2)
 
 
 def splitmix64(seed: int, count: int) -> npt.NDArray[np.uint64]:
@@ -99,10 +99,17 @@ def hadamard(rows: Tensor, block: int) -> Tensor:
         rows: [..., n].
         block: a power of two that divides n.
     """
-    shape, current = rows.shape, rows
+    return _hadamard_(rows.clone(memory_format=torch.contiguous_format), block)
+
+
+def _hadamard_(rows: Tensor, block: int) -> Tensor:
+    """The same in place, of contiguous rows: a Gram matrix is large, and nothing may be there twice."""
     step = 1
     while step < block:
-        pairs = current.reshape(-1, 2, step)
-        current = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1)
+        pairs = rows.view(-1, 2, step)
+        first, second = pairs[:, 0], pairs[:, 1]
+        difference = first - second
+        first += second
+        second.copy_(difference)
         step *= 2
-    return current.reshape(shape) * (1 / math.sqrt(block))
+    return rows.mul_(1 / math.sqrt(block))

@@ -136,8 +136,8 @@ class Trial:
         if way.rotation is not None:
             weight, gram = way.rotation.rotate(weight), way.rotation.rotate_gram(gram)
         first = fit_alphabet(weight, positive(gram.diagonal().sqrt()), way.bits)
-        problem = Problem(weight, damped(gram, way.damping))
         codes = feedback(weight, gram, first, way.damping)
+        problem = Problem(weight, damped(gram, way.damping))
         return cls(problem, first, codes, refit(problem, codes, first), way.rotation)
 
     def result(self) -> SymbolWeight:

@@ -163,9 +163,11 @@ def inverse_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         reversed_gram = gram.flip(0, 1)
         reversed_gram.diagonal().add_(dead.flip(0) * mean + step * damping * mean)
         lower, failed = torch.linalg.cholesky_ex(reversed_gram)
+        del reversed_gram  # as large as the largest thing there is: no more of them than needed
         if not failed:
+            lower = lower.flip(0, 1)
             identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            factor: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            factor: Tensor = torch.linalg.solve_triangular(lower, identity, upper=True)
             return factor
     raise SlabError(
         f"the Gram matrix of the calibration inputs is not positive definite, even with {step * damping:g} of its "

@@ -17,18 +17,19 @@ one and are not affected.)
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from slablm.calibration.pairwise import most_sums
+from slablm.calibration.pairwise import leaf_of, most_sums, share
 from slablm.calibration.statistics import Use
 from slablm.calibration.stream import window_uses, windows_held
 from slablm.calibration.text import CHARACTERS_PER_TOKEN, load_text
 from slablm.calibration.windows import UNSEEN_WINDOWS, windows_wanted
+from slablm.compression.layer import cost
 from slablm.config import CompressionConfig, Excerpt
 from slablm.methods import get_method
 from slablm.packing.quantize import ENTRIES_AT_ONCE
-from slablm.planning.rehearsal import Rehearsal, Work
+from slablm.planning.rehearsal import BlockRehearsal, Rehearsal, Work
 from slablm.planning.size import Size
+from slablm.system.distributed import World, assign
 
 FLOAT32_BYTES = 4
 # n x n matrices of a column sweep beside the statistics: G in another order, its factor, the factor's inverse, the
@@ -156,9 +157,10 @@ def plan_memory(
     phases.append(Phase("embedding", (*held, copy, _working("one window", rehearsal.embedding, s))))
     largest = max(rehearsal.blocks, key=lambda block: block.statistics.peak_bytes)
     run = _working("one window in a block, with statistics", largest.statistics, s)
-    sums = Part("Gram matrices still to be added up", _open_sums(config) * largest.gram_bytes, s.accelerator)
+    sums = Part("Gram matrices still to be added up", _open_sums(config, s.ranks) * largest.gram_bytes, s.accelerator)
     phases.append(Phase("statistics", (*held, run, sums)))
-    statistics = Part("statistics", max(b.statistics.left_bytes for b in rehearsal.blocks), s.accelerator)
+    owned = max(_owned_bytes(block, size, config, s.ranks) for block in rehearsal.blocks)
+    statistics = Part("statistics", owned, s.accelerator)
     packed = Part("the block's packed weights", _packed_bytes(size, rehearsal), s.accelerator)
     buffers = Part("buffers of the largest matrix", largest_workspace(size, config, s), s.accelerator)
     phases.append(Phase("decomposition", (*held, statistics, packed, buffers)))
@@ -211,14 +213,31 @@ def spilled_bytes(window_bytes: int, windows: int, max_memory: int | None) -> in
     return (windows - kept) * window_bytes
 
 
-def _open_sums(config: CompressionConfig) -> int:
-    """Gram matrices of a layer that `PairwiseSum` holds at most, beyond those that are left in the end."""
+def _open_sums(config: CompressionConfig, ranks: int) -> int:
+    """Gram matrices of a layer that the busiest rank holds at most, beyond those that are left in the end."""
     if not get_method(config.method).needs_gram:
         return 0
-    uses = window_uses(config.method, config.num_samples, 0)
-    fitted, kept_back = uses.count(Use.FIT), uses.count(Use.HOLD_BACK)
-    at_once = max(most_sums(fitted), fitted.bit_count() + most_sums(kept_back))
-    return at_once - (2 if kept_back else 1)
+    uses = window_uses(config.method, config.num_samples, UNSEEN_WINDOWS)
+    final = 2 if Use.HOLD_BACK in uses else 1
+    most = 0
+    for rank in range(ranks):
+        mine = share(World(rank, ranks), len(uses))
+        leaves = {use: sorted({leaf_of(i, len(uses)) for i in mine if uses[i] is use}) for use in Use}
+        fitted, left = most_sums(leaves[Use.FIT])
+        most = max(most, fitted, left + most_sums(leaves[Use.HOLD_BACK])[0])
+    return max(0, most - final)
+
+
+def _owned_bytes(block: BlockRehearsal, size: Size, config: CompressionConfig, ranks: int) -> int:
+    """Statistics of a block on the rank that has most of them while layers are decomposed."""
+    if ranks == 1:
+        return block.statistics.left_bytes
+    shapes = {layer.name: layer.shape for layer in size.layers}
+    owners = assign({name: cost(shapes[name], config.method) for names, _ in block.inputs for name in names}, ranks)
+    return max(
+        sum(bytes_ for names, bytes_ in block.inputs if rank in {owners[name] for name in names})
+        for rank in range(ranks)
+    )
 
 
 def _working(name: str, work: Work, situation: Situation) -> Part:
@@ -253,7 +272,8 @@ def _int8_bytes(situation: Situation) -> int:
 
 
 def _text_bytes(config: CompressionConfig) -> int:
-    source = Excerpt.parse(config.calibration).source
+    excerpt = Excerpt.parse(config.calibration)
+    source = excerpt.source
     if source == "self":
         return 0
     if source == "wikitext2":
@@ -263,6 +283,5 @@ def _text_bytes(config: CompressionConfig) -> int:
     elif source == "builtin":
         characters = len(load_text("builtin", split="calibration"))
     else:
-        path = Path(source)
-        characters = path.stat().st_size if path.is_file() else 0
+        characters = excerpt.file.stat().st_size if excerpt.file.is_file() else 0
     return characters * _TOKENISER_BYTES_PER_CHARACTER

@@ -13,7 +13,7 @@ from torch.nn import functional
 from slablm.calibration.windows import check_length
 from slablm.compression.layer import compress_layer
 from slablm.compression.options import RunOptions
-from slablm.compression.preparation import check_packable, with_value_dtype
+from slablm.compression.preparation import check_packable, check_ranks, with_value_dtype
 from slablm.config import CompressionConfig
 from slablm.dense import loading
 from slablm.dense.targets import Targets, select_targets
@@ -85,7 +85,7 @@ def plan(
     Args:
         source: hub id, folder (config.json is enough), ``.gguf`` file or ``smollm2``.
         config: settings of the compression.
-        options: the other options of a run, such as `max_memory`.
+        options: the other options of a run, such as `max_memory`; `world` tells how many ranks there will be.
         out: where the result is to be: only the free space there is looked at.
         measure_speed: whether to estimate the time, which takes a few seconds.
 
@@ -94,6 +94,7 @@ def plan(
     """
     config, options = config or CompressionConfig(), options or RunOptions()
     check_packable(config.method)
+    check_ranks(config, options.world.size)
     loading.check_device(options.device)
     skeleton = open_skeleton(source, options.dtype, options.revision, trust_remote_code=options.trust_remote_code)
     model, whole = skeleton.model, skeleton.whole_because
@@ -118,7 +119,8 @@ def plan(
     )
     duration = None
     if measure_speed and outlook is not None:
-        duration = estimate(outlook.rehearsal, outlook.size, config, dtype, torch.device(options.device))
+        ranks = options.world.size
+        duration = estimate(outlook.rehearsal, outlook.size, config, dtype, torch.device(options.device), ranks)
     return Plan(source, config, targets, outlook, duration, whole, skeleton.notes, (*problems, *more))
 
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,6 +61,7 @@ class BlockRehearsal:
         count: blocks of this kind.
         weight_bytes: its weights.
         gram_bytes: one matrix XᵀX of every distinct input of its layers; 0 where none are collected.
+        inputs: of every distinct input the layers that read it, by full name, and the bytes of its statistics.
         statistics: the run that collects statistics.
         propagation: the run that makes the next block's inputs.
     """
@@ -67,6 +69,7 @@ class BlockRehearsal:
     count: int
     weight_bytes: int
     gram_bytes: int
+    inputs: tuple[tuple[frozenset[str], int], ...]
     statistics: Work
     propagation: Work
 
@@ -179,15 +182,15 @@ def rehearse(
         runs = []
         for index, count in kinds.items():
             weights = sum(t.nbytes for module in blocks[index].modules() for t in _tensors(module))
-            modules = [model.get_submodule(name) for name in targets.names[index]]
-            layers = [module for module in modules if isinstance(module, nn.Linear)]
-            call = calls[index]
+            modules = {name: model.get_submodule(name) for name in targets.names[index]}
+            layers = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+            call, collecting = calls[index], _Collecting(layers, samples, 0)
             with all_tokens(blocks[index]):
-                plain = _measure(blocks[index], call, window, known, _collectors(layers, samples, 0))
+                plain = _measure(blocks[index], call, window, known, collecting)
             statistics, gram_bytes = plain, 0
             if grams:
                 with all_tokens(blocks[index]):
-                    held = _measure(blocks[index], call, window, known, _collectors(layers, samples, grams))
+                    held = _measure(blocks[index], call, window, known, _Collecting(layers, samples, grams))
                 gram_bytes = (held.left_bytes - plain.left_bytes) // grams
                 # There may be several at a time, but a window goes into one.
                 statistics = replace(
@@ -195,8 +198,11 @@ def rehearse(
                     flops=plain.flops + (held.flops - plain.flops) // grams,
                     touched_bytes=plain.touched_bytes + (held.touched_bytes - plain.touched_bytes) // grams,
                 )
-            propagation = _measure(blocks[index], call, window, known, lambda: [])
-            runs.append(BlockRehearsal(count, weights, gram_bytes, statistics, propagation))
+            propagation = _measure(blocks[index], call, window, known, _Collecting({}, samples, 0))
+            inputs = tuple(
+                (frozenset(names), 4 * (grams * n * n + sum(samples) * n)) for names, n in collecting.readers
+            )
+            runs.append(BlockRehearsal(count, weights, gram_bytes, inputs, statistics, propagation))
         outside_bytes = sum({id(t): t.nbytes for t in tensors}.values())
         return Rehearsal(outside_bytes, embedding, window.nbytes, tuple(runs))
 
@@ -212,40 +218,58 @@ def _kinds(blocks: nn.ModuleList) -> dict[int, int]:
     return counts
 
 
-def _measure(
-    block: nn.Module, call: BlockCall, window: Tensor, known: list[Tensor], watch: Callable[[], list[Any]]
-) -> Work:
-    """Run a block; `watch` hooks collectors to its layers and returns the hooks' handles and the collectors."""
+def _measure(block: nn.Module, call: BlockCall, window: Tensor, known: list[Tensor], collecting: _Collecting) -> Work:
+    """Run a block and collect statistics."""
     extra = [t for t in tree_leaves((call.args, call.kwargs)) if isinstance(t, Tensor)]
     with _Meter([*known, window, *extra]) as meter, FlopCounterMode(display=False, custom_mapping=_FLOPS) as flops:
-        watching = watch()
-        call(block, window)
-        for handle, seen in watching:
-            handle.remove()
-            seen[:] = [(None, collector) for _, collector in seen]  # inputs go with the window, collectors stay
+        with collecting:
+            call(block, window)
         left = meter.live
     return Work(meter.peak, meter.heap_peak, left, flops.get_total_flops(), meter.touched)
 
 
-def _collectors(layers: list[nn.Linear], samples: tuple[int, int], grams: int) -> Callable[[], list[Any]]:
-    """Hooks that collect statistics, once for layers that read the same tensor."""
+class _Collecting:
+    """Within it, statistics of layers' inputs are collected, once for layers that read the same tensor.
 
-    def watch() -> list[Any]:
-        seen: list[tuple[Tensor | None, StatsCollector]] = []
+    Args:
+        layers: by name.
+        samples: as for `StatsCollector`.
+        grams: matrices XᵀX of every input.
 
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if any(tensor is args[0] for tensor, _ in seen):
+    Attributes:
+        readers: of every distinct input the names of its layers, and its width n.
+    """
+
+    def __init__(self, layers: dict[str, nn.Linear], samples: tuple[int, int], grams: int) -> None:
+        self._layers, self._samples, self._grams = layers, samples, grams
+        self.readers: list[tuple[list[str], int]] = []
+        self._inputs: list[Tensor] = []
+        self._collectors: list[StatsCollector] = []
+
+    def __enter__(self) -> None:
+        self._handles = [
+            layer.register_forward_pre_hook(partial(self._see, name)) for name, layer in self._layers.items()
+        ]
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._inputs.clear()  # they go with the window, collectors stay
+
+    def _see(self, name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        states: Tensor = args[0]
+        for (names, _), seen in zip(self.readers, self._inputs, strict=True):
+            if seen is states:
+                names.append(name)
                 return
-            collector = StatsCollector(args[0].shape[-1], grams > 0, args[0].device, samples)
-            sampled = torch.zeros(min(samples[0], args[0].shape[-2]), dtype=torch.long)
-            collector.add(args[0], sampled)
-            if grams > 1:
-                collector.add(args[0], sampled[:0], 1, Use.HOLD_BACK)
-            seen.append((args[0], collector))
-
-        return [(layer.register_forward_pre_hook(see), seen) for layer in layers]
-
-    return watch
+        collector = StatsCollector(states.shape[-1], self._grams > 0, states.device, self._samples)
+        sampled = torch.zeros(min(self._samples[0], states.shape[-2]), dtype=torch.long)
+        collector.add(states, sampled)
+        if self._grams > 1:
+            collector.add(states, sampled[:0], 1, Use.HOLD_BACK)
+        self.readers.append(([name], states.shape[-1]))
+        self._inputs.append(states)
+        self._collectors.append(collector)
 
 
 @contextmanager

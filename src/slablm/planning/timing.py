@@ -15,14 +15,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from slablm.calibration.stream import windows_held
 from slablm.calibration.windows import UNSEEN_WINDOWS, windows_wanted
-from slablm.compression.layer import compress_layer
+from slablm.compression.layer import compress_layer, cost
 from slablm.config import DEFAULT_RATIO, CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods import LayerStats, get_method, storage
 from slablm.methods.allocation import Demand
 from slablm.planning.rehearsal import Rehearsal
 from slablm.planning.size import Size
+from slablm.system.distributed import assign
 from slablm.system.float32 import fast_float32
 
 _TRIAL_WEIGHTS = 1 << 20
@@ -54,7 +56,12 @@ class Duration:
 @torch.no_grad()
 @fast_float32()
 def estimate(
-    rehearsal: Rehearsal, size: Size, config: CompressionConfig, dtype: torch.dtype, device: torch.device
+    rehearsal: Rehearsal,
+    size: Size,
+    config: CompressionConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    ranks: int = 1,
 ) -> Duration:
     """Measure the rates and add up.
 
@@ -64,6 +71,7 @@ def estimate(
         config: the settings.
         dtype: type of the model.
         device: compute device.
+        ranks: processes that share the work, each as fast as this one.
     """
     a = torch.randn(_PRODUCT, _PRODUCT, device=device).to(dtype)
     flops = 2 * _PRODUCT**3 / _seconds(lambda: a @ a, device)
@@ -80,7 +88,27 @@ def estimate(
         by_width[n] = by_width.get(n, 0) + layer.weights
         tallest[n] = max(tallest.get(n, 0), m)
     seconds = sum(w * _per_weight((tallest[n], n), config, dtype, device) for n, w in by_width.items())
-    return Duration(calibration, seconds)
+    share = max(windows_held(config.num_samples, UNSEEN_WINDOWS, ranks)) / (config.num_samples + 2 * UNSEEN_WINDOWS)
+    return Duration(calibration * share, seconds * busiest_share(rehearsal, size, config.method, ranks))
+
+
+def busiest_share(rehearsal: Rehearsal, size: Size, method: str, ranks: int) -> float:
+    """The part of all decomposition that the busiest rank of every block does.
+
+    Args:
+        rehearsal: what the blocks are.
+        size: the layers.
+        method: its name.
+        ranks: processes that divide the layers of a block.
+    """
+    shapes = {layer.name: layer.shape for layer in size.layers}
+    longest = total = 0.0
+    for block in rehearsal.blocks:
+        costs = {name: cost(shapes[name], method) for names, _ in block.inputs for name in names}
+        owners = assign(costs, ranks)
+        loads = [sum(costs[name] for name in costs if owners[name] == rank) for rank in range(ranks)]
+        longest, total = longest + block.count * max(loads), total + block.count * sum(loads)
+    return longest / total
 
 
 def _per_weight(shape: tuple[int, int], config: CompressionConfig, dtype: torch.dtype, device: torch.device) -> float:

@@ -2,10 +2,11 @@
 
 Compression has two kinds of work, and each is divided in its own way. A block is *run* window by window, so every
 rank keeps a contiguous share of the calibration windows and runs the block on those. A block is *decomposed* matrix by
-matrix, so every rank decomposes some of the matrices. After either there is one exchange: of statistics, and of packed
-weights, which every rank needs to run its windows through the compressed block.
+matrix, so every rank decomposes some of the matrices. After either there is one exchange: of statistics, each to the
+ranks that own matrices of these inputs; and of packed weights, which every rank needs to run its windows through the
+compressed block.
 
-    read block  →  run own windows  →  exchange statistics  →  decompose own matrices  →  exchange packed weights  →
+    read block  →  run own windows  →  deliver statistics  →  decompose own matrices  →  exchange packed weights  →
     run own windows through the result;  rank 0 writes the block into the journal
 
 The numbers do not depend on the number of ranks. Windows never meet before their sums are formed, and the exchange
@@ -25,7 +26,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -122,11 +123,58 @@ class World:
                 gathered.append((their_notes, theirs))
         return gathered
 
+    def deliver(
+        self, tensors: dict[str, Tensor], readers: Mapping[str, Collection[int]]
+    ) -> Iterator[tuple[int, str, Tensor]]:
+        """Hand tensors to the ranks that read them, one at a time, in the order of their names.
+
+        Args:
+            tensors: on `device`, of any types and shapes, by any names; used up, so that what nobody here reads is
+                given back as soon as it is sent.
+            readers: the ranks that read each.
+
+        Yields:
+            Of every tensor that this rank reads: the rank it comes from, its name, the tensor.
+
+        Raises:
+            LostRankError: another rank is gone.
+        """
+        if self.size == 1:
+            for name in sorted(tensors):
+                yield 0, name, tensors.pop(name)
+            return
+        import torch
+        import torch.distributed as dist
+
+        forms: list[Any] = [None] * self.size
+        with _connected():
+            mine = {name: (tensor.shape, tensor.dtype, sorted(readers[name])) for name, tensor in tensors.items()}
+            dist.all_gather_object(forms, mine)
+        parcels = sorted((name, rank) for rank, theirs in enumerate(forms) for name in theirs)
+        for name, rank in parcels:  # all ranks go through one list, so nobody waits for a rank that waits for him
+            shape, dtype, to = forms[rank][name]
+            if rank != self.rank and self.rank not in to:
+                continue
+            value = (
+                tensors.pop(name).contiguous()
+                if rank == self.rank
+                else torch.empty(shape, dtype=dtype, device=self.device)
+            )
+            as_bytes = value.reshape(-1).view(torch.uint8)  # backends do not know all types
+            with _connected():
+                for reader in to if rank == self.rank and len(as_bytes) else ():
+                    if reader != rank:
+                        dist.send(as_bytes, reader)
+                if rank != self.rank and len(as_bytes):
+                    dist.recv(as_bytes, rank)
+            if self.rank in to:
+                yield rank, name, value
+
 
 ALONE = World()
 
 
-def assign(costs: Mapping[str, int], size: int) -> dict[str, int]:
+def assign(costs: Mapping[str, float], size: int) -> dict[str, int]:
     """Divide tasks among ranks: the longest task first, always to the rank with the least to do so far.
 
     The busiest rank then has at most 4/3 of the shortest possible time (Graham 1969). Of equally busy ranks the last
@@ -139,7 +187,7 @@ def assign(costs: Mapping[str, int], size: int) -> dict[str, int]:
     Returns:
         The rank of every task.
     """
-    loads, owners = [0] * size, {}
+    loads, owners = [0.0] * size, {}
     for name in sorted(costs, key=lambda task: -costs[task]):
         owners[name] = min(reversed(range(size)), key=loads.__getitem__)
         loads[owners[name]] += costs[name]
