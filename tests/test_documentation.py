@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 OWN_WORDS = re.compile(r"^[A-Z_]+=")
 # Programs of others, which are not looked into.
-OTHERS = {"cat", "curl", "export", "lm_eval", "transformers"}
+OTHERS = {"cat", "curl", "export", "hf", "lm_eval", "transformers", "vllm"}
 # What a verb is given on top, so that it takes a second on a model of one block.
 CALIBRATED = ("--num-samples", 4, "--seq-len", 32, "--iterations", 2)
 EXTRA = {
