@@ -40,7 +40,7 @@ def compress(
 
     Args:
         model: a transformers model (changed in place) or anything `slablm.dense.loading.load` takes.
-        config: settings; the default is `slab+` at 50 %.
+        config: settings; the default is `slab+` at 4 true bits per weight.
         tokenizer: needed to cut calibration text; by default loaded from where the model came from.
         on_layer: called after each layer with (layers done, layers in all, `LayerReport`).
         mostly_dense: go on where less than half of the blocks' weights can be compressed.
@@ -82,7 +82,7 @@ def compress_folder(
     Args:
         source: as for `slablm.dense.loading.load`.
         out: target folder.
-        config: settings; the default is `slab+` at 50 %.
+        config: settings; the default is `slab+` at 4 true bits per weight.
         options: everything else.
         on_layer: see `compress`.
         say: told what is going on, one line at a time.

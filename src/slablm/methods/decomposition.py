@@ -28,7 +28,7 @@ class LayerStats:
     """Statistics of one linear layer's calibration inputs X, [tokens, n].
 
     Attributes:
-        input_norms: ‖X[:, j]‖₂ per input feature, [n] float32. This is d in the paper's score |W| · d.
+        input_norms: ‖X[:, j]‖₂ per input feature, [n] float32. This is d in the paper's score `|W| · d`.
         tokens: number of rows of X.
         sample: a few rows of X, [s, n] float32, for measuring the output error; may be empty.
         gram: XᵀX, [n, n] float32, for methods that need it (`slablm.methods.Method`); None for all others.

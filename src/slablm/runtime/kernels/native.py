@@ -74,7 +74,7 @@ def load() -> Library | str:
     """The library, or why there is none, as one sentence."""
     found = [path for folder in _FOLDERS if (path := Path(folder) / f"_kernels{_SUFFIX}").is_file()]
     if not found:
-        return "slablm was installed without its compiled kernels (no C++ compiler at install time)"
+        return "slablm was installed without its compiled kernels (the wheel for any machine, or no C++ compiler)"
     try:
         functions = ctypes.CDLL(str(found[0]))
         version = functions.slablm_abi_version()
