@@ -29,6 +29,9 @@ from slablm.system.versions import __version__
 if TYPE_CHECKING:
     from slablm.methods.drift import Drift
 
+CARD = "README.md"
+# What the example in the card loads; uploading puts the model's name there.
+FOLDER = "path/to/this/folder"
 _INHERITED = ("license", "license_name", "license_link", "language")
 TEMPLATE = """\
 ---
@@ -73,12 +76,13 @@ Experts that the router sent fewer than {{ few_tokens }} calibration tokens to: 
 {% endif %}
 ## Use
 
+Once slablm is installed (`pip install slablm`), transformers and what is built on it load the model:
+
 ```python
-import slablm  # registers the format
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("{{ folder }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ folder }}")
 ```
 
 Method: SLaB, arXiv 2604.04493. No quality was measured while compressing: run `slablm eval` on your own text.
@@ -117,6 +121,7 @@ def model_card(
         base=source if _is_hub_id(source) else title,
         title=title,
         version=__version__,
+        folder=FOLDER,
         config=config,
         size=f"to a ratio of {ratio:.4f}" if budget is None else f"with a budget of {budget:g} true bits per weight",
         settings=_shown_settings(config),
@@ -151,7 +156,7 @@ def _head(source: str, revision: str | None) -> ModelCardData:
 def _inherited(source: str, revision: str | None) -> dict[str, Any]:
     """Licence and languages of the dense model; nothing where its card is not at hand or cannot be read."""
     try:
-        file = Path(source, "README.md")
+        file = Path(source, CARD)
         if _is_hub_id(source):
             file = Path(hf_hub_download(source, file.name, revision=revision))
         data = metadata_load(file) or {}

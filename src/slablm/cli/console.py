@@ -9,20 +9,32 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
 
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="torch device to run on, such as cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last thing on stdout.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code that comes with the checkpoint.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
 
 # Control characters, line and paragraph separators, orders to write backwards, and bytes that are no text.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -32,6 +44,9 @@ def console(*, stderr: bool = False) -> Console:
     """A console that takes text for text: no markup, no codes of emojis, no colours by content."""
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
+
+# Seconds of waiting after which one wants to know how long it will go on.
+WORTH_A_LINE = 2.0
 
 # Everything that is not a result goes to stderr.
 log = console(stderr=True)
@@ -80,19 +95,77 @@ class TextTable(Table):
         super().add_row(*(None if cell is None else printable(cell) for cell in cells), **options)
 
 
+class Waiting(Protocol):
+    """Told how far something is."""
+
+    def __call__(self, done: int, total: int, *others: Any) -> None:
+        """Steps done, and steps in all; what callers know besides is of no interest here."""
+
+    def describe(self, description: str) -> None:
+        """What is done from now on."""
+
+
 @contextmanager
-def progress(description: str) -> Iterator[tuple[Progress, Any]]:
-    """A progress bar with elapsed and remaining time on stderr."""
+def progress(description: str) -> Iterator[Waiting]:
+    """Show on stderr how far something is, and what is left: a bar on a terminal, elsewhere a line each 10 %."""
+    if not log.is_terminal:
+        yield _Lines(description)
+        return
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=log, transient=not log.is_terminal) as bar:
-        yield bar, bar.add_task(printable(description), total=None)
+    with Progress(*columns, console=log) as bar:
+        yield _Bar(bar, bar.add_task(printable(description), total=None))
+
+
+class _Bar:
+    """On a terminal."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self.bar, self.task = bar, task
+
+    def __call__(self, done: int, total: int, *others: Any) -> None:
+        self.bar.update(self.task, completed=done, total=total)
+
+    def describe(self, description: str) -> None:
+        self.bar.update(self.task, description=printable(description))
+
+
+class _Lines:
+    """In a file or a pipe: nothing about what is done at once, and never many lines at a time."""
+
+    def __init__(self, description: str) -> None:
+        self.description, self.tenth = description, 0
+        self.start = self.said = time.monotonic()
+
+    def __call__(self, done: int, total: int, *others: Any) -> None:
+        tenth, now = 10 * done // total, time.monotonic()
+        if tenth > self.tenth and now - self.said >= WORTH_A_LINE:
+            elapsed = now - self.start
+            left = f", about {duration(elapsed / done * (total - done))} left" if done < total else ""
+            say(f"{self.description}: {10 * tenth} % after {duration(elapsed)}{left}")
+            self.tenth, self.said = tenth, now
+
+    def describe(self, description: str) -> None:
+        if description != self.description:
+            _Lines.__init__(self, description)
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:01:05."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}"
+
+
+def next_step(*command: object) -> None:
+    """One line on stderr: what can be typed next."""
+    say(f"next: {shlex.join(map(str, command))}")
 
 
 def print_json(data: dict[str, Any]) -> None:

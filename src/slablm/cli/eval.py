@@ -79,8 +79,8 @@ def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, bos
     check_length(loaded, seq_len)
     windows = read.cut(tokenizer, seq_len, bos=bos).ids
     begun = bos and adds_bos(tokenizer)
-    with progress("Evaluating") as (bar, task):
-        result = perplexity(loaded, windows, lambda done, total: bar.update(task, completed=done, total=total))
+    with progress("Evaluating") as step:
+        result = perplexity(loaded, windows, step)
     if json:
         print_json(
             {
@@ -122,9 +122,8 @@ def _line(result: TaskResult) -> str:
     return line if norm is None else f"{line}, acc_norm {norm:.3f}"
 
 
-def _refuse(context: typer.Context, options: tuple[str, ...], why: str) -> None:
+def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
     """Options of the other measurement would be ignored without a word."""
-    for option in options:
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
-            raise SlabError(f"--{option.replace('_', '-')} {why}")
+    for name in names:
+        if options.typed(context, name):
+            raise SlabError(f"--{name.replace('_', '-')} {why}")
