@@ -1,6 +1,7 @@
 """Names out of paths and files are shown as they are, and never steer the terminal."""
 
 import contextlib
+import functools
 import io
 import json
 import shutil
@@ -77,10 +78,30 @@ def test_error_lines():
 def test_progress_and_tables_take_text_for_text(monkeypatch):
     terminal, stdout = io.StringIO(), io.StringIO()
     monkeypatch.setattr(console, "log", Console(file=terminal, force_terminal=True, width=200))
-    with console.progress(HOSTILE) as (bar, task):
-        bar.update(task, total=1, completed=1)
+    with console.progress(HOSTILE) as step:
+        step(1, 1)
     with contextlib.redirect_stdout(stdout):
         console.print_table("[/x]", ("a\nb", HOSTILE), [("[/x]", HOSTILE)])
     assert SHOWN in terminal.getvalue()
     assert stdout.getvalue().count(SHOWN) == 2
     assert "\x1b" not in stdout.getvalue()
+
+
+def test_without_a_terminal_progress_is_a_line_each_tenth(monkeypatch):
+    """And none about what is done at once, as nobody waits for it."""
+    file, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(console, "log", Console(file=file, width=200))
+    clocked = functools.partial(console.Tenths, clock=lambda: now[0])
+    monkeypatch.setattr(console, "Tenths", clocked)
+    with console.progress("Compressing") as step:
+        for done in range(1, 201):
+            now[0] += 1.0
+            step(done, 200, "report")
+        step.describe("Saving")
+        for done in range(1, 201):
+            now[0] += 0.005
+            step(done, 200)
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "Compressing: 10 % after 0:00:20, about 0:03:00 left"
+    assert lines[-1] == "Compressing: 100 % after 0:03:20"

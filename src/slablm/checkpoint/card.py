@@ -62,6 +62,12 @@ with [slablm](https://pypi.org/project/slablm/) {{ version }}.
 | `{{ key }}` | {{ value | cell }} |
 {% endfor %}
 
+Output error: ‖(W − Ŵ)X‖ / ‖WX‖ of a layer, the mean of all; X are its inputs at 512 tokens at most, drawn at random.
+{% if drift is not none -%}
+Drift: ‖H′ − H‖ / ‖H‖ of the compressed model's hidden states H′ from the dense model's H, on two windows of the
+calibration text that calibrated nothing, without their first tokens.
+{% endif %}
+
 {% if left_dense -%}
 Left dense inside the blocks: {% for name, reason in left_dense.items() %}{{ name | code }} ({{ reason | plain }})
 {%- if not loop.last %}, {% endif %}{% endfor %}.
@@ -85,7 +91,7 @@ model = AutoModelForCausalLM.from_pretrained("{{ folder }}")
 tokenizer = AutoTokenizer.from_pretrained("{{ folder }}")
 ```
 
-Method: SLaB, arXiv 2604.04493. No quality was measured while compressing: run `slablm eval` on your own text.
+Method: SLaB, arXiv 2604.04493.
 """
 
 

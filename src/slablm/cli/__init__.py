@@ -18,6 +18,7 @@ from slablm.cli.chat import chat
 from slablm.cli.compare import compare
 from slablm.cli.compress import compress
 from slablm.cli.console import printable
+from slablm.cli.demo import demo
 from slablm.cli.doctor import doctor
 from slablm.cli.eval import evaluate
 from slablm.cli.export import export
@@ -30,6 +31,7 @@ from slablm.errors import SlabError
 
 # In the order in which one needs them.
 VERBS: dict[str, Callable[..., None]] = {
+    "demo": demo,
     "plan": plan,
     "compress": compress,
     "inspect": inspect,
@@ -85,7 +87,7 @@ def main() -> None:
     # Reading a GGUF file has a progress bar that only this silences; tqdm looks at it when torch imports it.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        app()
+        app(prog_name="slablm")
     except SlabError as error:
         fail(str(error))
     except OSError as error:  # a path that is too long, of another kind or not allowed; a full disk

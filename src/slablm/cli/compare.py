@@ -19,7 +19,6 @@ from slablm.cli.console import (
     Json,
     Revision,
     TrustRemoteCode,
-    duration,
     echo,
     print_json,
     print_table,
@@ -29,6 +28,7 @@ from slablm.cli.console import (
 )
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
+from slablm.system.waiting import duration
 
 if TYPE_CHECKING:
     from slablm.comparison.cells import Cell, Grid

@@ -10,7 +10,6 @@ import json
 import math
 import re
 import shlex
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Protocol
@@ -28,6 +27,8 @@ from rich.progress import (
 )
 from rich.table import Column, Table
 
+from slablm.system.waiting import Tenths
+
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="torch device to run on, such as cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last thing on stdout.")]
@@ -44,9 +45,6 @@ def console(*, stderr: bool = False) -> Console:
     """A console that takes text for text: no markup, no codes of emojis, no colours by content."""
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False)
 
-
-# Seconds of waiting after which one wants to know how long it will go on.
-WORTH_A_LINE = 2.0
 
 # Everything that is not a result goes to stderr.
 log = console(stderr=True)
@@ -109,7 +107,7 @@ class Waiting(Protocol):
 def progress(description: str) -> Iterator[Waiting]:
     """Show on stderr how far something is, and what is left: a bar on a terminal, elsewhere a line each 10 %."""
     if not log.is_terminal:
-        yield _Lines(description)
+        yield Tenths(description, say)
         return
     columns = (
         TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
@@ -134,33 +132,6 @@ class _Bar:
 
     def describe(self, description: str) -> None:
         self.bar.update(self.task, description=printable(description))
-
-
-class _Lines:
-    """In a file or a pipe: nothing about what is done at once, and never many lines at a time."""
-
-    def __init__(self, description: str) -> None:
-        self.description, self.tenth = description, 0
-        self.start = self.said = time.monotonic()
-
-    def __call__(self, done: int, total: int, *others: Any) -> None:
-        tenth, now = 10 * done // total, time.monotonic()
-        if tenth > self.tenth and now - self.said >= WORTH_A_LINE:
-            elapsed = now - self.start
-            left = f", about {duration(elapsed / done * (total - done))} left" if done < total else ""
-            say(f"{self.description}: {10 * tenth} % after {duration(elapsed)}{left}")
-            self.tenth, self.said = tenth, now
-
-    def describe(self, description: str) -> None:
-        if description != self.description:
-            _Lines.__init__(self, description)
-
-
-def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: 0:01:05."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def next_step(*command: object) -> None:

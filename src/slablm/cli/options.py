@@ -29,12 +29,12 @@ Dense = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folde
 METHODS = ("slab+", "slab", "wanda", "magnitude", "sparse", "sparse+lowrank", "sparse+scalar-binary")
 TEXTS = ("c4", "wikitext2", "self", "builtin")
 # The defaults of --quick.
-QUICK = {"calibration": "builtin", "num_samples": 16, "seq_len": 512}
+QUICK = {"calibration": "builtin", "num_samples": 16, "seq_len": 256}
 
 
-def _one_of(values: Sequence[str]) -> Callable[[Any, Any, str], list[str]]:
-    """What a shell asks for the rest of a word that is one of some."""
-    return lambda context, parameter, begun: [value for value in values if value.startswith(begun)]
+def one_of(values: Sequence[str]) -> Callable[[], list[str]]:
+    """What a shell is told that a word can be."""
+    return lambda: list(values)
 
 
 Method = Annotated[
@@ -42,7 +42,7 @@ Method = Annotated[
     typer.Option(
         help="slab+ (a trellis code), slab (exactly the paper's), the pruners wanda and magnitude, or an arm of the "
         "paper's ablation: sparse, sparse+lowrank, sparse+scalar-binary.",
-        shell_complete=_one_of(METHODS),
+        autocompletion=one_of(METHODS),
     ),
 ]
 Ratio = Annotated[
@@ -67,7 +67,7 @@ Calibration = Annotated[
     typer.Option(
         help="c4, wikitext2 (from the hub), builtin (Python's documentation), self (the model writes it) or a text "
         "file; TEXT@0-99: of its windows only those.",
-        shell_complete=_one_of(TEXTS),
+        autocompletion=one_of(TEXTS),
     ),
 ]
 EvaluationText = Annotated[
