@@ -4,6 +4,8 @@ import contextlib
 import functools
 import io
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -105,3 +107,30 @@ def test_without_a_terminal_progress_is_a_line_each_tenth(monkeypatch):
     assert len(lines) == 10
     assert lines[0] == "Compressing: 10 % after 0:00:20, about 0:03:00 left"
     assert lines[-1] == "Compressing: 100 % after 0:03:20"
+
+
+def test_a_verb_ends_with_what_can_be_typed_next(compressed_folder, tiny_folder, text_file, tmp_path, monkeypatch):
+    """On a terminal; and what is typed then works."""
+
+    def following(*arguments):
+        shown = io.StringIO()
+        monkeypatch.setattr(console, "log", Console(file=shown, force_terminal=True, highlight=False, width=500))
+        done = slablm(*arguments)
+        assert done.returncode == 0, done.stderr + shown.getvalue()
+        return re.findall(r"next: slablm (.*)$", shown.getvalue(), re.MULTILINE)  # a bar may stand in front
+
+    text = ["--calibration", str(text_file), "--num-samples", "4", "--seq-len", "32", "--method", "wanda"]
+    (command,) = following("plan", tiny_folder, *text)
+    assert shlex.split(command) == ["compress", str(tiny_folder), *text, "out"]
+    monkeypatch.chdir(tmp_path)
+    commands = following(*shlex.split(command))
+    assert commands == ["inspect out", "generate out 'The capital of France is'"]
+    assert following(*shlex.split(commands[0])) == ["eval out", commands[1]]
+    assert following(*shlex.split(commands[1]), "--max-new-tokens", 2) == ["serve out"]
+    (tmp_path / "out" / "chat_template.jinja").write_text("{{ messages }}")
+    assert following("inspect", "out")[-1] == "chat out"
+    assert following("eval", tiny_folder, "--text", text_file, "--seq-len", 32, "--max-windows", 1) == [
+        f"compress {tiny_folder} OUT"
+    ]
+    assert following("export", compressed_folder, tmp_path / "dense") == [f"eval {tmp_path / 'dense'}"]
+    assert following("doctor") == ["demo"]

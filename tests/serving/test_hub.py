@@ -46,7 +46,6 @@ def folder(compressed_folder, tmp_path):
 def test_push(hub, folder, tmp_path):
     done = slablm("push", folder, "me/small", "--private")
     assert (done.returncode, done.stdout.rpartition("/me/")[2]) == (0, "small\n"), done.stderr
-    assert "next: slablm chat me/small" in done.stderr
     repository = hub.repositories["me/small"]
     assert repository["private"] is True
     visible = [path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts]

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Dtype, Json, Revision, TrustRemoteCode, echo, print_json, print_table, progress, say
+from slablm.cli.console import (
+    Dtype,
+    Json,
+    Revision,
+    TrustRemoteCode,
+    echo,
+    next_step,
+    print_json,
+    print_table,
+    progress,
+    say,
+)
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -103,6 +114,7 @@ def bench(
         f"{MODEL} in {conditions['dtype']}, CPU kernels {conditions['cpu_kernels']}"
     )
     echo(f"energy {energy}")
+    next_step("slablm", "serve", model)
 
 
 def _contenders(

@@ -20,6 +20,7 @@ from slablm.cli.console import (
     Revision,
     TrustRemoteCode,
     echo,
+    next_step,
     print_json,
     print_table,
     progress,
@@ -113,6 +114,8 @@ def compare(
         revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     _show(pooled(records), out, json)
+    if not json:
+        next_step("slablm", "compress", model, "OUT")
 
 
 def run(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Json, echo, next_step, print_json, progress, say, say_if_quantized
+from slablm.cli.console import Json, echo, next_step, next_try, print_json, progress, say, say_if_quantized
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def compress(
     else:
         _print_summary(result)
         next_step("slablm", "inspect", out)
-        next_step("slablm", "chat" if (out / "chat_template.jinja").exists() else "generate", out)
+        next_try(out)
 
 
 def _say_quick(settings: options.Settings, config: CompressionConfig) -> None:

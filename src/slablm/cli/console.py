@@ -12,6 +12,7 @@ import re
 import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import typer
@@ -135,8 +136,17 @@ class _Bar:
 
 
 def next_step(*command: object) -> None:
-    """One line on stderr: what can be typed next."""
-    say(f"next: {shlex.join(map(str, command))}")
+    """One line on stderr about what can be typed next, for who sits at a terminal."""
+    if log.is_terminal:
+        say(f"next: {shlex.join(map(str, command))}")
+
+
+def next_try(model: object) -> None:
+    """How to see a model write: in a conversation if it is made for that."""
+    if (Path(str(model)) / "chat_template.jinja").exists():
+        next_step("slablm", "chat", model)
+    else:
+        next_step("slablm", "generate", model, "The capital of France is")
 
 
 def print_json(data: dict[str, Any]) -> None:

@@ -15,6 +15,8 @@ from slablm.cli.console import (
     Revision,
     TrustRemoteCode,
     echo,
+    next_step,
+    next_try,
     print_json,
     progress,
     say_if_quantized,
@@ -66,6 +68,11 @@ def evaluate(
     else:
         _refuse(context, PERPLEXITY_OPTIONS, "measures perplexity, --tasks and --task-file accuracy: run them apart")
         _accuracy(load, names, task_file or [], limit, batch_size, bos, json)
+    if not json:
+        if loading.is_compressed(model):
+            next_try(model)
+        else:
+            next_step("slablm", "compress", model, "OUT")
 
 
 def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, bos: bool, json: bool) -> None:
