@@ -119,6 +119,18 @@ def test_eval(made, tiny_folder, text_file):
     assert done.stdout.startswith("perplexity ")
 
 
+def test_eval_writes_into_the_card(made, tiny_folder, text_file, tmp_path):
+    shutil.copytree(made[1], tmp_path / "out")
+    options = ["--text", text_file, "--seq-len", 32, "--max-windows", 2, "--card"]
+    done = slablm("eval", tmp_path / "out", *options)
+    number = re.match(r"perplexity (\S+ ± \S+) ", done.stdout)[1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        f"| perplexity on sample.txt | {number} | 2 windows of 32 tokens, each begun with BOS, float32, slablm" in card
+    )
+    refused(slablm("eval", tiny_folder, *options), "--card writes into the card of a folder that slablm has written")
+
+
 def test_generate(made):
     done = slablm("generate", made[1], "Hello", "--max-new-tokens", 4)
     assert done.returncode == 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,12 @@ if TYPE_CHECKING:
 CARD = "README.md"
 # What the example in the card loads; uploading puts the model's name there.
 FOLDER = "path/to/this/folder"
+_RESULTS = """\
+## Measured
+
+| what | result | how |
+|---|---|---|
+"""
 _INHERITED = ("license", "license_name", "license_link", "language")
 TEMPLATE = """\
 ---
@@ -144,6 +151,29 @@ def model_card(
         few_tokens=FEW_TOKENS,
         most_shown=MOST_SHOWN,
     )
+
+
+def add_results(folder: Path, results: Sequence[tuple[str, str]], how: str) -> None:
+    """Write measured numbers into a folder's card, with how they were measured; of the same ones the last counts.
+
+    Args:
+        folder: holds the card.
+        results: what was measured, and the number.
+        how: the protocol.
+    """
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8")
+    if _RESULTS not in text:
+        before, use, after = text.partition("## Use\n")
+        text = f"{before.rstrip()}\n\n{_RESULTS}\n{use}{after}"
+    top, _, rest = text.partition(_RESULTS)
+    rows = list(takewhile(lambda line: line.startswith("|"), rest.splitlines()))
+    others = rest.splitlines()[len(rows) :]
+    for what, number in results:
+        start, end = f"| {_plain(what)} | ", f" | {_plain(how)} |"
+        rows = [row for row in rows if not (row.startswith(start) and row.endswith(end))]
+        rows.append(f"{start}{_plain(number)}{end}")
+    path.write_text(top + _RESULTS + "\n".join([*rows, *others]) + "\n", encoding="utf-8")
 
 
 def _is_hub_id(source: str) -> bool:
