@@ -44,9 +44,12 @@ class Hub:
             name = f"{wanted.get('organization') or 'me'}/{wanted['name']}"
             self.add(name, private=wanted.get("private", wanted.get("visibility") == "private"))
             return self.json({"url": f"/{name}", "name": name})
-        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/main/(.+)", path):
-            headers = {"X-Repo-Commit": "1" * 40, "ETag": '"1"'}
-            return 200, headers, self.repositories[found[1]]["files"][found[2]]
+        if found := re.fullmatch(r"/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+            headers = {"X-Repo-Commit": "1" * 40, "ETag": f'"{found[2]}"'}
+            content = self.repositories[found[1]]["files"].get(found[2])
+            return (
+                (404, headers | {"X-Error-Code": "EntryNotFound"}, b"") if content is None else (200, headers, content)
+            )
         found = re.fullmatch(r"/api/models/([^/]+/[^/?]+)(.*)", path)
         if found is None or found[1] not in self.repositories:
             return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"

@@ -1,7 +1,9 @@
 """Uploading to the hub, against a stand-in for its HTTP API."""
 
 import json
+import os
 import shutil
+import sys
 
 import pytest
 
@@ -160,3 +162,23 @@ def test_compress_and_push(hub, tiny_folder, text_file, tmp_path):
     assert hub.repositories["me/small"]["private"] is True
     assert hub.repositories["me/small"]["files"]["config.json"] == (tmp_path / "out" / "config.json").read_bytes()
     refused(slablm(*command[:-2], "--private"), "--private is for --push-to-hub")
+
+
+def test_from_the_hub_to_the_hub_on_a_terminal(tiny_folder, text_file, tmp_path):
+    """The hub shows how far its download is, then we how far compression is, then the hub its upload."""
+    pexpect = pytest.importorskip("pexpect")
+    hub = Hub()
+    hub.add("me/tiny", files={path.name: path.read_bytes() for path in tiny_folder.iterdir()})
+    options = ["--calibration", str(text_file), "--num-samples", "2", "--seq-len", "16", "--method", "wanda"]
+    command = ["-m", "slablm", "compress", "me/tiny", str(tmp_path / "out"), *options, "--push-to-hub", "ours/small"]
+    with serving(hub) as address:
+        here = {"HF_ENDPOINT": address, "HF_TOKEN": "good", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+        child = pexpect.spawn(sys.executable, command, env=os.environ | here, encoding="utf-8", dimensions=(30, 200))
+        child.expect("model.safetensors: +100%", timeout=120)
+        child.expect(r"Compressing \(wanda\) .*14/14", timeout=120)
+        child.expect("Uploading .* to ours/small: [0-9]+ files", timeout=120)
+        child.expect("next: slablm inspect", timeout=120)
+        child.expect(pexpect.EOF, timeout=120)
+    card = hub.repositories["ours/small"]["files"]["README.md"].decode()
+    assert "base_model: me/tiny\n" in card
+    assert "base_model_relation: quantized" in card

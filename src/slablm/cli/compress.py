@@ -110,7 +110,13 @@ def run(source: str, out: Path, config: CompressionConfig, run_options: RunOptio
         return {}
     say_if_quantized(source)
     with progress(f"Compressing ({config.method})") as step:
-        result = compress_folder(source, out, config, run_options, step, say)
+
+        def told(line: str) -> None:
+            say(line)
+            if not line.startswith("Reading"):  # then the hub shows how far it is
+                step(0, 0)
+
+        result = compress_folder(source, out, config, run_options, step, told)
     inspection = inspect_folder(out)
     return {
         "out": str(out),

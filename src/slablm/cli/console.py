@@ -98,7 +98,7 @@ class Waiting(Protocol):
     """Told how far something is."""
 
     def __call__(self, done: int, total: int, *others: Any) -> None:
-        """Steps done, and steps in all; what callers know besides is of no interest here."""
+        """Steps done, and steps in all, 0 if unknown yet; what callers know besides is of no interest here."""
 
     def describe(self, description: str) -> None:
         """What is done from now on."""
@@ -106,7 +106,10 @@ class Waiting(Protocol):
 
 @contextmanager
 def progress(description: str) -> Iterator[Waiting]:
-    """Show on stderr how far something is, and what is left: a bar on a terminal, elsewhere a line each 10 %."""
+    """Show on stderr how far something is, and what is left: a bar on a terminal, elsewhere a line each 10 %.
+
+    The bar is there from the first step on: until then those of other libraries have the terminal to themselves.
+    """
     if not log.is_terminal:
         yield Tenths(description, say)
         return
@@ -118,8 +121,11 @@ def progress(description: str) -> Iterator[Waiting]:
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=log) as bar:
+    bar = Progress(*columns, console=log)
+    try:
         yield _Bar(bar, bar.add_task(printable(description), total=None))
+    finally:
+        bar.stop()
 
 
 class _Bar:
@@ -129,7 +135,9 @@ class _Bar:
         self.bar, self.task = bar, task
 
     def __call__(self, done: int, total: int, *others: Any) -> None:
-        self.bar.update(self.task, completed=done, total=total)
+        self.bar.start()
+        if total:
+            self.bar.update(self.task, completed=done, total=total)
 
     def describe(self, description: str) -> None:
         self.bar.update(self.task, description=printable(description))

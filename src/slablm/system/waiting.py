@@ -27,8 +27,8 @@ class Tenths:
         self._start = self._said = clock()
 
     def __call__(self, done: int, total: int, *others: Any) -> None:
-        """Steps done, and steps in all; what callers know besides is of no interest here."""
-        tenth, now = 10 * done // total, self._clock()
+        """Steps done, and steps in all, 0 if unknown yet; what callers know besides is of no interest here."""
+        tenth, now = 10 * done // max(total, 1), self._clock()
         if tenth > self._tenth and now - self._said >= WORTH_A_LINE:
             elapsed = now - self._start
             left = f", about {duration(elapsed / done * (total - done))} left" if done < total else ""
