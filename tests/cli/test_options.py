@@ -38,6 +38,7 @@ USAGE = {
     "chat": "MODEL",
     "compare": "MODEL",
     "compress": "MODEL OUT",
+    "demo": "[MODEL]",
     "eval": "MODEL",
     "export": "OUT DIR",
     "generate": "MODEL [PROMPT]",

