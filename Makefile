@@ -12,7 +12,7 @@ READY  := $(VENV)/.ready
 .PHONY: demo test test-floor test-newest check sanitize docs wheel try-wheels publish format clean
 
 demo: $(READY)
-	TQDM_DISABLE=1 $(BIN)/python examples/demo.py
+	$(BIN)/slablm demo
 
 # Almost every test keeps to one thread, so several processes share the machine.
 SIDE_BY_SIDE := --numprocesses auto --maxprocesses 4 --dist load --maxschedchunk 8

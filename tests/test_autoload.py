@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from slablm import autoload
+from tests.cli.test_cli import slablm
 from tests.serving.folders import with_template
 
 tomllib = pytest.importorskip("tomllib")
@@ -96,21 +97,25 @@ def test_an_adapter_of_peft_is_trained_saved_and_loaded(compressed_folder, envir
     assert done.stdout.splitlines()[-1:] == ["True True"], done.stderr
 
 
-def test_lm_eval(compressed_folder, environment, tmp_path):
+def test_lm_eval_gives_the_accuracies_of_slablm_eval(compressed_folder, environment, tmp_path):
     pytest.importorskip("lm_eval")
-    questions = [{"query": f"{n} and {n} is", "choices": [" more", " less"], "gold": n % 2} for n in range(4)]
+    questions = [{"query": f"{n} and {n} is", "choices": ["more", "not less"], "gold": n % 2} for n in range(7)]
     (tmp_path / "sums.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     (tmp_path / "sums.yaml").write_text(
         f"task: sums\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'sums.jsonl'}}}}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: query\ndoc_to_choice: choices\n"
-        "doc_to_target: gold\nmetric_list: [{metric: acc}]\n"
+        "doc_to_target: gold\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n"
     )
     task = ["--tasks", "sums", "--include_path", tmp_path, "--output_path", tmp_path / "results"]
     model = ["--model", "hf", "--model_args", f"pretrained={compressed_folder}", "--device", "cpu"]
     done = run(["-m", "lm_eval", "run", *model, *task], environment, HF_HOME=str(tmp_path / "cache"))
     results = list((tmp_path / "results").rglob("results_*.json"))
     assert results, done.stderr
-    assert 0 <= json.loads(results[0].read_text())["results"]["sums"]["acc,none"] <= 1
+    theirs = json.loads(results[0].read_text())["results"]["sums"]
+    ours = slablm("eval", compressed_folder, "--task-file", tmp_path / "sums.jsonl", "--json")
+    ours = json.loads(ours.stdout)["tasks"]["sums"]
+    assert 0 < ours["acc"] < 1
+    assert (theirs["acc,none"], theirs["acc_norm,none"]) == (ours["acc"], ours["acc_norm"])
 
 
 def test_transformers_own_server_and_chat(compressed_folder, environment, tmp_path):

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from slablm.methods import Decomposition
     from slablm.planning.plan import Plan, plan
     from slablm.runtime.linear import SlabLinear
+    from slablm.serving.hub import push
 
 __all__ = [
     "CompressionConfig",
@@ -34,6 +35,7 @@ __all__ = [
     "compress",
     "decompose",
     "plan",
+    "push",
 ]
 
 _HOMES = {
@@ -44,6 +46,7 @@ _HOMES = {
     "compress": "slablm.api",
     "decompose": "slablm.api",
     "plan": "slablm.planning.plan",
+    "push": "slablm.serving.hub",
 }
 
 

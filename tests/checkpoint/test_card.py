@@ -8,8 +8,11 @@ from huggingface_hub import ModelCard
 from markdown_it import MarkdownIt
 
 from slablm import CompressionConfig
-from slablm.checkpoint.card import model_card
+from slablm.calibration.statistics import SAMPLED_TOKENS
+from slablm.calibration.windows import UNSEEN_WINDOWS
+from slablm.checkpoint.card import add_results, model_card
 from slablm.checkpoint.layer_report import LayerReport
+from slablm.methods.drift import Drift
 
 REPORT = LayerReport(
     "q_proj", (64, 64), kept_fraction=0.4, paper_bits=30_000, true_bits=33_000, output_error=0.1, seconds=0.0
@@ -106,3 +109,34 @@ def test_a_folder_that_looks_like_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "model").mkdir(parents=True)
     assert ModelCard(card()).data.base_model is None
+
+
+def test_the_protocol_of_the_errors_is_that_of_the_code():
+    """The card's room stands below that of calibration, so it cannot read these there."""
+    assert (SAMPLED_TOKENS, UNSEEN_WINDOWS) == (512, 2)
+    drift = [Drift(0.5, 0.25)]
+    text = model_card("owner/model", CompressionConfig("slab"), [REPORT], {}, drift=drift)
+    assert "at 512 tokens at most" in text
+    assert "on two windows" in " ".join(text.split())
+    assert "on two windows" not in card()
+
+
+def test_measured_numbers_stand_in_a_table_with_their_protocol(tmp_path):
+    before = card()
+    (tmp_path / "README.md").write_text(before)
+    add_results(tmp_path, [("perplexity on a|b", "9.1 ± 0.2")], "6 windows")
+    add_results(tmp_path, [("arc", "0.5"), ("piqa", "0.6")], "lm-eval")
+    add_results(tmp_path, [("perplexity on a|b", "9.2 ± 0.2")], "6 windows")  # measured again
+    add_results(tmp_path, [("perplexity on a|b", "9.9 ± 0.4")], "2 windows")
+    text = (tmp_path / "README.md").read_text()
+    html = MarkdownIt("commonmark").enable("table").render(ModelCard(text).text)
+    _, table = re.findall("<table>(.*?)</table>", html, re.DOTALL)
+    cells = [re.findall("<td>(.*?)</td>", row) for row in re.findall("<tr>(.*?)</tr>", table, re.DOTALL)][1:]
+    assert cells == [
+        ["arc", "0.5", "lm-eval"],
+        ["piqa", "0.6", "lm-eval"],
+        ["perplexity on a|b", "9.2 ± 0.2", "6 windows"],
+        ["perplexity on a|b", "9.9 ± 0.4", "2 windows"],
+    ]
+    without = re.sub(r"## Measured\n\n(\|.*\n)+\n", "", text)
+    assert without == before + "\n" * (without.endswith("\n") - before.endswith("\n"))

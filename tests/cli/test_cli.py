@@ -87,7 +87,8 @@ def test_compress_without_json_prints_both_sizes(tiny_folder, quick, tmp_path):
     assert re.search(r"method \*\*wanda\*\* to a ratio of 0\.\d{4}\n", card)
     assert "`model.layers.0.self_attn.k_proj` (ignored by 'k_proj')" in card
     assert str(tmp_path) not in card
-    assert "import slablm" in card
+    assert "`pip install slablm`" in card
+    assert "import slablm" not in card
     assert re.search(r"\| the same on text that calibrated nothing \| 0\.\d{4} \|", card)
 
 
@@ -116,6 +117,18 @@ def test_eval(made, tiny_folder, text_file):
         assert 100 < result["perplexity"] < 1000  # a random model over 258 tokens
     done = slablm("eval", made[1], "--text", text_file, "--seq-len", 64, "--max-windows", 1)
     assert done.stdout.startswith("perplexity ")
+
+
+def test_eval_writes_into_the_card(made, tiny_folder, text_file, tmp_path):
+    shutil.copytree(made[1], tmp_path / "out")
+    options = ["--text", text_file, "--seq-len", 32, "--max-windows", 2, "--card"]
+    done = slablm("eval", tmp_path / "out", *options)
+    number = re.match(r"perplexity (\S+ ± \S+) ", done.stdout)[1]
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert (
+        f"| perplexity on sample.txt | {number} | 2 windows of 32 tokens, each begun with BOS, float32, slablm" in card
+    )
+    refused(slablm("eval", tiny_folder, *options), "--card writes into the card of a folder that slablm has written")
 
 
 def test_generate(made):
@@ -182,7 +195,7 @@ BAD_COMPRESSIONS = {
     "long windows": (["--seq-len", 4096], r"longer than the model's 128 positions: use --seq-len 128"),
     "device": (["--device", "warp"], "device 'warp' cannot be used"),
     "dtype": (["--dtype", "int3"], "dtype must be one of"),
-    "no hub": (["--calibration", "c4"], "text source 'c4' needs the Hugging Face hub"),
+    "no hub": (["--calibration", "c4"], "'c4' needs the Hugging Face hub.*use --calibration builtin"),
 }
 
 
@@ -242,11 +255,22 @@ def test_a_damaged_checkpoint(made, tmp_path):
     [
         ("./nowhere", "model folder './nowhere' does not exist"),
         ("nowhere.gguf", "GGUF file 'nowhere.gguf' does not exist"),
-        ("nobody/nothing", "model 'nobody/nothing' cannot be loaded"),
+        ("nobody/nothing", "model 'nobody/nothing' cannot be loaded.* with --calibration builtin"),
     ],
 )
 def test_models_that_are_not_there(model, message):
     refused(slablm("eval", model, "--text", "builtin"), message)
+
+
+def test_a_text_for_evaluation_that_is_not_there(made):
+    refused(slablm("eval", made[1], "--text", "wikitext2"), "use --text builtin or a text file")
+
+
+def test_a_model_that_writes_its_calibration_text_says_how_far_it_is(tiny_folder, quick, tmp_path, monkeypatch):
+    monkeypatch.setattr("slablm.system.waiting.WORTH_A_LINE", 0.0)
+    done = slablm("compress", tiny_folder, tmp_path / "out", *quick, "--calibration", "self", "--method", "wanda")
+    lines = re.findall(r"^Writing the calibration text: (\d+) %", done.stderr, re.MULTILINE)
+    assert list(map(int, lines)) == list(range(10, 101, 10)), done.stderr
 
 
 def test_inspect_of_something_else(tiny_folder, tmp_path):

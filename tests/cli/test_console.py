@@ -1,8 +1,11 @@
 """Names out of paths and files are shown as they are, and never steer the terminal."""
 
 import contextlib
+import functools
 import io
 import json
+import re
+import shlex
 import shutil
 
 import pytest
@@ -77,10 +80,57 @@ def test_error_lines():
 def test_progress_and_tables_take_text_for_text(monkeypatch):
     terminal, stdout = io.StringIO(), io.StringIO()
     monkeypatch.setattr(console, "log", Console(file=terminal, force_terminal=True, width=200))
-    with console.progress(HOSTILE) as (bar, task):
-        bar.update(task, total=1, completed=1)
+    with console.progress(HOSTILE) as step:
+        step(1, 1)
     with contextlib.redirect_stdout(stdout):
         console.print_table("[/x]", ("a\nb", HOSTILE), [("[/x]", HOSTILE)])
     assert SHOWN in terminal.getvalue()
     assert stdout.getvalue().count(SHOWN) == 2
     assert "\x1b" not in stdout.getvalue()
+
+
+def test_without_a_terminal_progress_is_a_line_each_tenth(monkeypatch):
+    """And none about what is done at once, as nobody waits for it."""
+    file, now = io.StringIO(), [0.0]
+    monkeypatch.setattr(console, "log", Console(file=file, width=200))
+    clocked = functools.partial(console.Tenths, clock=lambda: now[0])
+    monkeypatch.setattr(console, "Tenths", clocked)
+    with console.progress("Compressing") as step:
+        for done in range(1, 201):
+            now[0] += 1.0
+            step(done, 200, "report")
+        step.describe("Saving")
+        for done in range(1, 201):
+            now[0] += 0.005
+            step(done, 200)
+    lines = file.getvalue().splitlines()
+    assert len(lines) == 10
+    assert lines[0] == "Compressing: 10 % after 0:00:20, about 0:03:00 left"
+    assert lines[-1] == "Compressing: 100 % after 0:03:20"
+
+
+def test_a_verb_ends_with_what_can_be_typed_next(compressed_folder, tiny_folder, text_file, tmp_path, monkeypatch):
+    """On a terminal; and what is typed then works."""
+
+    def following(*arguments):
+        shown = io.StringIO()
+        monkeypatch.setattr(console, "log", Console(file=shown, force_terminal=True, highlight=False, width=500))
+        done = slablm(*arguments)
+        assert done.returncode == 0, done.stderr + shown.getvalue()
+        return re.findall(r"next: slablm (.*)$", shown.getvalue(), re.MULTILINE)  # a bar may stand in front
+
+    text = ["--calibration", str(text_file), "--num-samples", "4", "--seq-len", "32", "--method", "wanda"]
+    (command,) = following("plan", tiny_folder, *text)
+    assert shlex.split(command) == ["compress", str(tiny_folder), *text, "out"]
+    monkeypatch.chdir(tmp_path)
+    commands = following(*shlex.split(command))
+    assert commands == ["inspect out", "generate out 'The capital of France is'"]
+    assert following(*shlex.split(commands[0])) == ["eval out", commands[1]]
+    assert following(*shlex.split(commands[1]), "--max-new-tokens", 2) == ["serve out"]
+    (tmp_path / "out" / "chat_template.jinja").write_text("{{ messages }}")
+    assert following("inspect", "out")[-1] == "chat out"
+    assert following("eval", tiny_folder, "--text", text_file, "--seq-len", 32, "--max-windows", 1) == [
+        f"compress {tiny_folder} OUT"
+    ]
+    assert following("export", compressed_folder, tmp_path / "dense") == [f"eval {tmp_path / 'dense'}"]
+    assert following("doctor") == ["demo"]

@@ -1,6 +1,7 @@
 """What is typed arrives in the settings under its own name."""
 
 import inspect
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -10,6 +11,8 @@ import pytest
 
 from slablm import CompressionConfig, cli
 from slablm.cli import options
+from slablm.config import CALIBRATION_SOURCES
+from slablm.methods import METHODS
 from tests.cli.test_cli import slablm
 
 SHARED = {
@@ -35,11 +38,13 @@ USAGE = {
     "chat": "MODEL",
     "compare": "MODEL",
     "compress": "MODEL OUT",
+    "demo": "[MODEL]",
     "eval": "MODEL",
     "export": "OUT DIR",
     "generate": "MODEL [PROMPT]",
     "inspect": "OUT",
     "plan": "MODEL [OUT]",
+    "push": "OUT USER/NAME",
     "serve": "MODEL",
     "doctor": "",
 }
@@ -61,6 +66,49 @@ def test_options_are_declared_once(verb):
     for group in (options.Settings, options.Source):
         for field in fields(group):
             assert signature[field.name].default == field.default
+
+
+def test_methods_and_texts_are_those_that_there_are():
+    """Help and completion name them without loading what reads them."""
+    assert set(options.METHODS) == {name for name, method in METHODS.items() if method.packable}
+    assert set(options.TEXTS) == set(CALIBRATION_SOURCES)
+
+
+def test_every_option_of_compress_has_its_heading(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = slablm("compress", "--help").stdout
+    panels = re.split(r"╭─ ([^─]+?) ─+╮", text)[1:]
+    under = {
+        name: set(re.findall(r"^│ +(?:\* +)?(--[\w-]+)", body, re.M))
+        for name, body in zip(panels[::2], panels[1::2], strict=True)
+    }
+    assert {"--help"} == under.pop("Options")
+    assert set(under) == {"Arguments", *options.PANELS}
+    named = {f"--{name.replace('_', '-')}" for names in options.PANELS.values() for name in names}
+    assert set().union(*under.values()) == named
+    assert "(default: 4)" in " ".join(text.split())  # no markup of rich
+
+
+def test_a_shell_completes_verbs_and_methods(monkeypatch):
+    def completed(line):
+        words = line.split(" ")
+        monkeypatch.setenv("_SLABLM_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", line)
+        monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+        return slablm().stdout.split()
+
+    assert completed("slablm com") == ["compress", "compare"]
+    assert completed("slablm compress M OUT --method wa") == ["wanda"]
+    assert completed("slablm compare M --calibration b") == ["builtin"]
+
+
+def test_quick_is_other_defaults_and_no_more(tmp_path):
+    with mock.patch("slablm.cli.compress.run", side_effect=SystemExit) as called:
+        slablm("compress", "model", tmp_path / "out", "--quick")
+        slablm("compress", "model", tmp_path / "out", "--quick", "--seq-len", 2048, "--calibration", "c4")
+    plain, told = (call.args[2] for call in called.call_args_list)
+    assert plain == CompressionConfig(**options.QUICK)
+    assert told == CompressionConfig(num_samples=options.QUICK["num_samples"])
 
 
 def test_help_loads_no_torch():

@@ -59,3 +59,12 @@ def test_entries_of_a_config_that_have_another_type(entries, message, tiny_folde
     with pytest.raises(SlabError, match=message) as info:
         loading.load(str(tmp_path / "copy"))
     assert "\n" not in str(info.value)
+
+
+def test_the_hub_shows_how_far_it_is_while_transformers_is_quiet():
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from transformers.utils import logging
+
+    loading.quiet_libraries()
+    assert not are_progress_bars_disabled()
+    assert not logging.is_progress_bar_enabled()

@@ -14,7 +14,7 @@ from tests.cli.test_cli import refused, slablm
 # By the version of huggingface_hub that is httpx or httpx2.
 httpx = importlib.import_module(errors.HTTPError.__module__.partition(".")[0])
 ANSWER = httpx.Response(403, request=httpx.Request("HEAD", "https://huggingface.co"))
-OFFLINE = "the hub cannot be reached, .* bring it there before with `hf download owner/tiny`"
+OFFLINE = "the hub cannot be reached, .* with `hf download owner/tiny`; .* with --calibration builtin"
 TROUBLE = {
     "gated": (
         errors.GatedRepoError("403\n\nAccess is restricted.", response=ANSWER),

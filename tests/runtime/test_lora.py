@@ -32,11 +32,16 @@ def loss_of(model):
 
 
 def train(model, steps):
+    """The loss before each step."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        loss_of(model).backward()
+        loss = loss_of(model)
+        loss.backward()
         optimizer.step()
+        losses.append(loss.item())
+    return losses
 
 
 @pytest.mark.parametrize("native", [True, False])
@@ -64,10 +69,17 @@ def test_an_adapter_learns_and_the_weights_stay(model, native):
     assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
 
 
-def test_an_adapter_is_saved_alone_and_loaded(model, compressed_folder, tmp_path):
+def test_an_adapter_attaches_trains_20_steps_with_falling_loss_saves_and_reloads(model, compressed_folder, tmp_path):
     model = peft.get_peft_model(model, config_of())
-    train(model, 2)
+    losses = train(model, 20)
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.2
     model.eval().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
     again = peft.PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(compressed_folder), tmp_path).eval()
     torch.testing.assert_close(loss_of(again), loss_of(model))
     with again.disable_adapter():

@@ -77,9 +77,11 @@ def _hub_text(source: str, split: str, num_tokens: int | None) -> str:
     except Exception as error:
         # datasets, huggingface_hub, httpx and fsspec each have their own idea of "no network".
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        way_out = "--text builtin or a text file"
+        if split == "calibration":
+            way_out = "--calibration builtin (or self, or a text file)"
         raise SlabError(
-            f"text source {source!r} needs the Hugging Face hub, which failed ({reason}): "
-            "use builtin, self (calibration only) or a text file"
+            f"text source {source!r} needs the Hugging Face hub, which failed ({reason}): without it use {way_out}"
         ) from error
 
 

@@ -19,7 +19,7 @@ one carries the attention sink's massive activations, and they belong into the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ from slablm.errors import SlabError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+OnToken = Callable[[int, int], None]
 
 # Windows after those that calibrate: with them errors are measured on text that nothing was fitted to.
 UNSEEN_WINDOWS = 2
@@ -173,7 +175,10 @@ def draw(pool: Tensor, config: CompressionConfig) -> Tensor:
 
 
 def calibration_windows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: CompressionConfig
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    config: CompressionConfig,
+    on_token: OnToken | None = None,
 ) -> Tensor:
     """Token windows of the configured calibration source, [num_samples + 2, seq_len] int64.
 
@@ -183,6 +188,7 @@ def calibration_windows(
         model: the dense model (used by source ``self`` and for the longest possible window).
         tokenizer: the model's.
         config: `calibration`, `num_samples`, `seq_len`, `bos` and `seed`.
+        on_token: for source ``self``, called after each token of all windows with (tokens done, tokens in all).
 
     Raises:
         SlabError: see `calibration_pool`, `draw` and `sample_windows`; or a window longer than the model allows.
@@ -192,13 +198,19 @@ def calibration_windows(
     if config.calibration == "self":
         # Apart: windows of one batch share a stream of random numbers, and what calibrates must not depend on the rest.
         parts = ((count, config.seed), (UNSEEN_WINDOWS, config.seed + 1))
-        return torch.cat([sample_windows(model, tokenizer, seq_len, windows, seed) for windows, seed in parts])
+        counted = None if on_token is None else _Counted(on_token, len(parts) * (seq_len - 1))
+        return torch.cat([sample_windows(model, tokenizer, seq_len, windows, seed, counted) for windows, seed in parts])
     return draw(calibration_pool(tokenizer, config).ids, config)
 
 
 @torch.no_grad()
 def sample_windows(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seq_len: int, num_windows: int, seed: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seq_len: int,
+    num_windows: int,
+    seed: int,
+    streamer: Any = None,
 ) -> Tensor:
     """Let the model write its own calibration text (plain sampling, temperature 1).
 
@@ -208,6 +220,7 @@ def sample_windows(
         seq_len: tokens per window, the start token included.
         num_windows: number of windows.
         seed: seed of the sampling.
+        streamer: transformers', told about every token.
 
     Returns:
         Token ids, [num_windows, seq_len] int64.
@@ -231,8 +244,25 @@ def sample_windows(
             min_new_tokens=seq_len - 1,
             max_new_tokens=seq_len - 1,
             pad_token_id=start,
+            streamer=streamer,
         )
     return torch.as_tensor(tokens).cpu()
+
+
+class _Counted:
+    """A streamer of transformers that counts the tokens that come; the first of each text is what it starts from."""
+
+    def __init__(self, on_token: OnToken, total: int) -> None:
+        self.on_token, self.total, self.done, self.begun = on_token, total, 0, False
+
+    def put(self, tokens: Tensor) -> None:
+        if self.begun:
+            self.done += 1
+            self.on_token(self.done, self.total)
+        self.begun = True
+
+    def end(self) -> None:
+        self.begun = False
 
 
 def check_disjoint(named: Sequence[tuple[str, Windows]]) -> None:

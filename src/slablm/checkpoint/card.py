@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,15 @@ from slablm.system.versions import __version__
 if TYPE_CHECKING:
     from slablm.methods.drift import Drift
 
+CARD = "README.md"
+# What the example in the card loads; uploading puts the model's name there.
+FOLDER = "path/to/this/folder"
+_RESULTS = """\
+## Measured
+
+| what | result | how |
+|---|---|---|
+"""
 _INHERITED = ("license", "license_name", "license_link", "language")
 TEMPLATE = """\
 ---
@@ -59,6 +69,12 @@ with [slablm](https://pypi.org/project/slablm/) {{ version }}.
 | `{{ key }}` | {{ value | cell }} |
 {% endfor %}
 
+Output error: ‖(W − Ŵ)X‖ / ‖WX‖ of a layer, the mean of all; X are its inputs at 512 tokens at most, drawn at random.
+{% if drift is not none -%}
+Drift: ‖H′ − H‖ / ‖H‖ of the compressed model's hidden states H′ from the dense model's H, on two windows of the
+calibration text that calibrated nothing, without their first tokens.
+{% endif %}
+
 {% if left_dense -%}
 Left dense inside the blocks: {% for name, reason in left_dense.items() %}{{ name | code }} ({{ reason | plain }})
 {%- if not loop.last %}, {% endif %}{% endfor %}.
@@ -73,15 +89,16 @@ Experts that the router sent fewer than {{ few_tokens }} calibration tokens to: 
 {% endif %}
 ## Use
 
+Once slablm is installed (`pip install slablm`), transformers and what is built on it load the model:
+
 ```python
-import slablm  # registers the format
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+model = AutoModelForCausalLM.from_pretrained("{{ folder }}")
+tokenizer = AutoTokenizer.from_pretrained("{{ folder }}")
 ```
 
-Method: SLaB, arXiv 2604.04493. No quality was measured while compressing: run `slablm eval` on your own text.
+Method: SLaB, arXiv 2604.04493.
 """
 
 
@@ -117,6 +134,7 @@ def model_card(
         base=source if _is_hub_id(source) else title,
         title=title,
         version=__version__,
+        folder=FOLDER,
         config=config,
         size=f"to a ratio of {ratio:.4f}" if budget is None else f"with a budget of {budget:g} true bits per weight",
         settings=_shown_settings(config),
@@ -135,6 +153,29 @@ def model_card(
     )
 
 
+def add_results(folder: Path, results: Sequence[tuple[str, str]], how: str) -> None:
+    """Write measured numbers into a folder's card, with how they were measured; of the same ones the last counts.
+
+    Args:
+        folder: holds the card.
+        results: what was measured, and the number.
+        how: the protocol.
+    """
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8")
+    if _RESULTS not in text:
+        before, use, after = text.partition("## Use\n")
+        text = f"{before.rstrip()}\n\n{_RESULTS}\n{use}{after}"
+    top, _, rest = text.partition(_RESULTS)
+    rows = list(takewhile(lambda line: line.startswith("|"), rest.splitlines()))
+    others = rest.splitlines()[len(rows) :]
+    for what, number in results:
+        start, end = f"| {_plain(what)} | ", f" | {_plain(how)} |"
+        rows = [row for row in rows if not (row.startswith(start) and row.endswith(end))]
+        rows.append(f"{start}{_plain(number)}{end}")
+    path.write_text(top + _RESULTS + "\n".join([*rows, *others]) + "\n", encoding="utf-8")
+
+
 def _is_hub_id(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "/")) and not Path(source).exists()
 
@@ -151,7 +192,7 @@ def _head(source: str, revision: str | None) -> ModelCardData:
 def _inherited(source: str, revision: str | None) -> dict[str, Any]:
     """Licence and languages of the dense model; nothing where its card is not at hand or cannot be read."""
     try:
-        file = Path(source, "README.md")
+        file = Path(source, CARD)
         if _is_hub_id(source):
             file = Path(hf_hub_download(source, file.name, revision=revision))
         data = metadata_load(file) or {}

@@ -18,32 +18,44 @@ from slablm.cli.chat import chat
 from slablm.cli.compare import compare
 from slablm.cli.compress import compress
 from slablm.cli.console import printable
+from slablm.cli.demo import demo
 from slablm.cli.doctor import doctor
 from slablm.cli.eval import evaluate
 from slablm.cli.export import export
 from slablm.cli.generate import generate
 from slablm.cli.inspect import inspect
 from slablm.cli.plan import plan
+from slablm.cli.push import push
 from slablm.cli.serve import serve
 from slablm.errors import SlabError
 
+# In the order in which one needs them.
 VERBS: dict[str, Callable[..., None]] = {
-    "bench": bench,
-    "chat": chat,
-    "compare": compare,
-    "compress": compress,
-    "eval": evaluate,
-    "export": export,
-    "generate": generate,
-    "inspect": inspect,
+    "demo": demo,
     "plan": plan,
+    "compress": compress,
+    "inspect": inspect,
+    "eval": evaluate,
+    "chat": chat,
+    "generate": generate,
     "serve": serve,
+    "push": push,
+    "export": export,
+    "bench": bench,
+    "compare": compare,
     "doctor": doctor,
 }
 
 
 class Verb(TyperCommand):
-    """A command whose usage line names its arguments as the text does: typer may put them in braces."""
+    """A command whose usage line names its arguments as the text does: typer may put them in braces.
+
+    Its description is wrapped by the terminal, and not also where the source has its lines.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.help = "\n\n".join(" ".join(part.split()) for part in (self.help or "").split("\n\n"))
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         """The parts of the usage line."""
@@ -54,7 +66,6 @@ app = typer.Typer(
     name="slablm",
     help="One-shot compression of language models by SLaB: sparse plus low-rank times binary (arXiv 2604.04493).",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for name, function in VERBS.items():
@@ -76,7 +87,7 @@ def main() -> None:
     # Reading a GGUF file has a progress bar that only this silences; tqdm looks at it when torch imports it.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:
-        app()
+        app(prog_name="slablm")
     except SlabError as error:
         fail(str(error))
     except OSError as error:  # a path that is too long, of another kind or not allowed; a full disk

@@ -9,7 +9,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Dtype, Json, Revision, TrustRemoteCode, echo, print_json, print_table, progress, say
+from slablm.cli.console import (
+    Dtype,
+    Json,
+    Revision,
+    TrustRemoteCode,
+    echo,
+    next_step,
+    print_json,
+    print_table,
+    progress,
+    say,
+)
 from slablm.errors import SlabError
 
 if TYPE_CHECKING:
@@ -76,14 +87,14 @@ def bench(
     say("Loading all contenders")
     models = {contender.name: contender.load() for contender in contenders}
     runners: dict[str, PreTrainedModel | Program] = {**models, **files}
-    with progress("Measuring speed, in turns") as (bar, task):
+    with progress("Measuring speed, in turns") as step:
         speeds = measure_speed(
             runners,
             workload,
             rounds,
             counts,
             meter=meter if isinstance(meter, RaplMeter) else None,
-            on_run=lambda done, total: bar.update(task, completed=done, total=total),
+            on_run=step,
         )
     weights = {name: weight_bytes(loaded) for name, loaded in models.items()}
     weights |= {name: file.weight_bytes() for name, file in files.items()}
@@ -103,6 +114,7 @@ def bench(
         f"{MODEL} in {conditions['dtype']}, CPU kernels {conditions['cpu_kernels']}"
     )
     echo(f"energy {energy}")
+    next_step("slablm", "serve", model)
 
 
 def _contenders(
@@ -161,11 +173,10 @@ def _thread_counts(text: str) -> list[int]:
 def _footprints(contenders: Mapping[str, Contender | LlamaBench], workload: Workload) -> dict[str, Footprint]:
     """Before anything is loaded here, so that the two do not compete for memory."""
     footprints = {}
-    with progress("Measuring memory, one process each") as (bar, task):
-        bar.update(task, total=len(contenders))
+    with progress("Measuring memory, one process each") as step:
         for name, contender in contenders.items():
             footprints[name] = contender.footprint(workload.prompt_tokens)
-            bar.advance(task)
+            step(len(footprints), len(contenders))
     return footprints
 
 

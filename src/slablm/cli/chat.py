@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode, say
+from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode, next_step, say
 from slablm.cli.generate import show
 from slablm.errors import SlabError
 
@@ -56,6 +56,7 @@ def chat(
             import readline  # noqa: F401
         say(f"{model}: /help for help, Ctrl-D to leave")
     _summarise(_talk(conversation))
+    next_step("slablm", "serve", model)
 
 
 def _talk(conversation: Conversation) -> list[Written]:

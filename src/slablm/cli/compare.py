@@ -20,15 +20,16 @@ from slablm.cli.console import (
     Revision,
     TrustRemoteCode,
     echo,
+    next_step,
     print_json,
     print_table,
-    printable,
     progress,
     say,
     say_if_quantized,
 )
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
+from slablm.system.waiting import duration
 
 if TYPE_CHECKING:
     from slablm.comparison.cells import Cell, Grid
@@ -113,6 +114,8 @@ def compare(
         revision=revision, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     _show(pooled(records), out, json)
+    if not json:
+        next_step("slablm", "compress", model, "OUT")
 
 
 def run(
@@ -176,7 +179,7 @@ def _reporting(
     say(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
     start = time.perf_counter()
     done = measured = 0
-    with progress("Starting") as (bar, task):
+    with progress("Starting") as step:
 
         def on_cell(record: Record, new: bool) -> None:
             nonlocal done, measured
@@ -186,20 +189,14 @@ def _reporting(
             left = (time.perf_counter() - start) / measured * (len(missing) - measured)
             say(
                 f"[{done}/{len(cells)}] {record.cell.label}: perplexity {show_perplexity(record)}, "
-                f"{record.bits_per_weight:.2f} true bits per weight, ETA {_duration(left)}"
+                f"{record.bits_per_weight:.2f} true bits per weight, ETA {duration(left)}"
             )
 
-        def on_step(what: str, step: int, steps: int) -> None:
-            label = f"cell {done + 1}/{len(cells)}: {cells[done].label}, {what}"
-            bar.update(task, description=printable(label), completed=step, total=steps)
+        def on_step(what: str, steps_done: int, steps: int) -> None:
+            step.describe(f"cell {done + 1}/{len(cells)}: {cells[done].label}, {what}")
+            step(steps_done, steps)
 
         yield on_cell, on_step
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}"
 
 
 def _show(records: Sequence[Record], out: Path, json: bool) -> None:

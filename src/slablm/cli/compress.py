@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Json, echo, print_json, progress, say, say_if_quantized
+from slablm.cli.console import Json, echo, next_step, next_try, print_json, progress, say, say_if_quantized
+from slablm.errors import SlabError
 
 if TYPE_CHECKING:
     from slablm.compression.options import RunOptions
@@ -24,8 +25,16 @@ def compress(
     *,
     settings: options.Settings,
     seed: options.Seed = 0,
-    overwrite: Annotated[bool, typer.Option(help="Replace a model, or its files, that OUT already holds.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on with an unfinished run into OUT, if there is one.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a model, or its files, that OUT already holds.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an unfinished run into OUT, if there is one.")
+    ] = False,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="USER/NAME", help="Upload the result under this name, as `slablm push` does.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="With --push-to-hub: only you can see it there.")] = False,
     source: options.Source,
     json: Json = False,
 ) -> None:
@@ -37,18 +46,43 @@ def compress(
     """
     from slablm.system.distributed import join
 
+    if private and push_to_hub is None:
+        raise SlabError("--private is for --push-to-hub USER/NAME: add it, or leave --private out")
     with join(settings.device) as world:
         config = options.config(context)
+        if world.first:
+            _say_quick(settings, config)
+            if push_to_hub is not None:  # before hours of work
+                from slablm.serving.hub import check_repository
+
+                check_repository(push_to_hub, private=private)
         chosen = options.run_options(
             settings, source, overwrite=overwrite, resume=resume or world.restarted, world=world
         )
         result = run(model, out, config, chosen)
     if not world.first:
         return
+    if push_to_hub is not None:
+        from slablm.serving.hub import push
+
+        result["url"] = push(out, push_to_hub, private=private, say=say)
     if json:
         print_json(result)
     else:
         _print_summary(result)
+        next_step("slablm", "inspect", out)
+        next_try(out)
+
+
+def _say_quick(settings: options.Settings, config: CompressionConfig) -> None:
+    """What --quick has chosen, and what it gives up."""
+    if settings.quick:
+        usual = options.Settings()
+        say(
+            f"--quick: {config.num_samples} windows of {config.seq_len} tokens of {config.calibration} text. For the "
+            f"best quality leave it out: the default is {usual.num_samples} windows of {usual.seq_len} tokens of "
+            f"{usual.calibration}, from the hub, and takes much longer"
+        )
 
 
 def run(source: str, out: Path, config: CompressionConfig, run_options: RunOptions) -> dict[str, Any]:
@@ -75,15 +109,14 @@ def run(source: str, out: Path, config: CompressionConfig, run_options: RunOptio
         compress_folder(source, out, config, run_options)
         return {}
     say_if_quantized(source)
-    with progress(f"Compressing ({config.method})") as (bar, task):
-        result = compress_folder(
-            source,
-            out,
-            config,
-            run_options,
-            lambda done, total, report: bar.update(task, completed=done, total=total),
-            say,
-        )
+    with progress(f"Compressing ({config.method})") as step:
+
+        def told(line: str) -> None:
+            say(line)
+            if not line.startswith("Reading"):  # then the hub shows how far it is
+                step(0, 0)
+
+        result = compress_folder(source, out, config, run_options, step, told)
     inspection = inspect_folder(out)
     return {
         "out": str(out),
@@ -110,6 +143,7 @@ def _print_summary(result: dict[str, Any]) -> None:
 
     lines = {
         "written to": result["out"],
+        **({"on the hub": result["url"]} if "url" in result else {}),
         "layers compressed": result["layers"],
         "true bits per weight": f"{result['bits_per_weight']:.3f}",
         "of the whole model": f"{result['model_bits_per_weight']:.3f}",

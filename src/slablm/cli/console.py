@@ -9,20 +9,34 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any
+from pathlib import Path
+from typing import Annotated, Any, Protocol
 
 import typer
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column, Table
+
+from slablm.system.waiting import Tenths
 
 Dtype = Annotated[str, typer.Option(help="auto (the checkpoint's), float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="torch device to run on, such as cpu or cuda.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last thing on stdout.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")]
-TrustRemoteCode = Annotated[bool, typer.Option(help="Run model code that comes with the checkpoint.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run model code that comes with the checkpoint.")
+]
 
 # Control characters, line and paragraph separators, orders to write backwards, and bytes that are no text.
 _UNSAFE = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -80,19 +94,67 @@ class TextTable(Table):
         super().add_row(*(None if cell is None else printable(cell) for cell in cells), **options)
 
 
+class Waiting(Protocol):
+    """Told how far something is."""
+
+    def __call__(self, done: int, total: int, *others: Any) -> None:
+        """Steps done, and steps in all, 0 if unknown yet; what callers know besides is of no interest here."""
+
+    def describe(self, description: str) -> None:
+        """What is done from now on."""
+
+
 @contextmanager
-def progress(description: str) -> Iterator[tuple[Progress, Any]]:
-    """A progress bar with elapsed and remaining time on stderr."""
+def progress(description: str) -> Iterator[Waiting]:
+    """Show on stderr how far something is, and what is left: a bar on a terminal, elsewhere a line each 10 %.
+
+    The bar is there from the first step on: until then those of other libraries have the terminal to themselves.
+    """
+    if not log.is_terminal:
+        yield Tenths(description, say)
+        return
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
+        TextColumn("{task.description}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+        BarColumn(bar_width=20),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TextColumn("ETA"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=log, transient=not log.is_terminal) as bar:
-        yield bar, bar.add_task(printable(description), total=None)
+    bar = Progress(*columns, console=log)
+    try:
+        yield _Bar(bar, bar.add_task(printable(description), total=None))
+    finally:
+        bar.stop()
+
+
+class _Bar:
+    """On a terminal."""
+
+    def __init__(self, bar: Progress, task: TaskID) -> None:
+        self.bar, self.task = bar, task
+
+    def __call__(self, done: int, total: int, *others: Any) -> None:
+        self.bar.start()
+        if total:
+            self.bar.update(self.task, completed=done, total=total)
+
+    def describe(self, description: str) -> None:
+        self.bar.update(self.task, description=printable(description))
+
+
+def next_step(*command: object) -> None:
+    """One line on stderr about what can be typed next, for who sits at a terminal."""
+    if log.is_terminal:
+        say(f"next: {shlex.join(map(str, command))}")
+
+
+def next_try(model: object) -> None:
+    """How to see a model write: in a conversation if it is made for that."""
+    if (Path(str(model)) / "chat_template.jinja").exists():
+        next_step("slablm", "chat", model)
+    else:
+        next_step("slablm", "generate", model, "The capital of France is")
 
 
 def print_json(data: dict[str, Any]) -> None:

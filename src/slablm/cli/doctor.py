@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slablm.cli.console import Json, echo, print_json
+from slablm.cli.console import Json, echo, next_step, print_json
 
 
 def doctor(json: Json = False) -> None:
@@ -34,3 +34,4 @@ def doctor(json: Json = False) -> None:
         return
     for label, value in facts.items():
         echo(f"{label.replace('_', ' '):<20}{'none' if value is None else value}")
+    next_step("slablm", "demo")

@@ -15,6 +15,8 @@ from slablm.cli.console import (
     Revision,
     TrustRemoteCode,
     echo,
+    next_step,
+    next_try,
     print_json,
     progress,
     say_if_quantized,
@@ -44,6 +46,12 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first questions of every task.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers scored at a time; larger is faster on GPUs.")] = 1,
+    card: Annotated[
+        bool,
+        typer.Option(
+            "--card", help="Also write the result, and how it was measured, into the card of MODEL, a folder."
+        ),
+    ] = False,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     revision: Revision = None,
@@ -59,16 +67,31 @@ def evaluate(
         say_if_quantized(model)
         return loading.load(model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code)
 
+    if card and not (loading.is_compressed(model) and (Path(model) / "README.md").is_file()):
+        raise SlabError(f"--card writes into the card of a folder that slablm has written: {model} is none")
     names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
     if tasks is None and not task_file:
         _refuse(context, TASK_OPTIONS, "counts for zero-shot tasks: add --tasks or --task-file")
-        _perplexity(load, text, seq_len, max_windows, bos, json)
+        result, how = _perplexity(load, text, seq_len, max_windows, bos, json)
     else:
         _refuse(context, PERPLEXITY_OPTIONS, "measures perplexity, --tasks and --task-file accuracy: run them apart")
-        _accuracy(load, names, task_file or [], limit, batch_size, bos, json)
+        result, how = _accuracy(load, names, task_file or [], limit, batch_size, bos, json)
+    if card:
+        from slablm.checkpoint.card import add_results
+
+        add_results(Path(model), result, how)
+    if not json:
+        if loading.is_compressed(model):
+            next_try(model)
+        else:
+            next_step("slablm", "compress", model, "OUT")
 
 
-def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, bos: bool, json: bool) -> None:
+# What was measured with its number, one or several, and how.
+_Results = tuple[list[tuple[str, str]], str]
+
+
+def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, bos: bool, json: bool) -> _Results:
     from slablm.calibration.windows import EvaluationText, adds_bos, check_length
     from slablm.evaluation import perplexity
 
@@ -79,8 +102,10 @@ def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, bos
     check_length(loaded, seq_len)
     windows = read.cut(tokenizer, seq_len, bos=bos).ids
     begun = bos and adds_bos(tokenizer)
-    with progress("Evaluating") as (bar, task):
-        result = perplexity(loaded, windows, lambda done, total: bar.update(task, completed=done, total=total))
+    with progress("Evaluating") as step:
+        result = perplexity(loaded, windows, step)
+    number = f"{result.value:.3f} ± {result.stderr:.3f}"
+    how = f"{len(windows)} windows of {seq_len} tokens{', each begun with BOS' if begun else ''}"
     if json:
         print_json(
             {
@@ -92,13 +117,13 @@ def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, bos
             }
         )
     else:
-        each = ", each begun with BOS" if begun else ""
-        echo(f"perplexity {result.value:.3f} ± {result.stderr:.3f} ({len(windows)} windows of {seq_len} tokens{each})")
+        echo(f"perplexity {number} ({how})")
+    return [(f"perplexity on {read.excerpt.name}", number)], f"{how}, {_with(loaded)}"
 
 
 def _accuracy(
     load: Any, names: list[str], files: list[Path], limit: int | None, batch_size: int, bos: bool, json: bool
-) -> None:
+) -> _Results:
     from slablm.evaluation.zeroshot import load_tasks, score_tasks
 
     # A wrong name or file is reported before the model is loaded.
@@ -108,12 +133,21 @@ def _accuracy(
     mean = sum(result.accuracy for result in results.values()) / len(results)
     if json:
         print_json({"tasks": {name: result.to_dict() for name, result in results.items()}, "mean_accuracy": mean})
-        return
-    width = max(map(len, results))
-    for name, result in results.items():
-        echo(f"{name:{width}}  {_line(result)}")
-    if len(results) > 1:
-        echo(f"{'mean':{width}}  acc {mean:.3f}")
+    else:
+        width = max(map(len, results))
+        for name, result in results.items():
+            echo(f"{name:{width}}  {_line(result)}")
+        if len(results) > 1:
+            echo(f"{'mean':{width}}  acc {mean:.3f}")
+    return [(name, _line(result)) for name, result in results.items()], f"lm-eval, no examples, {_with(loaded)}"
+
+
+def _with(model: Any) -> str:
+    """What computed."""
+    from slablm.system.versions import versions
+
+    found = versions()
+    return f"{str(model.dtype).removeprefix('torch.')}, slablm {found['slablm']}, torch {found['torch']}"
 
 
 def _line(result: TaskResult) -> str:
@@ -122,9 +156,8 @@ def _line(result: TaskResult) -> str:
     return line if norm is None else f"{line}, acc_norm {norm:.3f}"
 
 
-def _refuse(context: typer.Context, options: tuple[str, ...], why: str) -> None:
+def _refuse(context: typer.Context, names: tuple[str, ...], why: str) -> None:
     """Options of the other measurement would be ignored without a word."""
-    for option in options:
-        source = context.get_parameter_source(option)
-        if source is not None and source.name == "COMMANDLINE":
-            raise SlabError(f"--{option.replace('_', '-')} {why}")
+    for name in names:
+        if options.typed(context, name):
+            raise SlabError(f"--{name.replace('_', '-')} {why}")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Json, echo, print_json
+from slablm.cli.console import Json, echo, next_step, print_json
 from slablm.errors import SlabError
 
 
@@ -44,3 +44,7 @@ def export(
             f"{exported.path}: {human_bytes(exported.bytes)} of dense weights "
             f"(in slablm's format they take {human_bytes(exported.compressed_bytes)})"
         )
+        if format_ == "gguf":
+            next_step("llama-cli", "-m", exported.path)
+        else:
+            next_step("slablm", "eval", exported.path)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode, printable, say
+from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode, next_step, printable, say
 from slablm.errors import SlabError
 
 
@@ -48,6 +48,7 @@ def generate(
     written = write(loaded, tokenizer, ids, sampling, show)
     typer.echo()
     say(written.timing())
+    next_step("slablm", "serve", model)
 
 
 def show(text: str) -> None:

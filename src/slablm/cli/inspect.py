@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from slablm.cli.console import Json, TextTable, console, print_json
+from slablm.cli.console import Json, TextTable, console, next_step, next_try, print_json
 
 if TYPE_CHECKING:
     from slablm.checkpoint.inspection import Inspection
@@ -25,6 +25,8 @@ def inspect(
         print_json(inspection.to_dict())
     else:
         _print_table(inspection)
+        next_step("slablm", "eval", out)
+        next_try(out)
 
 
 def _of_all_experts(name: str) -> str:

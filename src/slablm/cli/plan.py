@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from slablm.cli import options
-from slablm.cli.console import Json, TextTable, console, print_json, printable, say_if_quantized
+from slablm.cli.console import Json, TextTable, console, next_step, print_json, printable, say_if_quantized
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,6 +55,9 @@ def plan(
         _show(result)
     if result.problems:
         raise typer.Exit(1)
+    if not json:
+        typed = sys.argv[sys.argv.index("plan") + 1 :]  # the options are those of compress
+        next_step("slablm", "compress", *typed, *([] if options.typed(context, "out") else [out]))
 
 
 def _show(plan: Plan) -> None:

@@ -19,7 +19,7 @@ def serve(
         str | None, typer.Option(metavar="NAME", help="Environment variable with the key that clients have to send.")
     ] = None,
     max_model_len: Annotated[
-        int | None, typer.Option(help="Tokens of a prompt and its answer together. [default: all that the model has]")
+        int | None, typer.Option(help="Tokens of a prompt and its answer together. (default: all that the model has)")
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",

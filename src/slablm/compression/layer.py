@@ -21,8 +21,8 @@ from slablm.packing import Packed, pack
 def cost(shape: Sequence[int], method: str) -> float:
     """About how long a weight takes beside others, in any unit.
 
-    With error feedback m n² for the sweeps, and n³ / 6 for what is done with the Gram matrix alone. (Measured, `slab+` on
-    a CPU with m of 256 and 1,024 and n of 1,024, 2,048 and 4,096.)
+    With error feedback m n² for the sweeps, and n³ / 6 for what is done with the Gram matrix alone. (Measured, `slab+`
+    on a CPU with m of 256 and 1,024 and n of 1,024, 2,048 and 4,096.)
 
     Args:
         shape: (m, n).

