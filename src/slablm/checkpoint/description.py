@@ -98,6 +98,12 @@ class Description:
         rows, apart = read_names("int8_rows", int8_rows, specs), read_names("experts", experts, specs)
         return cls(specs, value_dtype, format_version, rows, apart)
 
+    @classmethod
+    def of_config(cls, quantization_config: Mapping[str, Any]) -> Description:
+        """Read a ``quantization_config``; see `from_json`."""
+        keys = ("modules", "value_dtype", "format_version", "int8_rows", "experts")
+        return cls.from_json(*(quantization_config.get(key) for key in keys))
+
     @property
     def written_version(self) -> int:
         """Of what is written: the first that has all that there is."""

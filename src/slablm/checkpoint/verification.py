@@ -83,9 +83,7 @@ def open_folder(folder: Path, variant: str | None = None) -> Checkpoint:
     Raises:
         SlabError: it is no slablm checkpoint, or damaged.
     """
-    entries = read_config(folder)["quantization_config"]
-    keys = ("modules", "value_dtype", "format_version", "int8_rows", "experts")
-    description = Description.from_json(*(entries.get(key) for key in keys))
+    description = Description.of_config(read_config(folder)["quantization_config"])
     return open_checkpoint(weight_files(folder, variant), description)
 
 

@@ -82,8 +82,7 @@ class Int8Embedding(Int8Rows):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids [...] → [..., hidden_size]."""
-        rows = functional.embedding(tokens, self.weight).float() * self.scales[tokens].float()[..., None]
-        outputs = rows.to(self.like.dtype)
+        outputs = rows_of(self.weight, self.scales, tokens).to(self.like.dtype)
         # In transformers' class the factor is a tensor that is rounded to the weight's type.
         return outputs if self.embed_scale is None else outputs * outputs.new_tensor(self.embed_scale)
 
@@ -117,6 +116,20 @@ class Int8Linear(Int8Rows):
         """What `print(model)` shows."""
         bias = self.bias is not None
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, stored=int8"
+
+
+def rows_of(weight: Tensor, scales: Tensor, tokens: Tensor) -> Tensor:
+    """The rows of tokens, widened.
+
+    Args:
+        weight: [m, n] int8.
+        scales: [m] float16.
+        tokens: ids [...].
+
+    Returns:
+        [..., n] float32.
+    """
+    return functional.embedding(tokens, weight).float() * scales[tokens].float()[..., None]
 
 
 def head_and_embedding(model: PreTrainedModel) -> list[str]:
