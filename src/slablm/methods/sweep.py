@@ -172,7 +172,8 @@ def triangular_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(reversed_gram)
         if not failed:
             del reversed_gram  # as large as the largest thing there is: no more of them than needed
-            return lower.flip(0, 1)
+            factor: Tensor = lower.flip(0, 1)
+            return factor
     raise SlabError(
         f"the Gram matrix of the calibration inputs is not positive definite, even with {step * damping:g} of its "
         "mean diagonal added: use more calibration windows, or a method that needs no Gram matrix"
