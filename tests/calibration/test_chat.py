@@ -15,9 +15,9 @@ from tests.serving.folders import TEMPLATE, with_template
 
 TALKS = [
     [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hé?"}],
-    [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}],
+    [{"role": "user", "content": "one"}, {"role": "assistant", "content": "t\u2028o"}],
 ]
-WRITTEN = ["system: be kind\nuser: hé?\n", "user: one\nassistant: two\n"]
+WRITTEN = ["system: be kind\nuser: hé?\n", "user: one\nassistant: t\u2028o\n"]
 
 
 @pytest.fixture

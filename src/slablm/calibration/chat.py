@@ -40,7 +40,7 @@ def chat_text(lines: str, tokenizer: PreTrainedTokenizerBase, source: str, *, bo
     from jinja2.exceptions import TemplateError
 
     texts = []
-    for number, line in enumerate(lines.splitlines(), 1):
+    for number, line in enumerate(lines.split("\n"), 1):  # other separators may stand in a message
         if not line.strip():
             continue
         messages, tools = _conversation(line, f"text {source}, line {number}")
