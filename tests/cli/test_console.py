@@ -117,11 +117,15 @@ def test_a_verb_ends_with_what_can_be_typed_next(compressed_folder, tiny_folder,
         monkeypatch.setattr(console, "log", Console(file=shown, force_terminal=True, highlight=False, width=500))
         done = slablm(*arguments)
         assert done.returncode == 0, done.stderr + shown.getvalue()
-        return re.findall(r"next: slablm (.*)$", shown.getvalue(), re.MULTILINE)  # a bar may stand in front
+        # A bar may stand in front.
+        return re.findall(r"next: (?:slablm )?(.*)$", shown.getvalue(), re.MULTILINE)
 
     text = ["--calibration", str(text_file), "--num-samples", "4", "--seq-len", "32", "--method", "wanda"]
     (command,) = following("plan", tiny_folder, *text)
     assert shlex.split(command) == ["compress", str(tiny_folder), *text, "out"]
+    for ranks in (["--ranks", "2"], ["--ranks=2"]):
+        (several,) = following("plan", tiny_folder, *ranks, *text)
+        assert several == f"torchrun --standalone --nproc-per-node 2 -m slablm {command}"
     monkeypatch.chdir(tmp_path)
     commands = following(*shlex.split(command))
     assert commands == ["inspect out", "generate out 'The capital of France is'"]

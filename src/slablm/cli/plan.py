@@ -56,8 +56,15 @@ def plan(
     if result.problems:
         raise typer.Exit(1)
     if not json:
-        typed = sys.argv[sys.argv.index("plan") + 1 :]  # the options are those of compress
-        next_step("slablm", "compress", *typed, *([] if options.typed(context, "out") else [out]))
+        start = ["slablm"] if ranks == 1 else ["torchrun", "--standalone", "--nproc-per-node", ranks, "-m", "slablm"]
+        next_step(*start, "compress", *_as_typed(), *([] if options.typed(context, "out") else [out]))
+
+
+def _as_typed() -> list[str]:
+    """What was typed behind the verb, but for the one option that compress has not."""
+    words = sys.argv[sys.argv.index("plan") + 1 :]
+    pairs = zip(words, ["", *words], strict=False)
+    return [word for word, before in pairs if not word.startswith("--ranks") and before != "--ranks"]
 
 
 def _show(plan: Plan) -> None:
