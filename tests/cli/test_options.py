@@ -8,6 +8,7 @@ from dataclasses import fields
 from unittest import mock
 
 import pytest
+from typer.models import OptionInfo
 
 from slablm import CompressionConfig, cli
 from slablm.cli import options
@@ -71,7 +72,8 @@ def test_options_are_declared_once(verb):
 def test_methods_and_texts_are_those_that_there_are():
     """Help and completion name them without loading what reads them."""
     assert set(options.METHODS) == {name for name, method in METHODS.items() if method.packable}
-    assert set(options.TEXTS) == set(CALIBRATION_SOURCES)
+    (calibration,) = (part for part in options.Calibration.__metadata__ if isinstance(part, OptionInfo))
+    assert set(calibration.autocompletion()) == set(CALIBRATION_SOURCES)
 
 
 def test_every_option_of_compress_has_its_heading(monkeypatch):

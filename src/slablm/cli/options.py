@@ -16,7 +16,7 @@ import typer
 from typer.models import OptionInfo
 
 from slablm.cli.console import Device, Dtype, Revision, TrustRemoteCode
-from slablm.config import CompressionConfig
+from slablm.config import CALIBRATION_SOURCES, CompressionConfig
 
 if TYPE_CHECKING:
     from slablm.compression.options import RunOptions
@@ -27,7 +27,6 @@ Model = Annotated[
 Dense = Annotated[str, typer.Argument(metavar="MODEL", help="Hub id, local folder, .gguf file or 'smollm2'.")]
 # Here, as reading them from the table of methods would load torch for a help text.
 METHODS = ("slab+", "slab", "wanda", "magnitude", "sparse", "sparse+lowrank", "sparse+scalar-binary")
-TEXTS = ("c4", "wikitext2", "self", "builtin")
 # The defaults of --quick.
 QUICK = {"calibration": "builtin", "num_samples": 16, "seq_len": 256}
 
@@ -67,7 +66,7 @@ Calibration = Annotated[
     typer.Option(
         help="c4, wikitext2 (from the hub), builtin (Python's documentation), self (the model writes it), a text file, "
         "or chat:FILE.jsonl; TEXT@0-99: of its windows only those.",
-        autocompletion=one_of(TEXTS),
+        autocompletion=one_of(CALIBRATION_SOURCES),
     ),
 ]
 EvaluationText = Annotated[
