@@ -132,8 +132,7 @@ def hub_problem(source: str, error: BaseException | None) -> str:
             return "the hub has no such revision of it: check --revision"
         if isinstance(error, errors.HfHubHTTPError) and not isinstance(error, errors.EntryNotFoundError):
             return f"the hub failed: {' '.join(str(error).split())}"
-        unreachable = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
-        if unreachable or type(error).__module__.startswith("httpx"):  # or httpx2: by the version of huggingface_hub
+        if unreachable(error):
             return (
                 "the hub cannot be reached, and it is not complete in the cache: check the network and HF_HUB_OFFLINE, "
                 f"or bring it there before with `hf download {source}`; what needs no hub is a local folder with "
@@ -141,6 +140,14 @@ def hub_problem(source: str, error: BaseException | None) -> str:
             )
         error = error.__cause__
     return ""
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether what huggingface_hub has raised says that the hub cannot be reached."""
+    from huggingface_hub import errors
+
+    offline = isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled)
+    return offline or type(error).__module__.startswith("httpx")  # or httpx2: by the version of huggingface_hub
 
 
 def locate(source: str) -> tuple[str, dict[str, Any]]:

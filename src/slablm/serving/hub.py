@@ -7,19 +7,17 @@ out first, without changing anything: `slablm compress --push-to-hub` asks befor
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import HfApi, errors, get_token
 
 from slablm.checkpoint.card import CARD, FOLDER
 from slablm.checkpoint.files import CONFIG
-from slablm.checkpoint.guard import QUANT_METHOD
 from slablm.checkpoint.inspection import inspect_folder
+from slablm.dense.loading import is_compressed, unreachable
 from slablm.errors import SlabError
 from slablm.system.memory import human_bytes
 
@@ -132,10 +130,7 @@ def _check_content(api: HfApi, name: str, files: list[str]) -> None:
     """
     if not any(file.endswith(_WEIGHTS) for file in files):
         return
-    config: Any = {}
-    if CONFIG in files:
-        config = json.loads(Path(api.hf_hub_download(name, CONFIG)).read_text(encoding="utf-8"))
-    if (config.get("quantization_config") or {}).get("quant_method") != QUANT_METHOD:
+    if CONFIG not in files or not is_compressed(str(Path(api.hf_hub_download(name, CONFIG)).parent)):
         raise SlabError(f"{name} on the hub holds a model that slablm has not written: take another name")
 
 
@@ -173,8 +168,7 @@ def _reason(error: Exception) -> str:
         if status == 403:
             return "the token may not write there: log in with one that may, `hf auth login`"
         return f"the hub failed ({_line(error)}): run the same command again later"
-    # httpx or httpx2: by the version of huggingface_hub.
-    if isinstance(error, errors.OfflineModeIsEnabled) or type(error).__module__.startswith("httpx"):
+    if unreachable(error):
         return "the hub cannot be reached: check the network and HF_HUB_OFFLINE, then run the same command again"
     if isinstance(error, RuntimeError):  # hf_xet's, which sends large files
         return f"the upload broke off ({_line(error)}): the same command goes on"
