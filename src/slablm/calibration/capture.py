@@ -230,9 +230,8 @@ class _BlockWatch:
     def stats(self, world: World, owners: Mapping[str, int]) -> dict[str, LayerStats | None]:
         """Statistics of the windows of all ranks; see `collect_stats`."""
         # A collector is called by the first of its layers. Ranks need not have seen the same ones, nor share alike.
-        keys: dict[str, str] = {}
-        for name, collector in self._collectors.items():
-            keys[name] = next(other for other in keys | {name: name} if self._collectors[other] is collector)
+        first: dict[int, str] = {}
+        keys = {name: first.setdefault(id(collector), name) for name, collector in self._collectors.items()}
         collectors = {key: self._collectors[key] for key in keys.values()}
         counts = {key: (collector.tokens, collector.fitted) for key, collector in collectors.items()}
         told = [notes for notes, _ in world.gather((keys, counts, self._routed_to()), {})]
@@ -242,7 +241,8 @@ class _BlockWatch:
             return sum(theirs[key][kind] for key, (_, theirs, _) in zip(where, told, strict=True) if key is not None)
 
         reached = {name: where for name, where in sources.items() if number(where, 1)}
-        joint = {where: Joint() for name, where in reached.items() if owners[name] == world.rank}
+        mine = {name: where for name, where in reached.items() if owners[name] == world.rank}
+        joint = {where: Joint() for where in mine.values()}
         self._collectors.clear()
         for rank, key, piece, value in _delivered(collectors, keys, owners, world):
             wanted = [one for where, one in joint.items() if where[rank] == key]
@@ -250,12 +250,11 @@ class _BlockWatch:
                 one.add(rank, piece, value.clone() if len(wanted) > 1 else value)
         made: dict[tuple[str | None, ...], LayerStats] = {}
         result: dict[str, LayerStats | None] = dict.fromkeys(reached)
-        for name, where in reached.items():
-            if where in joint and where not in made:
+        for name, where in mine.items():
+            if where not in made:
                 made[where] = joint[where].stats(name, number(where, 0))
-            if owners[name] == world.rank:
-                routed = [theirs[name] for _, _, theirs in told if name in theirs]
-                result[name] = replace(made[where], routed=sum(routed)) if routed else made[where]
+            routed = [theirs[name] for _, _, theirs in told if name in theirs]
+            result[name] = replace(made[where], routed=sum(routed)) if routed else made[where]
         return result
 
 
