@@ -37,7 +37,7 @@ EXTRA = {
 }
 # These need what a test has not: a hub, texts of many windows, a tokenizer that GGUF has a name for. The verbs that are
 # not above need a terminal, llama.cpp or other programs that talk to them.
-NOT_HERE = {"--tasks", "--development", "gguf"}
+NOT_HERE = {"--tasks", "--development", "--push-to-hub", "gguf"}
 # Names that pages use for the same.
 SAME = dict.fromkeys(("meta-llama/Llama-3.2-1B", "smollm2"), "MODEL") | {"out": "OUT", "[OUT]": "OUT"}
 TEXTS = {"c4", "wikitext2", "builtin", "self"}
