@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib as mpl
 import torch
@@ -96,9 +97,10 @@ def headline(path: Path) -> dict[tuple[str, float | None], tuple[float, float]]:
     """True bits per weight and perplexity over dense, of each method and budget that the documentation shows.
 
     Args:
-        path: records of `slablm compare`; of two records of the same setting the later one counts.
+        path: records of `slablm compare`; of two records of the same setting and seed the later one counts, and of
+            several seeds the mean.
     """
-    chosen = {}
+    chosen: dict[tuple[str, float | None], dict[int, tuple[float, float]]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         config = record["config"] or {}
@@ -107,8 +109,12 @@ def headline(path: Path) -> dict[tuple[str, float | None], tuple[float, float]]:
         if config.get("ratio") not in (None, 0.5):
             continue
         text = next(iter(record["texts"].values()))
-        chosen[record["method"], config.get("bits_per_weight")] = record["bits_per_weight"], text["ratio_to_dense"]
-    return chosen
+        draws = chosen.setdefault((record["method"], config.get("bits_per_weight")), {})
+        draws[record["seed"]] = record["bits_per_weight"], text["ratio_to_dense"]
+    return {
+        setting: (fmean(bits for bits, _ in draws.values()), fmean(ratio for _, ratio in draws.values()))
+        for setting, draws in chosen.items()
+    }
 
 
 def speed() -> Figure:
