@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from statistics import fmean
 
 import matplotlib as mpl
 import torch
@@ -19,6 +18,8 @@ from torch import Tensor
 from slablm import CompressionConfig
 from slablm.calibration.windows import calibration_windows
 from slablm.comparison.plots import COLOURS, GREY, INK, STYLE, WIDTH
+from slablm.comparison.records import Record
+from slablm.comparison.table import pooled
 from slablm.dense import loading
 from slablm.methods import Decomposition, LayerStats, get_method
 from slablm.methods.decomposition import low_rank
@@ -97,24 +98,19 @@ def headline(path: Path) -> dict[tuple[str, float | None], tuple[float, float]]:
     """True bits per weight and perplexity over dense, of each method and budget that the documentation shows.
 
     Args:
-        path: records of `slablm compare`; of two records of the same setting and seed the later one counts, and of
-            several seeds the mean.
+        path: records of `slablm compare`; of two records of the same cell the later one counts, and draws are
+            pooled as its tables do.
     """
-    chosen: dict[tuple[str, float | None], dict[int, tuple[float, float]]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        config = record["config"] or {}
-        if record["method"] == "dense" or config.get("pattern", "unstructured") != "unstructured":
+    lines = path.read_text(encoding="utf-8").splitlines()
+    latest = {record.cell: record for record in (Record.from_dict(json.loads(line)) for line in lines)}
+    chosen = {}
+    for record in pooled(list(latest.values())):
+        config = record.cell.config
+        if record.cell.dense or (config and (config.pattern != "unstructured" or config.ratio not in (None, 0.5))):
             continue
-        if config.get("ratio") not in (None, 0.5):
-            continue
-        text = next(iter(record["texts"].values()))
-        draws = chosen.setdefault((record["method"], config.get("bits_per_weight")), {})
-        draws[record["seed"]] = record["bits_per_weight"], text["ratio_to_dense"]
-    return {
-        setting: (fmean(bits for bits, _ in draws.values()), fmean(ratio for _, ratio in draws.values()))
-        for setting, draws in chosen.items()
-    }
+        budget = config.bits_per_weight if config else None
+        chosen[record.cell.method, budget] = record.bits_per_weight, record.ratio_to_dense
+    return chosen
 
 
 def speed() -> Figure:
