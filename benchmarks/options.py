@@ -110,14 +110,14 @@ def gptq_arms(num_samples: int, seq_len: int) -> list[Arm]:
 
     # Neither order nor grids: min/max grids that are fixed before, columns in their own order.
     spanning = (quantizers, "weighted_grids", lambda w, d, c: spanning_grids(w, c.value_bits, c.group_size))
-    sweep = partial(sweep_module.column_sweep, damping=0.1)
+    factored = partial(sweep_module.factored, damping=0.1)
     shorter = {"num_samples": 4 * num_samples, "seq_len": seq_len // 4}
     longer = {"num_samples": num_samples // 2, "seq_len": 2 * seq_len}
     return [
         Arm("rounding, plain", {"method": "rtn-plain"}),
         Arm("rounding, clipped", {"method": "rtn"}),
         Arm("GPTQ, plain (1 % damping)", plain),
-        Arm("GPTQ, plain, 10 % damping", plain, [(quantizers, "column_sweep", sweep)]),
+        Arm("GPTQ, plain, 10 % damping", plain, [(quantizers, "factored", factored)]),
         Arm("GPTQ, plain, windows a quarter as long", plain | shorter),
         Arm("GPTQ, plain, windows twice as long", plain | longer),
         Arm("GPTQ, plain, without the first token", plain, [without_first_token()]),

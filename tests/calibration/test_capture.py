@@ -76,6 +76,8 @@ def test_layers_with_one_input_share_its_statistics():
     inputs = windows.reshape(-1, 8)
     states = toy.q(inputs) + toy.k(inputs).repeat(1, 2)
     assert stats["q"].gram is stats["k"].gram
+    assert stats["q"].kept is stats["k"].kept is not None
+    assert stats["out"].kept is None  # nobody else would ask
     for name, rows in (("q", inputs), ("k", inputs), ("out", states)):
         assert stats[name].tokens == 15
         assert torch.allclose(stats[name].gram, rows.T @ rows, rtol=1e-4, atol=1e-4)
@@ -176,6 +178,8 @@ def test_every_token_goes_to_every_expert_and_those_sent_there_are_counted(world
     handle.remove()
     counts = torch.cat(chosen[:2]).bincount(minlength=4)  # the last window calibrates nothing
     assert len({tuple(one.input_norms.tolist()) for name, one in stats.items() if "down" not in name}) == 1
+    kept = {id(one.kept) for name, one in stats.items() if "down" not in name}
+    assert kept == {id(stats["experts.0.up_proj"].kept)}
     for number in range(4):
         for name in ("gate_proj", "up_proj", "down_proj"):
             found = stats[f"experts.{number}.{name}"]

@@ -1,5 +1,7 @@
+import pytest
 import torch
 
+from slablm.calibration import statistics
 from slablm.calibration.statistics import Joint, StatsCollector
 
 
@@ -21,6 +23,18 @@ def test_statistics_are_those_of_all_inputs():
     assert torch.allclose(stats.input_norms, inputs.norm(dim=0))
     assert torch.allclose(stats.gram, inputs.T @ inputs, atol=1e-5)
     assert torch.equal(stats.sample[1], batches[0][0, 12 % 5])
+
+
+@pytest.mark.parametrize("n", [1, 7, 8, 9, 64, 65])
+def test_products_are_taken_in_strips_and_mirrored(n, monkeypatch):
+    """Eight strips, fewer where they would be narrow; the last one shorter."""
+    monkeypatch.setattr(statistics, "_NARROWEST", 3)
+    collector = StatsCollector(n, with_gram=True, device=torch.device("cpu"))
+    batches = [torch.randint(-8, 9, (1, 5, n)).float() for _ in range(3)]
+    for leaf, batch in enumerate(batches):
+        collector.add(batch, torch.tensor([0]), leaf=leaf // 2)
+    inputs = torch.cat([batch[0] for batch in batches])
+    assert torch.equal(stats_of(collector).gram, inputs.T @ inputs)
 
 
 def test_the_first_token_counts():

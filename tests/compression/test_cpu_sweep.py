@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slablm.compression import cpu_sweep
-from slablm.methods.symbols_fit import fit_alphabet, nearest_symbols
+from slablm.methods.symbols_fit import fit_alphabet, nearest_symbols, plain_symbol_sums, symbol_sums
 from slablm.methods.trellis import plain_trellis_columns, trellis_columns
 from slablm.runtime.kernels import Backend, native
 from tests.methods.blocks import blocks, check_settled, random_block
@@ -116,6 +116,21 @@ def test_otherwise_it_is_plain_torch(dtype, monkeypatch):
     arguments = [part if part is None else part.to(dtype) for part in random_block(9, 50, 3, apart=True)]
     for found, expected in zip(trellis_columns(*arguments), plain_trellis_columns(*arguments), strict=True):
         assert torch.equal(found, expected)
+
+
+@given(st.integers(0, 9), st.integers(1, 70), st.integers(2, 5), st.integers(0, 1000))
+def test_sums_in_one_pass_are_those_of_one_symbol_after_the_other(m, n, bits, seed):
+    generator = torch.Generator().manual_seed(seed)
+    signed, importance = torch.randn(m, n, generator=generator), torch.rand(n, generator=generator)
+    # Views, and fewer symbols than there could be.
+    codes = torch.randint(2**bits - 1, (n, m), generator=generator).to(torch.uint8).T
+    for found, expected in zip(
+        symbol_sums(signed, importance, codes, 2**bits),
+        plain_symbol_sums(signed, importance, codes, 2**bits),
+        strict=True,
+    ):
+        assert found.shape == (m, 2**bits)
+        torch.testing.assert_close(found, expected)
 
 
 def copied(arguments):

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from slablm.compression.gpu_sweep import NAME, source, trellis_columns_on_gpu
 from slablm.methods import slab_plus, symbols_fit
-from slablm.methods.slab_plus import Trial, Way
 from slablm.methods.trellis import plain_trellis_columns, trellis_columns
 from slablm.system import cuda
 from tests.methods.blocks import blocks, check_settled, random_block
+from tests.methods.problems import trial_of
 from tests.runtime.kernels import symbols_host
 
 needs_nvrtc = pytest.mark.skipif(cuda.missing() is not None, reason=str(cuda.missing()))
@@ -73,7 +73,7 @@ def test_slab_plus_is_as_good_with_the_text(emulated, monkeypatch):
     inputs = inputs + inputs.roll(1, dims=1)
 
     def error():
-        difference = weight - Trial.of(weight, inputs.T @ inputs, Way(3)).descended().dense()
+        difference = weight - trial_of(weight, inputs.T @ inputs, 3).descended().dense()
         return (inputs @ difference.T).square().sum().item()
 
     plain = error()

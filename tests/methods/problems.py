@@ -8,7 +8,7 @@ import slablm.compression.cpu_sweep  # noqa: F401  # as in a compression: the se
 from slablm.config import CompressionConfig
 from slablm.methods import LayerStats
 from slablm.methods.allocation import Demand
-from slablm.methods.slab_plus import descent, feedback, slab_plus
+from slablm.methods.slab_plus import DAMPINGS, Inputs, Start, Trial, descent, feedback, slab_plus
 from slablm.methods.sweep import damped
 from slablm.methods.symbols_fit import Problem, fit_alphabet, nearest_symbols, refit
 
@@ -61,6 +61,20 @@ def rounded(weight, alphabet):
     return nearest_symbols(weight, alphabet.scales, alphabet.values())
 
 
+def fed(weight, gram, alphabet, damping):
+    """Step 2 with an alphabet of one's choice: symbols."""
+    return feedback(Start(weight, Inputs(stats_of(gram), gram), alphabet), damping)
+
+
+def trial_of(weight, gram, bits, rotation=None, damping=DAMPINGS[0]):
+    return Trial.of(Start.of(weight, Inputs.of(stats_of(gram), gram, rotation), bits), damping)
+
+
+def descended_once(problem, codes, alphabet):
+    """One sweep of step 4: symbols."""
+    return descent(problem.gram, codes, alphabet, (problem.weight - alphabet.dense(codes)) @ problem.gram)
+
+
 def by_hand(weight, gram, bits, rotation=None, damping=0.1, *, sweep=True, fit=True, descents=4):
     """All steps, one after the other: Ŵ. One of them can be left out."""
     if rotation is not None:
@@ -68,12 +82,12 @@ def by_hand(weight, gram, bits, rotation=None, damping=0.1, *, sweep=True, fit=T
     problem, alphabet = Problem(weight, damped(gram, damping)), start_of(weight, gram, bits)
 
     def fitted():
-        return refit(problem, codes, alphabet) if fit else alphabet
+        return refit(problem, codes, alphabet)[0] if fit else alphabet
 
-    codes = feedback(weight, gram, alphabet, damping) if sweep else rounded(weight, alphabet)
+    codes = fed(weight, gram, alphabet, damping) if sweep else rounded(weight, alphabet)
     alphabet = fitted()
     for _ in range(descents):
-        codes = descent(problem, codes, alphabet)
+        codes = descended_once(problem, codes, alphabet)
         alphabet = fitted()
     dense = alphabet.dense(codes)
     return dense if rotation is None else rotation.restore(dense)

@@ -1,6 +1,6 @@
 """GPTQ at its best: against Optimal Brain Quantization written out, and every step on its own objective."""
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from slablm.config import CompressionConfig
 from slablm.methods.quantizers import (
     DAMPINGS,
     best_damping,
-    falling,
     gptq,
     gptq_plain,
     nearest,
@@ -19,6 +18,7 @@ from slablm.methods.quantizers import (
     swept,
     weighted_grids,
 )
+from slablm.methods.sweep import factored, falling
 from tests.methods.problems import stats_of
 
 M, N, GROUP = 48, 160, 32
@@ -39,6 +39,12 @@ def problem(m, n, seed, tokens=None):
 @cache
 def standard():
     return problem(M, N, seed=0)
+
+
+def factor_of(gram, damping, order=None):
+    """Of columns in this order, by default that of GPTQ."""
+    order = falling(gram) if order is None else order
+    return factored(gram[order][:, order], damping)
 
 
 def error(weight, approximation, gram):
@@ -109,7 +115,7 @@ def test_large_inputs_come_first():
     order = falling(gram)
     assert (gram.diagonal()[order].diff() <= 0).all()
     found, natural, rising = (
-        error(weight, swept(weight, gram, grids, columns, 0.01, CONFIG).dense(), gram)
+        error(weight, swept(weight, factor_of(gram, 0.01, columns), grids, columns, CONFIG).dense(), gram)
         for columns in (order, torch.arange(N), order.flip(0))
     )
     assert found < 0.8 * natural  # measured: 0.72
@@ -143,16 +149,16 @@ def test_dampings_are_judged_on_held_out_tokens():
     """Where what costs least by G costs most elsewhere, the less trust in G the better. (On G, the more.)"""
     weight, gram, _ = standard()
     grids = weighted_grids(weight, gram.diagonal(), CONFIG)
-    opposite = gram.clone()
+    order, opposite = falling(gram), gram.clone()
     opposite.diagonal().add_(1e-3 * gram.diagonal().mean())
     opposite = opposite.inverse()
     for held_out, expected in ((gram, min(DAMPINGS)), (opposite, max(DAMPINGS))):
         errors = {
-            damping: error(weight, swept(weight, gram, grids, falling(gram), damping, CONFIG).dense(), held_out)
+            damping: error(weight, swept(weight, factor_of(gram, damping), grids, order, CONFIG).dense(), held_out)
             for damping in DAMPINGS
         }
         assert min(errors, key=errors.__getitem__) == expected
-        assert best_damping(weight, gram, held_out, grids, CONFIG) == expected
+        assert best_damping(weight, partial(factor_of, gram), held_out, grids, order, CONFIG) == expected
 
 
 def test_the_best_damping_is_the_result():
@@ -160,7 +166,7 @@ def test_the_best_damping_is_the_result():
     weight, gram, held_out = problem(M, N, seed=1, tokens=N)
     grids = weighted_grids(weight, gram.diagonal(), CONFIG)
     tried = [
-        error(weight, swept(weight, gram, grids, falling(gram), damping, CONFIG).dense(), held_out)
+        error(weight, swept(weight, factor_of(gram, damping), grids, falling(gram), CONFIG).dense(), held_out)
         for damping in DAMPINGS
     ]
     found = error(weight, gptq(weight, stats_of(gram, held_out), CONFIG).dense(), held_out)

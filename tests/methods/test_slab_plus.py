@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
-from slablm.methods import LayerStats, SymbolBudget, get_method, storage
+from slablm.methods import LayerStats, SymbolBudget, get_method, quantizers, storage
+from slablm.methods import slab_plus as slab_plus_module
 from slablm.methods.rotation import Rotation
-from slablm.methods.slab_plus import DAMPINGS, Trial, Way, slab_plus
-from slablm.methods.sweep import damped
+from slablm.methods.slab_plus import DAMPINGS, slab_plus
+from slablm.methods.sweep import damped, factored
 from slablm.methods.trials import SAMPLED_ROWS, trial_rows
 from tests.methods.problems import (
     by_hand,
@@ -24,6 +25,7 @@ from tests.methods.problems import (
     slow_error,
     start_of,
     stats_of,
+    trial_of,
     wide,
 )
 
@@ -55,11 +57,36 @@ def test_the_best_trial_is_the_result(inputs, bits):
         expected = {"same": (rotated, 0.01), "forgotten": (None, 0.1), "between": (rotated, 0.1)}
         assert (rotation, damping) == expected[inputs]
     whole = slow_error(weight, by_hand(weight, gram, bits, rotation, damping), held_out)
-    plain = slow_error(weight, Trial.of(weight, gram, Way(bits, rotation)).plain().dense(), held_out)
+    plain = slow_error(weight, trial_of(weight, gram, bits, rotation).plain().dense(), held_out)
     assert (plain < whole) == (inputs == "forgotten")
     result = decomposed(weight, stats_of(gram, held_out), bits, seed=7)
     assert result.rotation == rotation
     assert slow_error(weight, result.dense(), held_out) == pytest.approx(min(whole, plain), rel=1e-3)
+
+
+@pytest.mark.parametrize("method", ["slab+", "gptq"])
+def test_layers_that_share_statistics_share_what_is_made_of_them(method, monkeypatch):
+    """Each factor is made once, and nothing else comes of it."""
+    weight, gram, held_out = wide()
+    weights, made = weight.split([20, 4, 24]), []
+    for module in (slab_plus_module, quantizers):
+        monkeypatch.setattr(module, "factored", lambda *arguments: made.append(arguments) or factored(*arguments))
+    alone, shared = stats_of(gram, held_out), replace(stats_of(gram, held_out), kept={})
+
+    def results(stats):
+        settings = CompressionConfig(method, group_size=32) if method == "gptq" else None
+        made.clear()
+        found = [
+            get_method(method).function(w, stats, settings or settings_for(w.shape, 3, seed=7)).dense() for w in weights
+        ]
+        return found, len(made)
+
+    expected, each = results(alone)
+    found, once = results(shared)
+    ways = 2 if method == "gptq" else 4
+    assert (each, once) == (3 * (ways + 1), ways)
+    assert len(shared.kept) == get_method(method).kept_matrices
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -166,7 +193,7 @@ def test_any_shape_and_the_same_bits_every_time(bits, shape):
 def test_a_long_row_is_rotated_in_blocks():
     weight, gram, held_out = correlated(6, 96)
     rotation = Rotation(96, 32, 0)
-    result = Trial.of(weight, gram, Way(4, rotation)).descended()
+    result = trial_of(weight, gram, 4, rotation).descended()
     assert result.rotation == rotation
     assert slow_error(weight, result.dense(), held_out) < 0.02 * slow_error(weight, torch.zeros(6, 96), held_out)
 
@@ -185,7 +212,7 @@ def test_dead_inputs_and_rows_of_zeros(rotation):
         matrix[:, 5], matrix[5] = 0, 0
     weight[3] = 0
     zero = slow_error(weight, torch.zeros(24, 40), held_out)
-    trial = Trial.of(weight, gram, Way(4, rotation))
+    trial = trial_of(weight, gram, 4, rotation)
     for result in (trial.descended(), decomposed(weight, stats_of(gram, held_out), 4)):
         assert torch.equal(result.dense()[3], torch.zeros(40))
         assert slow_error(weight, result.dense(), held_out) < 0.02 * zero

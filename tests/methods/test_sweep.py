@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from slablm.config import CompressionConfig
 from slablm.errors import SlabError
 from slablm.methods import METHODS, LayerStats, sweep
-from slablm.methods.sweep import Block, by_column, column_sweep, positive, triangular_factor
+from slablm.methods.sweep import Block, by_column, column_sweep, factored, positive
 
 
 def correlated_gram(n, seed):
@@ -38,7 +38,7 @@ def test_free_columns_are_the_least_squares_answer_to_the_fixed_ones(m, n, block
     def plan(block):
         return lambda j: block.weight[:, j] * (0.25 if block.start + j < fixed else 1)
 
-    result = column_sweep(weight, gram, plan, block_size, damping=0.05).double()
+    result = column_sweep(weight, factored(gram, 0.05), plan, block_size).double()
     hessian, before = damped(gram, 0.05), weight.double()
     change = result[:, :fixed] - before[:, :fixed]
     answer = torch.linalg.solve(hessian[fixed:, fixed:], -hessian[fixed:, :fixed] @ change.T).T
@@ -55,8 +55,8 @@ def test_block_size_only_delays_the_updates(block_size):
     def plan(block):
         return lambda j: block.weight[:, j] * mask[:, block.start + j]
 
-    result = column_sweep(weight, gram, plan, block_size)
-    torch.testing.assert_close(result, column_sweep(weight, gram, plan), rtol=1e-3, atol=1e-3)
+    result = column_sweep(weight, factored(gram), plan, block_size)
+    torch.testing.assert_close(result, column_sweep(weight, factored(gram), plan), rtol=1e-3, atol=1e-3)
     assert torch.equal(result != 0, mask)
 
 
@@ -79,7 +79,7 @@ def test_plan_sees_blocks_that_carry_the_errors_so_far():
         return replace
 
     before: list[torch.Tensor] = []
-    column_sweep(weight, gram, plan, block_size=4)
+    column_sweep(weight, factored(gram), plan, block_size=4)
     assert [block.start for block in seen] == [0, 4, 8]
     assert [tuple(block.weight.shape) for block in seen] == [(2, 4), (2, 4), (2, 2)]
     assert torch.equal(first_columns[0], weight[:, 0])
@@ -99,8 +99,10 @@ def test_plan_sees_blocks_that_carry_the_errors_so_far():
 def test_keeping_everything_changes_nothing_and_spares_the_callers_weight(shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     before = weight.clone()
-    assert torch.equal(column_sweep(weight, correlated_gram(shape[1], 0), as_it_is), before)
-    column_sweep(weight, correlated_gram(shape[1], 0), by_column(lambda block: lambda j: torch.zeros(shape[0])))
+    assert torch.equal(column_sweep(weight, factored(correlated_gram(shape[1], 0)), as_it_is), before)
+    column_sweep(
+        weight, factored(correlated_gram(shape[1], 0)), by_column(lambda block: lambda j: torch.zeros(shape[0]))
+    )
     assert torch.equal(weight, before)
 
 
@@ -114,16 +116,16 @@ def test_dead_inputs_start_as_zero_and_disturb_nobody():
         return lambda j: block.weight[:, j] / 2
 
     live = [0, 1, 3, 4, 5, 6, 7]
-    result = column_sweep(weight, gram, plan)
+    result = column_sweep(weight, factored(gram), plan)
     assert torch.equal(result[:, 2], torch.zeros(3))
-    alone = column_sweep(weight[:, live], gram[live][:, live], plan)
+    alone = column_sweep(weight[:, live], factored(gram[live][:, live]), plan)
     torch.testing.assert_close(result[:, live], alone, rtol=1e-4, atol=1e-4)
-    assert torch.equal(column_sweep(weight, torch.zeros(8, 8), as_it_is), torch.zeros(3, 8))
+    assert torch.equal(column_sweep(weight, factored(torch.zeros(8, 8)), as_it_is), torch.zeros(3, 8))
 
 
 def test_the_factor_is_upper_triangular_and_squares_to_the_gram_matrix():
     gram = correlated_gram(30, 2)
-    factor = triangular_factor(gram, 0.02).double()
+    factor = factored(gram, 0.02).triangle.double()
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor @ factor.T, damped(gram, 0.02), rtol=1e-5, atol=1e-4)
 
@@ -137,14 +139,16 @@ def test_scale_of_the_gram_matrix_does_not_matter():
     def plan(block):
         return lambda j: block.weight[:, j].round()
 
-    assert torch.equal(column_sweep(weight, gram, plan), column_sweep(weight, gram * 2.0**-20, plan))
+    assert torch.equal(
+        column_sweep(weight, factored(gram), plan), column_sweep(weight, factored(gram * 2.0**-20), plan)
+    )
 
 
 def test_damping_is_raised_until_the_factorisation_succeeds():
     gram = torch.tensor([[1.0, 1.05], [1.05, 1.0]])  # smallest eigenvalue −0.05: 1 % is too little, 10 % is enough
-    torch.testing.assert_close(triangular_factor(gram, 0.01), triangular_factor(gram, 0.1))
+    torch.testing.assert_close(factored(gram, 0.01).triangle, factored(gram, 0.1).triangle)
     with pytest.raises(SlabError, match="not positive definite, even with 1 of its mean diagonal"):
-        triangular_factor(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.01)
+        factored(torch.tensor([[1.0, 3.0], [3.0, 1.0]]), 0.01)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -152,7 +156,7 @@ def test_gram_that_is_not_finite_is_refused(bad):
     gram = torch.eye(3)
     gram[1, 1] = bad
     with pytest.raises(SlabError, match="infinity or NaN"):
-        triangular_factor(gram)
+        factored(gram)
 
 
 def test_damped_and_the_sweep_mean_the_same_gram_matrix():
@@ -160,7 +164,7 @@ def test_damped_and_the_sweep_mean_the_same_gram_matrix():
     before = gram.clone()
     found = sweep.damped(gram, 0.1)
     torch.testing.assert_close(found.double(), damped(gram, 0.1))
-    torch.testing.assert_close(triangular_factor(gram, 0.1), triangular_factor(found, 0))
+    torch.testing.assert_close(factored(gram, 0.1).triangle, factored(found, 0).triangle)
     assert torch.equal(gram, before)
 
 

@@ -12,6 +12,7 @@ from slablm.methods.symbols_fit import (
     fit_alphabet,
     nearest_symbols,
     refit,
+    symbol_sums,
 )
 from slablm.methods.trellis import nearest_codes
 from tests.methods.problems import correlated, slow_error
@@ -48,7 +49,7 @@ def test_levels_are_the_least_squares_solution(bits):
     weight, importance = problem(16, 64, bits)
     scales, levels = weight.abs().amax(dim=1), torch.linspace(-0.9, 1, 2**bits)
     codes = nearest_symbols(weight, scales, levels)
-    fitted = _fitted_levels(weight * signs(codes), importance, codes, scales, levels)
+    fitted = _fitted_levels(*symbol_sums(weight * signs(codes), importance, codes, 2**bits), scales, levels)
 
     def error(a):
         return ((weight - scales[:, None] * patterns(codes, a)).square() @ importance).double().sum()
@@ -65,7 +66,7 @@ def test_levels_are_the_least_squares_solution(bits):
 def test_a_level_without_entries_stays():
     weight, importance = problem(8, 8, 0)
     codes, levels = torch.zeros(8, 8, dtype=torch.uint8), torch.linspace(-1, 1, 8)
-    fitted = _fitted_levels(weight, importance, codes, torch.ones(8), levels)
+    fitted = _fitted_levels(*symbol_sums(weight, importance, codes, 8), torch.ones(8), levels)
     kept = sorted(set(levels.tolist()) & set(fitted.tolist()))
     assert kept == levels[1:].tolist()
 
@@ -73,7 +74,7 @@ def test_a_level_without_entries_stays():
 def test_levels_of_either_parity_are_ascending():
     """Also where one without entries has been passed by another."""
     codes, levels = torch.zeros(8, 8, dtype=torch.uint8), torch.linspace(-1, 1, 8)
-    fitted = _fitted_levels(torch.ones(8, 8), torch.ones(8), codes, torch.ones(8), levels)
+    fitted = _fitted_levels(*symbol_sums(torch.ones(8, 8), torch.ones(8), codes, 8), torch.ones(8), levels)
     for parity in (0, 1):
         assert fitted[parity::2].tolist() == sorted(fitted[parity::2].tolist())
 
@@ -141,7 +142,9 @@ def start(m, n, bits, seed):
 @given(SHAPES, st.integers(2, 5), st.integers(0, 1000))
 def test_scales_are_the_least_squares_solution(shape, bits, seed):
     given_problem, codes, alphabet = start(*shape, bits, seed)
-    fitted = refit(given_problem, codes, alphabet)
+    fitted, residual = refit(given_problem, codes, alphabet)
+    expected = (given_problem.weight - fitted.dense(codes)) @ given_problem.gram
+    torch.testing.assert_close(residual, expected, rtol=1e-4, atol=1e-4 * given_problem.pull.abs().max().item())
     assert torch.equal(fitted.levels, alphabet.levels)
     assert torch.equal(fitted.scales, fitted.scales.half().float())
     best = slow_error(given_problem.weight, fitted.dense(codes), given_problem.gram)
@@ -154,14 +157,14 @@ def test_scales_are_the_least_squares_solution(shape, bits, seed):
 def test_a_row_that_is_better_at_zero_is_zero():
     given_problem, codes, alphabet = start(8, 16, 3, 0)
     turned = Problem(-alphabet.dense(codes), given_problem.gram)
-    assert torch.equal(refit(turned, codes, alphabet).scales, torch.zeros(8))
+    assert torch.equal(refit(turned, codes, alphabet)[0].scales, torch.zeros(8))
 
 
 def test_scales_that_are_off_are_found_again():
     given_problem, codes, alphabet = start(8, 16, 4, 0)
     off = Alphabet(alphabet.scales * (0.5 + torch.rand(8, generator=torch.Generator().manual_seed(0))), alphabet.levels)
     exact = Problem(alphabet.dense(codes), given_problem.gram)
-    torch.testing.assert_close(refit(exact, codes, off).scales, alphabet.scales, rtol=2**-10, atol=0)
+    torch.testing.assert_close(refit(exact, codes, off)[0].scales, alphabet.scales, rtol=2**-10, atol=0)
 
 
 @pytest.mark.parametrize("bad", [1e38, float("inf"), float("nan")])

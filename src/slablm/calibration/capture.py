@@ -13,7 +13,8 @@ and up of all experts share one XᵀX then, and no expert has too few tokens for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -249,10 +250,12 @@ class _BlockWatch:
             for one in wanted:
                 one.add(rank, piece, value.clone() if len(wanted) > 1 else value)
         made: dict[tuple[str | None, ...], LayerStats] = {}
+        readers = Counter(mine.values())
         result: dict[str, LayerStats | None] = dict.fromkeys(reached)
         for name, where in mine.items():
             if where not in made:
-                made[where] = joint[where].stats(name, number(where, 0))
+                kept: dict[Hashable, Any] | None = {} if readers[where] > 1 else None
+                made[where] = replace(joint[where].stats(name, number(where, 0)), kept=kept)
             routed = [theirs[name] for _, _, theirs in told if name in theirs]
             result[name] = replace(made[where], routed=sum(routed)) if routed else made[where]
         return result

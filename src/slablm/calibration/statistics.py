@@ -15,6 +15,7 @@ piece by piece, on the rank that decomposes it (`Joint`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from enum import Enum
 
 import torch
@@ -25,6 +26,8 @@ from slablm.errors import SlabError
 from slablm.methods import LayerStats
 
 SAMPLED_TOKENS = 512
+# Narrower strips of XᵀX save no more.
+_NARROWEST = 128
 
 
 class Use(Enum):
@@ -113,7 +116,9 @@ class StatsCollector:
         if self._leaf != (use, leaf):
             self._finish_leaf()
             self._leaf = use, leaf
-        self._gram = rows.T @ rows if self._gram is None else self._gram.addmm_(rows.T, rows)
+        if self._gram is None:
+            self._gram = rows.new_zeros(rows.shape[1], rows.shape[1])
+        add_upper(self._gram, rows)
 
     def pieces(self) -> dict[str, Tensor]:
         """What there is so far, for `Joint.add`; the collector is not to be used any more."""
@@ -129,8 +134,34 @@ class StatsCollector:
     def _finish_leaf(self) -> None:
         if self._leaf is not None and self._gram is not None:
             use, leaf = self._leaf
+            mirror(self._gram)
             self._sums[use].add((0, leaf), self._gram)
         self._leaf = self._gram = None
+
+
+def add_upper(gram: Tensor, rows: Tensor) -> None:
+    """Add XᵀX where it is not below the diagonal; between the diagonal and the end of its strip it may be, too.
+
+    XᵀX is symmetric, and products of strips with what is right of them take little more than half of the whole.
+
+    Args:
+        gram: [n, n].
+        rows: X, [tokens, n].
+    """
+    for start, stop in _strips(len(gram)):
+        gram[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+
+def mirror(gram: Tensor) -> None:
+    """Fill what `add_upper` leaves out."""
+    for start, stop in _strips(len(gram)):
+        gram[stop:, start:stop] = gram[start:stop, stop:].T
+
+
+def _strips(n: int) -> Iterator[tuple[int, int]]:
+    """First row and end of every strip: an eighth of the rows, or `_NARROWEST`."""
+    height = max(_NARROWEST, -(-n // 8))
+    return ((start, min(start + height, n)) for start in range(0, n, height))
 
 
 class Joint:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from slablm.errors import SlabError
 from slablm.methods.budget import SYMBOL_BITS, symbol_bytes
-from slablm.methods.sweep import triangular_factor
+from slablm.methods.sweep import factored
 
 # log₂ of the factor by which a layer's squared output error falls with each bit of a symbol.
 RATE = 2.0
@@ -142,4 +142,4 @@ def log_volume(gram: Tensor) -> float:
     Raises:
         SlabError: the Gram matrix is not finite, or cannot be factored.
     """
-    return 2 * triangular_factor(gram.float()).diagonal().log2().mean().item()
+    return 2 * factored(gram).triangle.diagonal().log2().mean().item()

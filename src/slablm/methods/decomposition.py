@@ -17,10 +17,14 @@ are a dense [m, k] array in column order.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class LayerStats:
         held_out: XᵀX of tokens that are not in `gram`, for methods that need it.
         unseen: a few inputs, [s, n] float32, of text that is in none of the above; None if there was no more text.
         routed: of a layer of an expert, how many of the tokens the router sends there; None for all others.
+        kept: what `once` has made; None where it keeps nothing.
     """
 
     input_norms: Tensor
@@ -44,6 +49,22 @@ class LayerStats:
     held_out: Tensor | None = None
     unseen: Tensor | None = None
     routed: int | None = None
+    kept: dict[Hashable, Any] | None = None
+
+    def once(self, key: Hashable, make: Callable[[], Made]) -> Made:
+        """What can be made of the Gram matrix alone, for all layers that read the same inputs.
+
+        Args:
+            key: what it is.
+            make: makes it; called once per key where layers share the statistics, else each time: what is as large as
+                a Gram matrix is not kept for nobody.
+        """
+        if self.kept is None:
+            return make()
+        if key not in self.kept:
+            self.kept[key] = make()
+        made: Made = self.kept[key]
+        return made
 
     def output_error(self, weight: Tensor, approximation: Tensor) -> float:
         """`relative_error` on the sampled rows.

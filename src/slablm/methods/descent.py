@@ -25,12 +25,12 @@ from slablm.methods.sweep import BLOCK_SIZE, Block, Plan
 
 
 def descent_sweep(
-    weight: Tensor, approximation: Tensor, gram: Tensor, plan: Plan, block_size: int = BLOCK_SIZE
+    residual: Tensor, approximation: Tensor, gram: Tensor, plan: Plan, block_size: int = BLOCK_SIZE
 ) -> Tensor:
     """Replace column after column, each seeing what became of those before.
 
     Args:
-        weight: W, [m, n] float32.
+        residual: (W − Ŵ) H, [m, n] float32.
         approximation: Ŵ to start from, [m, n] float32.
         gram: H, [n, n] float32, positive on the diagonal.
         plan: see `slablm.methods.sweep.column_sweep`.
@@ -39,9 +39,8 @@ def descent_sweep(
     Returns:
         The new approximation, [m, n] float32.
     """
-    # Transposed, a column is contiguous. clone: the caller's tensor must survive, also where .T is a plain view.
-    columns = approximation.T.clone(memory_format=torch.contiguous_format)
-    pull = gram @ (weight.T - columns)
+    # Transposed, a column is contiguous. clone: the caller's tensors must survive, also where .T is a plain view.
+    columns, pull = (part.T.clone(memory_format=torch.contiguous_format) for part in (approximation, residual))
     diagonal = gram.diagonal()
     for start in range(0, len(columns), block_size):
         stop = min(start + block_size, len(columns))

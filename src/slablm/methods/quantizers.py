@@ -24,13 +24,25 @@ group, on the weights as they are then, with columns in their own order and a hu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from slablm.config import CompressionConfig
 from slablm.methods.decomposition import LayerStats
 from slablm.methods.results import QuantizedWeight
-from slablm.methods.sweep import BLOCK_SIZE, Block, Replace, by_column, column_sweep, required_gram
+from slablm.methods.sweep import (
+    BLOCK_SIZE,
+    Block,
+    Factor,
+    Replace,
+    by_column,
+    column_sweep,
+    factored,
+    falling,
+    required_gram,
+)
 from slablm.methods.trials import output_error, trial_rows
 from slablm.methods.uniform import (
     Grids,
@@ -90,11 +102,15 @@ def gptq(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> Quanti
     gram, held_out = required_gram(stats, "gptq").to(weight.device, torch.float32), stats.held_out
     # Weights of dead inputs become zero in the sweep: they must not widen a grid.
     weight = weight.float().masked_fill(gram.diagonal() == 0, 0)
-    grids = weighted_grids(weight, gram.diagonal(), config)
+    grids, order = weighted_grids(weight, gram.diagonal(), config), falling(gram)
+
+    def factor(damping: float) -> Factor:
+        return stats.once(("factor", damping), lambda: factored(gram[order][:, order], damping))
+
     if held_out is None:
-        return swept(weight, gram, grids, falling(gram), DAMPINGS[0], config)
-    damping = best_damping(weight, gram, held_out, grids, config)
-    fed, plain = swept(weight, gram, grids, falling(gram), damping, config), nearest(weight, grids, config)
+        return swept(weight, factor(DAMPINGS[0]), grids, order, config)
+    damping = best_damping(weight, factor, held_out, grids, order, config)
+    fed, plain = swept(weight, factor(damping), grids, order, config), nearest(weight, grids, config)
     return fed if output_error(weight, fed.dense(), held_out) < output_error(weight, plain.dense(), held_out) else plain
 
 
@@ -115,41 +131,41 @@ def weighted_grids(weight: Tensor, importance: Tensor, config: CompressionConfig
     )
 
 
-def falling(gram: Tensor) -> Tensor:
-    """Columns in order of falling d, equal ones in their own order, [n]."""
-    return gram.diagonal().argsort(descending=True, stable=True)
-
-
-def best_damping(weight: Tensor, gram: Tensor, held_out: Tensor, grids: Grids, config: CompressionConfig) -> float:
+def best_damping(
+    weight: Tensor,
+    factor: Callable[[float], Factor],
+    held_out: Tensor,
+    grids: Grids,
+    order: Tensor,
+    config: CompressionConfig,
+) -> float:
     """Of `DAMPINGS` the one with the smallest error of some rows on held-out tokens.
 
     Args:
         weight: W, [m, n] float32.
-        gram: G, [n, n].
-        held_out: of the tokens that decide, [n, n].
+        factor: gives that of G for a damping, columns in the order of the sweep.
+        held_out: G of the tokens that decide, [n, n].
         grids: of all rows.
+        order: the column of the weight behind each column of the sweep, [n].
         config: `value_bits`, `group_size` and `seed`.
     """
     rows = trial_rows(len(weight), config.seed).to(weight.device)
     sample, theirs = weight[rows], (grids[0][rows], grids[1][rows])
 
     def error(damping: float) -> float:
-        return output_error(sample, swept(sample, gram, theirs, falling(gram), damping, config).dense(), held_out)
+        return output_error(sample, swept(sample, factor(damping), theirs, order, config).dense(), held_out)
 
     return min(DAMPINGS, key=error)
 
 
-def swept(
-    weight: Tensor, gram: Tensor, grids: Grids, order: Tensor, damping: float, config: CompressionConfig
-) -> QuantizedWeight:
+def swept(weight: Tensor, factor: Factor, grids: Grids, order: Tensor, config: CompressionConfig) -> QuantizedWeight:
     """Round in a column sweep, on grids that are known.
 
     Args:
         weight: W, [m, n] float32.
-        gram: G, [n, n].
+        factor: of G, columns in the order of the sweep.
         grids: of W, as of `spanning_grids`.
         order: the column of the weight behind each column of the sweep, [n].
-        damping: share of the mean diagonal that is added to G.
         config: `value_bits` and `group_size`.
     """
     scales, zeros = (per_group[:, order // config.group_size] for per_group in grids)
@@ -164,7 +180,7 @@ def swept(
 
         return replace
 
-    column_sweep(weight[:, order], gram[order][:, order], plan, BLOCK_SIZE, damping)
+    column_sweep(weight[:, order], factor, plan)
     return QuantizedWeight(codes[:, order.argsort()], *grids, config.group_size, config.value_bits)
 
 
@@ -195,6 +211,6 @@ def gptq_plain(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> 
         return replace
 
     # Whole groups per block: a group must not straddle two of them.
-    column_sweep(weight, gram, plan, block_size=group_size * max(1, BLOCK_SIZE // group_size))
+    column_sweep(weight, factored(gram), plan, block_size=group_size * max(1, BLOCK_SIZE // group_size))
     scales, zeros = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
     return QuantizedWeight(torch.cat(codes, dim=1), scales, zeros, group_size, bits)

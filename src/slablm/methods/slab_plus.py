@@ -19,6 +19,7 @@ better: on those tokens feedback never does harm.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,11 +31,13 @@ from slablm.methods.decomposition import LayerStats
 from slablm.methods.descent import descent_sweep
 from slablm.methods.rotation import Rotation, largest_block
 from slablm.methods.sweep import (
-    BLOCK_SIZE,
     Block,
+    Factor,
     check_finite,
     column_sweep,
     damped,
+    factored,
+    falling,
     positive,
     required_gram,
 )
@@ -46,21 +49,6 @@ from slablm.methods.trials import output_error, trial_rows
 # Shares of the mean diagonal that are added to G: little trust in G, and more.
 DAMPINGS = (0.1, 0.01)
 DESCENTS = 4
-
-
-@dataclass(frozen=True)
-class Way:
-    """How a weight is approximated.
-
-    Attributes:
-        bits: p, bits of a symbol.
-        rotation: of the inputs, or None.
-        damping: share of the mean diagonal that is added to G.
-    """
-
-    bits: int
-    rotation: Rotation | None = None
-    damping: float = DAMPINGS[0]
 
 
 def slab_plus(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> SymbolWeight:
@@ -87,23 +75,95 @@ def slab_plus(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> S
         # Without any input all errors are 0: let all entries count alike.
         gram = torch.eye(n, device=gram.device)
     if stats.held_out is None:
-        return Trial.of(weight, gram, Way(bits)).descended()
+        return Trial.of(Start.of(weight, Inputs(stats, gram), bits), DAMPINGS[0]).descended()
     held_out = stats.held_out.to(gram)
     sample = weight[trial_rows(m, config.seed).to(weight.device)]
+    least, best = float("inf"), (Inputs(stats, gram), DAMPINGS[0])
+    for rotation in _rotations(n, config.seed):
+        inputs = Inputs.of(stats, gram, rotation)
+        start = Start.of(sample, inputs, bits)
+        for damping in DAMPINGS:
+            error = output_error(sample, Trial.of(start, damping).result().dense(), held_out)
+            if error < least:
+                least, best = error, (inputs, damping)
+        del inputs, start  # as large as G, and of use only where they are the best
+    trial = Trial.of(Start.of(weight, best[0], bits), best[1])
+    return min(trial.descended(), trial.plain(), key=lambda result: output_error(weight, result.dense(), held_out))
 
-    def tried(way: Way) -> float:
-        trial = Trial.of(sample, gram, way)
-        return output_error(sample, trial.result().dense(), held_out)
 
-    best = Trial.of(weight, gram, min(_ways(n, bits, config), key=tried))
-    return min(best.descended(), best.plain(), key=lambda result: output_error(weight, result.dense(), held_out))
-
-
-def _ways(n: int, bits: int, config: CompressionConfig) -> list[Way]:
-    """What is tried."""
+def _rotations(n: int, seed: int) -> list[Rotation | None]:
+    """Of the inputs, that are tried."""
     block = largest_block(n)
-    rotations = [None, Rotation(n, block, config.seed % 2**64)] if block > 1 else [None]
-    return [Way(bits, rotation, damping) for rotation in rotations for damping in DAMPINGS]
+    return [None, Rotation(n, block, seed % 2**64)] if block > 1 else [None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known of inputs, as they are or rotated.
+
+    Attributes:
+        stats: of the inputs as they are; what is made here of `gram` alone is kept there.
+        gram: G, rotated as the inputs are, [n, n] float32.
+        rotation: of the inputs, or None.
+    """
+
+    stats: LayerStats
+    gram: Tensor
+    rotation: Rotation | None = None
+
+    @classmethod
+    def of(cls, stats: LayerStats, gram: Tensor, rotation: Rotation | None) -> Inputs:
+        """Rotate inputs.
+
+        Args:
+            stats: of the inputs as they are.
+            gram: G of the inputs as they are, [n, n] float32.
+            rotation: of them, or None.
+        """
+        if rotation is not None:
+            gram = stats.once(("rotated", rotation), partial(rotation.rotate_gram, gram))
+        return cls(stats, gram, rotation)
+
+    def factor(self, order: Tensor, damping: float) -> Factor:
+        """Of G.
+
+        Args:
+            order: `falling`, that of its columns.
+            damping: share of the mean diagonal that is added to G.
+        """
+
+        def make() -> Factor:
+            return factored(self.gram[order][:, order], damping)
+
+        return self.stats.once(("factor", self.rotation, damping), make)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Step 1, and what the steps behind it work on.
+
+    Attributes:
+        weight: W, rotated as the inputs are, [m, n] float32.
+        inputs: what is known of them.
+        alphabet: scales and levels.
+    """
+
+    weight: Tensor
+    inputs: Inputs
+    alphabet: Alphabet
+
+    @classmethod
+    def of(cls, weight: Tensor, inputs: Inputs, bits: int) -> Start:
+        """Step 1.
+
+        Args:
+            weight: W, [m, n] float32.
+            inputs: what is known of them.
+            bits: p, bits of a symbol.
+        """
+        if inputs.rotation is not None:
+            weight = inputs.rotation.rotate(weight)
+        return cls(weight, inputs, fit_alphabet(weight, positive(inputs.gram.diagonal().sqrt()), bits))
 
 
 @dataclass(frozen=True)
@@ -111,34 +171,30 @@ class Trial:
     """What came of steps 1 to 3.
 
     Attributes:
-        problem: W and the damped G, both rotated.
-        first: the alphabet of step 1.
+        start: step 1.
+        problem: W and the damped G.
         codes: symbols, [m, n] uint8.
         alphabet: with the scales of step 3.
-        rotation: of the inputs.
+        residual: (W − Ŵ) G, [m, n] float32.
     """
 
+    start: Start
     problem: Problem
-    first: Alphabet
     codes: Tensor
     alphabet: Alphabet
-    rotation: Rotation | None
+    residual: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, gram: Tensor, way: Way) -> Trial:
-        """Steps 1 to 3.
+    def of(cls, start: Start, damping: float) -> Trial:
+        """Steps 2 and 3.
 
         Args:
-            weight: W, [m, n] float32.
-            gram: G, [n, n] float32.
-            way: how.
+            start: step 1.
+            damping: share of the mean diagonal that is added to G.
         """
-        if way.rotation is not None:
-            weight, gram = way.rotation.rotate(weight), way.rotation.rotate_gram(gram)
-        first = fit_alphabet(weight, positive(gram.diagonal().sqrt()), way.bits)
-        codes = feedback(weight, gram, first, way.damping)
-        problem = Problem(weight, damped(gram, way.damping))
-        return cls(problem, first, codes, refit(problem, codes, first), way.rotation)
+        codes = feedback(start, damping)
+        problem = Problem(start.weight, damped(start.inputs.gram, damping))
+        return cls(start, problem, codes, *refit(problem, codes, start.alphabet))
 
     def result(self) -> SymbolWeight:
         """What there is now, as it is stored."""
@@ -146,40 +202,44 @@ class Trial:
 
     def plain(self) -> SymbolWeight:
         """Step 1 alone: every weight at its nearest value."""
-        codes = nearest_symbols(self.problem.weight, self.first.scales, self.first.values())
-        return self._written(codes, self.first)
+        first = self.start.alphabet
+        return self._written(nearest_symbols(self.start.weight, first.scales, first.values()), first)
 
     def descended(self) -> SymbolWeight:
         """Step 4."""
-        codes, alphabet = self.codes, self.alphabet
+        codes, alphabet, residual = self.codes, self.alphabet, self.residual
         for _ in range(DESCENTS):
-            codes = descent(self.problem, codes, alphabet)
-            alphabet = refit(self.problem, codes, alphabet)
+            codes = descent(self.problem.gram, codes, alphabet, residual)
+            alphabet, residual = refit(self.problem, codes, alphabet)
         return self._written(codes, alphabet)
 
     def _written(self, codes: Tensor, alphabet: Alphabet) -> SymbolWeight:
-        return SymbolWeight(codes, alphabet.scales.half(), alphabet.levels, self.rotation)
+        return SymbolWeight(codes, alphabet.scales.half(), alphabet.levels, self.start.inputs.rotation)
 
 
-def feedback(weight: Tensor, gram: Tensor, alphabet: Alphabet, damping: float) -> Tensor:
+def feedback(start: Start, damping: float) -> Tensor:
     """Step 2: symbols, [m, n] uint8.
 
     Args:
-        weight: W, [m, n] float32.
-        gram: G, [n, n].
-        alphabet: of step 1.
+        start: step 1.
         damping: share of the mean diagonal that is added to G.
     """
-    order = gram.diagonal().argsort(descending=True, stable=True)
-    coder = Coder(alphabet)
-    column_sweep(weight[:, order], gram[order][:, order], coder, BLOCK_SIZE, damping)
+    order, coder = falling(start.inputs.gram), Coder(start.alphabet)
+    column_sweep(start.weight[:, order], start.inputs.factor(order, damping), coder)
     return coder.codes()[:, order.argsort()]
 
 
-def descent(problem: Problem, codes: Tensor, alphabet: Alphabet) -> Tensor:
-    """One sweep of coordinate descent: symbols, [m, n] uint8."""
+def descent(gram: Tensor, codes: Tensor, alphabet: Alphabet, residual: Tensor) -> Tensor:
+    """One sweep of coordinate descent: symbols, [m, n] uint8.
+
+    Args:
+        gram: the damped G, [n, n].
+        codes: symbols so far, [m, n] uint8.
+        alphabet: scales and levels.
+        residual: (W − Ŵ) G of both, [m, n] float32.
+    """
     coder = Coder(alphabet)
-    descent_sweep(problem.weight, alphabet.dense(codes), problem.gram, coder)
+    descent_sweep(residual, alphabet.dense(codes), gram, coder)
     return coder.codes()
 
 

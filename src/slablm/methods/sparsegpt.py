@@ -22,7 +22,7 @@ from slablm.methods.budget import kept_per_row
 from slablm.methods.decomposition import LayerStats
 from slablm.methods.results import PrunedWeight
 from slablm.methods.select import group_mask, top_k_mask
-from slablm.methods.sweep import BLOCK_SIZE, Block, Plan, Replace, by_column, column_sweep, required_gram
+from slablm.methods.sweep import BLOCK_SIZE, Block, Plan, Replace, by_column, column_sweep, factored, required_gram
 
 
 def sparsegpt(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> PrunedWeight:
@@ -46,7 +46,7 @@ def sparsegpt(weight: Tensor, stats: LayerStats, config: CompressionConfig) -> P
         block_size = pattern.group * max(1, BLOCK_SIZE // pattern.group)
     by_group = pattern is not None and k == n // pattern.group * pattern.survivors
     plan = _group_plan(mask, pattern) if pattern is not None and by_group else _block_plan(mask, k, pattern)
-    pruned = column_sweep(weight, gram, plan, block_size)
+    pruned = column_sweep(weight, factored(gram), plan, block_size)
     return PrunedWeight(mask=mask, values=pruned[mask])
 
 

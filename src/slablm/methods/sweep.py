@@ -113,55 +113,62 @@ def fed_forward(
     return columns, errors
 
 
-def column_sweep(
-    weight: Tensor, gram: Tensor, plan: Plan, block_size: int = BLOCK_SIZE, damping: float = DAMPING
-) -> Tensor:
+def column_sweep(weight: Tensor, factor: Factor, plan: Plan, block_size: int = BLOCK_SIZE) -> Tensor:
     """Replace column after column and let the columns to the right make up for the error.
 
-    Columns of dead inputs (zero on the diagonal of the Gram matrix) do not influence the output and start as zero.
+    Columns of dead inputs do not influence the output and start as zero.
 
     Args:
         weight: W, [m, n]; computed in float32 whatever its dtype.
-        gram: XᵀX up to a factor, [n, n].
+        factor: of H, from `factored`.
         plan: settles the blocks; called with each in order.
         block_size: columns per block.
-        damping: λ as a share of the mean diagonal: H = XᵀX + λ · mean(diag) · I.
 
     Returns:
         The new weight, [m, n] float32.
-
-    Raises:
-        SlabError: the Gram matrix is not finite, or not positive definite even with the damping raised.
     """
-    gram = gram.to(weight.device, torch.float32)
-    factor, n = triangular_factor(gram, damping), weight.shape[1]
+    triangle, n = factor.triangle.to(weight.device), weight.shape[1]
     # Transposed, a column is contiguous. clone: the caller's weight must survive, also where .T is a plain view.
     wanted = weight.float().T.clone(memory_format=torch.contiguous_format)
-    wanted[gram.diagonal() == 0] = 0
+    wanted[factor.dead.to(weight.device)] = 0
     columns, lost = torch.empty_like(wanted), torch.empty_like(wanted)
     for start in range(0, n, block_size):
         stop = min(start + block_size, n)
-        identity = torch.eye(stop - start, dtype=factor.dtype, device=factor.device)
-        inner = torch.linalg.solve_triangular(factor[start:stop, start:stop], identity, upper=True)
-        current = torch.addmm(wanted[start:stop], inner.T, factor[:start, start:stop].T @ lost[:start])
+        identity = torch.eye(stop - start, dtype=triangle.dtype, device=triangle.device)
+        inner = torch.linalg.solve_triangular(triangle[start:stop, start:stop], identity, upper=True)
+        current = torch.addmm(wanted[start:stop], inner.T, triangle[:start, start:stop].T @ lost[:start])
         columns[start:stop], _ = plan(Block(current.T, inner.diagonal(), start, inner, inner.diagonal()))
         lost[start:stop] = wanted[start:stop] - columns[start:stop]
     return columns.T.contiguous()
 
 
-def triangular_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
+@dataclass(frozen=True)
+class Factor:
+    """What a sweep has to know of H.
+
+    Attributes:
+        triangle: R, upper triangular, [n, n] float32.
+        dead: inputs that were always zero, [n] bool.
+    """
+
+    triangle: Tensor
+    dead: Tensor
+
+
+def factored(gram: Tensor, damping: float = DAMPING) -> Factor:
     """R, upper triangular with R Rᵀ = H = XᵀX + λ · mean(diag) · I.
 
     Dead inputs get the mean of the live diagonal, so that R does not depend on the scale of the Gram matrix in any
     other way than by a factor. (The papers' 1 does the same for their scale.)
 
     Args:
-        gram: XᵀX up to a factor, [n, n] float32.
-        damping: λ; raised by `DAMPING_STEPS` as long as the factorisation fails.
+        gram: XᵀX up to a factor, [n, n]; computed in float32 whatever its dtype.
+        damping: λ, a share of the mean diagonal; raised by `DAMPING_STEPS` as long as the factorisation fails.
 
     Raises:
         SlabError: the Gram matrix is not finite, or not positive definite even with the damping raised.
     """
+    gram = gram.float()
     check_finite(gram)
     diagonal = gram.diagonal()
     dead = diagonal == 0
@@ -172,12 +179,16 @@ def triangular_factor(gram: Tensor, damping: float = DAMPING) -> Tensor:
         lower, failed = torch.linalg.cholesky_ex(reversed_gram)
         if not failed:
             del reversed_gram  # as large as the largest thing there is: no more of them than needed
-            factor: Tensor = lower.flip(0, 1)
-            return factor
+            return Factor(lower.flip(0, 1), dead)
     raise SlabError(
         f"the Gram matrix of the calibration inputs is not positive definite, even with {step * damping:g} of its "
         "mean diagonal added: use more calibration windows, or a method that needs no Gram matrix"
     )
+
+
+def falling(gram: Tensor) -> Tensor:
+    """Columns in order of falling d, equal ones in their own order, [n]."""
+    return gram.diagonal().argsort(descending=True, stable=True)
 
 
 def damped(gram: Tensor, damping: float) -> Tensor:

@@ -7,11 +7,16 @@ counts. A round takes each part in turn with the others known, and none raises �
 - levels:   a_c = Σ h τ s W / Σ h s²  over the entries with symbol c, in the whole weight;
 - scales:   s_i = Σ h τ a W / Σ h a²  over the entries of a row.
 
+Of the entries, both need no more than Σ h τ W and Σ h over those of each row with each symbol (`symbol_sums`): P_ic and
+H_ic, say, with which  a_c = Σ_i s_i P_ic / Σ_i s_i² H_ic  and  s_i = Σ_c a_c P_ic / Σ_c a_c² H_ic.
+
 What has no entries keeps what it has. The levels to begin with are those whose union with their negatives lies evenly
 in quantiles of a normal distribution √2 wider than the entries: of all widths tried, the one with the best end.
 
 **With all symbols fixed** the output error tr (W − Ŵ) G (W − Ŵ)ᵀ, G = XᵀX, is a parabola in each scale. With p the row
-of τ a, its minimum is  s_i = (w G pᵀ) / (p G pᵀ).
+of τ a, its minimum is  s_i = (w G pᵀ) / (p G pᵀ). The product with G that this takes is that of the residual,
+D = (W − Ŵ) G: then Ŵ G = W G − D, and with scales s' for s the residual's becomes D − (s'/s − 1) Ŵ G, which is what
+the next sweep begins with.
 """
 
 from __future__ import annotations
@@ -86,9 +91,9 @@ def fit_alphabet(weight: Tensor, importance: Tensor, bits: int) -> Alphabet:
     scales = weight.square().mean(dim=1).sqrt()
     for _ in range(ROUNDS):
         codes = nearest_symbols(weight, scales, levels)
-        levels = _fitted_levels(weight * signs(codes), importance, codes, scales, levels)
-        own = patterns(codes, levels)
-        scales = _quotient((own * weight) @ importance, own.square() @ importance, scales).clamp_min(0)
+        products, shares = symbol_sums(weight * signs(codes), importance, codes, len(levels))
+        levels = _fitted_levels(products, shares, scales, levels)
+        scales = _quotient(products @ levels, shares @ levels.square(), scales).clamp_min(0)
     grid, factor = on_grid(levels)
     return Alphabet(stored_scales(scales * factor), grid)
 
@@ -110,28 +115,58 @@ def nearest_symbols(weight: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
     return torch.cat([codes.view(n, whole), rest], dim=1).T.contiguous()
 
 
-def _fitted_levels(signed: Tensor, importance: Tensor, codes: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
-    """The best levels for these symbols and scales; `signed` is τ W."""
-    fitted = levels.clone()
-    for c in range(len(levels)):
+def plain_symbol_sums(signed: Tensor, importance: Tensor, codes: Tensor, symbols: int) -> tuple[Tensor, Tensor]:
+    """What the entries of each row with each symbol add up to.
+
+    One symbol after the other: adding up wherever a symbol leads would take another order each time on some devices.
+
+    Args:
+        signed: τ W, [m, n] float32.
+        importance: h, [n] float32.
+        codes: symbols c, [m, n] uint8.
+        symbols: 2^p.
+
+    Returns:
+        Σ h τ W and Σ h, both [m, 2^p].
+    """
+    products, shares = (signed.new_empty(len(signed), symbols) for _ in range(2))
+    for c in range(symbols):
         chosen = (codes == c).to(signed.dtype)
-        products = scales @ ((chosen * signed) @ importance)
-        squares = scales.square() @ (chosen @ importance)
-        fitted[c] = _quotient(products, squares, levels[c])
+        shares[:, c] = chosen @ importance
+        products[:, c] = chosen.mul_(signed) @ importance
+    return products, shares
+
+
+symbol_sums = torch.library.custom_op("slablm::symbol_sums", plain_symbol_sums, mutates_args=())
+
+
+def _fitted_levels(products: Tensor, shares: Tensor, scales: Tensor, levels: Tensor) -> Tensor:
+    """The best levels for these `symbol_sums` and scales."""
+    fitted = _quotient(scales @ products, scales.square() @ shares, levels)
     # Those of one parity are means over intervals that follow each other, but for what has no entries.
     return fitted.view(-1, 2).sort(dim=0).values.flatten()
 
 
-def refit(problem: Problem, codes: Tensor, alphabet: Alphabet) -> Alphabet:
+def refit(problem: Problem, codes: Tensor, alphabet: Alphabet) -> tuple[Alphabet, Tensor]:
     """The best scales for symbols c, [m, n] uint8, on the output error, rounded to FP16.
+
+    Returns:
+        The alphabet with these scales, and (W − Ŵ) G, [m, n] float32.
 
     Raises:
         SlabError: a scale does not fit into FP16.
     """
-    own = patterns(codes, alphabet.values())
-    products, squares = (problem.pull * own).sum(dim=1), ((own @ problem.gram) * own).sum(dim=1)
-    # A row that is better at zero is zero: a scale has no sign.
-    return Alphabet(stored_scales(_quotient(products, squares, alphabet.scales).clamp_min(0)), alphabet.levels)
+    approximation = alphabet.dense(codes)
+    residual = (problem.weight - approximation) @ problem.gram
+    image = problem.pull - residual
+    # Of ŵ = s p, so that the quotient is that of the new scale to the old one. A scale has no sign: a row that is
+    # better at zero is zero.
+    products, squares = (problem.pull * approximation).sum(dim=1), (image * approximation).sum(dim=1)
+    factors = _quotient(products, squares, torch.ones_like(products)).clamp_min(0)
+    scales = stored_scales(alphabet.scales * factors)
+    # As stored, rounded.
+    factors = _quotient(scales, alphabet.scales, torch.ones_like(scales))
+    return Alphabet(scales, alphabet.levels), residual.sub_(image.mul_(factors[:, None] - 1))
 
 
 def stored_scales(scales: Tensor) -> Tensor:

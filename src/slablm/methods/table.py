@@ -51,6 +51,8 @@ class Method:
         needs_held_out: whether it needs `LayerStats.held_out` as well: some windows are kept back for it.
         quantizes: whether its size comes from `value_bits` and `group_size`; ratio and pattern mean nothing to it.
         takes_true_bits: whether its size can be given by `bits_per_weight`.
+        kept_matrices: n × n float32 matrices that it keeps while there are more layers with the same inputs
+            (`LayerStats.once`).
         version: raised whenever a change of the method changes its results: they are then measured again.
         workspace: bytes per weight beside the weight at its peak, which is at its end, where the kept entries are
             gathered, from the bytes that this gathering takes and whether the model is in float32.
@@ -62,6 +64,7 @@ class Method:
     needs_held_out: bool = False
     quantizes: bool = False
     takes_true_bits: bool = False
+    kept_matrices: int = 0
     version: int = 1
     workspace: Callable[[float, bool], float] = _alternating_workspace
 
@@ -99,6 +102,7 @@ METHODS: dict[str, Method] = {
         needs_gram=True,
         needs_held_out=True,
         takes_true_bits=True,
+        kept_matrices=5,  # G rotated; the factors of both, with two dampings
         version=6,
         workspace=_slab_plus_workspace,
     ),
@@ -106,7 +110,7 @@ METHODS: dict[str, Method] = {
     "magnitude": Method(magnitude, _PRUNED, workspace=_pruner_workspace),
     "sparsegpt": Method(sparsegpt, needs_gram=True),
     "rtn": Method(rtn, quantizes=True, version=2),
-    "gptq": Method(gptq, needs_gram=True, needs_held_out=True, quantizes=True, version=2),
+    "gptq": Method(gptq, needs_gram=True, needs_held_out=True, quantizes=True, kept_matrices=2, version=2),
     "sparse": Method(sparse, _PRUNED, workspace=_pruner_workspace),
     "sparse+lowrank": Method(sparse_lowrank, _rows_of(LOWRANK_RANK, signs=False)),
     "sparse+scalar-binary": Method(sparse_scalar_binary, _rows_of(1, signs=True)),

@@ -16,6 +16,7 @@ one and are not affected.)
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from slablm.calibration.pairwise import leaf_of, most_sums, share
@@ -162,23 +163,32 @@ def plan_memory(
     owned = max(_owned_bytes(block, size, config, s.ranks) for block in rehearsal.blocks)
     statistics = Part("statistics", owned, s.accelerator)
     packed = Part("the block's packed weights", _packed_bytes(size, rehearsal), s.accelerator)
-    buffers = Part("buffers of the largest matrix", largest_workspace(size, config, s), s.accelerator)
+    shared = {name for block in rehearsal.blocks for names, _ in block.inputs if len(names) > 1 for name in names}
+    buffers = Part("buffers of the largest matrix", largest_workspace(size, config, s, shared), s.accelerator)
     phases.append(Phase("decomposition", (*held, statistics, packed, buffers)))
     run = _working("one window in a block", largest.propagation, s)
     phases.append(Phase("propagation", (*held, packed, run)))
     return Memory(base_bytes, tuple(phases))
 
 
-def largest_workspace(size: Size, config: CompressionConfig, situation: Situation) -> int:
-    """Bytes beside the weight while the most expensive matrix is decomposed."""
-    sweep = _SWEEP_MATRICES * FLOAT32_BYTES if get_method(config.method).needs_gram else 0
+def largest_workspace(size: Size, config: CompressionConfig, situation: Situation, shared: Collection[str]) -> int:
+    """Bytes beside the weight while the most expensive matrix is decomposed.
+
+    Args:
+        size: what is stored.
+        config: the settings.
+        situation: everything else.
+        shared: layers that read the same inputs as another one.
+    """
+    method = get_method(config.method)
+    sweep = _SWEEP_MATRICES if method.needs_gram else 0
     return round(
         max(
             layer.weights
             * workspace_per_weight(
                 config.method, layer.kept_fraction, float32=situation.float32, accelerator=situation.accelerator
             )
-            + sweep * layer.shape[1] ** 2
+            + (sweep + method.kept_matrices * (layer.name in shared)) * FLOAT32_BYTES * layer.shape[1] ** 2
             for layer in size.layers
         )
     )

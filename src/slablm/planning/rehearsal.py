@@ -141,7 +141,14 @@ def _attention_flops(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any
     return int(2 * math.prod(query) * key[-2] + 2 * math.prod(query[:-1]) * key[-2] * value[-1])
 
 
-_FLOPS: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+def _added_product_flops(self: Any, a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * int(a[0]) * int(a[1]) * int(b[1])
+
+
+_FLOPS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten.addmm_: _added_product_flops,
+}
 
 
 @torch.no_grad()
