@@ -44,6 +44,7 @@ def record(method, loss, bits, *, windows=6, accuracy=None, **settings):
         peak_memory_bytes=None,
         versions={"slablm": "0.1.0", "torch": "2.13"},
         accuracies=accuracies,
+        model_bits_per_weight=bits + 0.77,
     )
 
 

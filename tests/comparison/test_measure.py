@@ -129,6 +129,9 @@ def test_a_cell_is_what_compressing_and_evaluating_gives(finished, conditions, g
     assert slab.unseen_errors.keys() == slab.layer_errors.keys()
     sizes = size_summary(reports)
     assert (slab.compression_ratio, slab.bits_per_weight) == (sizes["compression_ratio"], sizes["bits_per_weight"])
+    others = sum(parameter.numel() for parameter in conditions.load().parameters()) - sizes["weights"]
+    bits = sum(report.true_bits for report in reports) + 16 * others
+    assert slab.model_bits_per_weight == pytest.approx(bits / (sizes["weights"] + others))
     assert slab.ratio_to_dense == slab.perplexity.value / records[0].perplexity.value
 
 
@@ -137,6 +140,7 @@ def test_the_dense_cell_is_the_untouched_model(finished, conditions):
     assert dense.perplexity == perplexity(conditions.load(), conditions.texts["main"])
     assert dense.main.divergence is None
     assert (dense.compression_ratio, dense.bits_per_weight, dense.ratio_to_dense) == (0, 16, 1)
+    assert dense.model_bits_per_weight == 16
     assert dense.layer_errors == dense.unseen_errors == {}
 
 

@@ -99,7 +99,7 @@ def test_the_report_shows_every_cell(page, everything):
     body = text[text.index("<h2>All cells") : text.index("<h2>On the other texts")]
     for entry in everything:
         assert table.show_perplexity(entry) in body
-        assert f"<td>{entry.bits_per_weight:.2f}</td>" in body
+        assert f"<td>{entry.bits_per_weight:.2f}</td><td>{entry.bits_per_weight + 0.77:.2f}</td>" in body
         assert entry.cell.config is None or f">{entry.cell.setting}</th>" in body
     assert len(re.findall('<td class="text stay">', body)) == len(everything)
     assert "12.3" in body

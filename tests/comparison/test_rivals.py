@@ -147,6 +147,8 @@ def test_dequantised_weights_and_their_size(tiny_gguf, tensors, dense, tmp_path)
     size = rivals.true_bits(rival, dense, targets(dense))
     assert size == Size(round(bits / 8), WEIGHTS)
     assert size.bits_per_weight == bits / WEIGHTS
+    norms = sum(p.numel() for p in dense.parameters()) - WEIGHTS - ENDS
+    assert rivals.whole_size(rival, dense) == Size(round(bits / 8) + 4 * (ENDS + norms), WEIGHTS + ENDS + norms)
     some = targets(dense, targets=("v_proj", "down_proj"), ignore=("re:.*layers\\.0.*",))
     assert rivals.true_bits(rival, dense, some) == Size(round((8.5 * down + 6 * v) / 16), (down + v) // 2)
     assert rivals.embedding_size(rival, dense) == Size(4 * ENDS, ENDS)
@@ -161,6 +163,7 @@ def test_a_table_that_embedding_and_head_share(tiny_gguf, tensors, exact, dense)
     loaded = rivals.load(rival, like)
     torch.testing.assert_close(logits(loaded), logits(dense), rtol=0, atol=1e-6)
     assert rivals.embedding_size(rival, like) == Size(4 * ENDS, ENDS // 2)
+    assert rivals.whole_size(rival, like).weights == sum(p.numel() for p in dense.parameters()) - ENDS // 2
 
 
 def test_a_folder_with_dense_weights(tiny_folder, dense, tmp_path):
@@ -174,6 +177,8 @@ def test_a_folder_with_dense_weights(tiny_folder, dense, tmp_path):
     assert torch.equal(loaded.lm_head.weight, dense.lm_head.weight.bfloat16().float())
     assert rivals.true_bits(rival, dense, targets(dense)).bits_per_weight == 16
     assert rivals.embedding_size(rival, dense) == Size(2 * ENDS, ENDS)
+    weights = sum(p.numel() for p in dense.parameters())
+    assert rivals.whole_size(rival, dense) == Size(2 * weights + 4 * 96, weights)  # the bias is in the file
 
 
 def test_all_parts_of_a_layer_are_counted(dense, tiny_folder, tmp_path):

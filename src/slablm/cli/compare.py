@@ -223,7 +223,7 @@ def _show(records: Sequence[Record], out: Path, json: bool) -> None:
 
 
 def _print_perplexities(lines: Sequence[Row]) -> None:
-    from slablm.comparison.table import show_divergence, show_drift, show_perplexity, show_relative
+    from slablm.comparison.table import show_divergence, show_drift, show_model_bits, show_perplexity, show_relative
 
     main, *others = lines[0].record.texts
     body = [
@@ -232,6 +232,7 @@ def _print_perplexities(lines: Sequence[Row]) -> None:
             line.record.cell.method,
             f"{line.record.compression_ratio:.3f}",
             f"{line.record.bits_per_weight:.2f}",
+            show_model_bits(line.record),
             show_perplexity(line.record),
             f"{line.record.ratio_to_dense:.2f}",
             show_divergence(line.record.main),
@@ -243,7 +244,8 @@ def _print_perplexities(lines: Sequence[Row]) -> None:
     ]
     print_table(
         f"Perplexity on {main}",
-        ("setting", "method", "ratio\n(paper)", "true bits\nper weight", "perplexity\n± std. error", "× dense",
+        ("setting", "method", "ratio\n(paper)", "true bits\nper weight", "of the\nwhole model",
+         "perplexity\n± std. error", "× dense",
          "KL divergence\nmean (median, 99 %)", "drift", "against\nreference [95 %]",
          *(f"on {text}" for text in others)),
         body,

@@ -207,10 +207,11 @@ def _measure(cell: Cell, key: str, conditions: Conditions, dense: _Dense, on_ste
 
     clock = _Clock()
     model = conditions.load()
-    bits = float(PAPER_VALUE_BITS)
+    bits = whole = float(PAPER_VALUE_BITS)
     if cell.rival:
         targets = [name for names in select_targets(model, conditions.base).names for name in names]
         bits = rivals.true_bits(cell.rival, model, targets).bits_per_weight
+        whole = rivals.whole_size(cell.rival, model).bits_per_weight
         model = rivals.load(cell.rival, model)
     clock.lap("load")
     reports = _compress(model, cell, conditions, on_step)
@@ -220,9 +221,12 @@ def _measure(cell: Cell, key: str, conditions: Conditions, dense: _Dense, on_ste
     clock.lap("perplexity")
     accuracies = _accuracies(model, conditions)
     clock.lap("tasks")
+    weights = sum(parameter.numel() for parameter in model.parameters())
     del model
     gc.collect()
     sizes = size_summary(reports) if reports else {"compression_ratio": 0.0, "bits_per_weight": bits}
+    if reports:
+        whole = PAPER_VALUE_BITS - sizes["weights"] / weights * (PAPER_VALUE_BITS - sizes["bits_per_weight"])
     return Record(
         key=key,
         cell=cell,
@@ -237,6 +241,7 @@ def _measure(cell: Cell, key: str, conditions: Conditions, dense: _Dense, on_ste
         peak_memory_bytes=peak_resident_bytes(),
         versions=versions(),
         accuracies=accuracies,
+        model_bits_per_weight=whole,
     )
 
 

@@ -86,6 +86,8 @@ class Record:
         peak_memory_bytes: largest resident set of the process until the end of the cell; None if unknown.
         versions: of slablm, torch, transformers and python.
         accuracies: task → acc, stderr, n and correct (0 or 1 per question); None if no task was asked for.
+        model_bits_per_weight: true bits over all weights of the model, those outside the targets in 16 bits, of a rival
+            as they are in its file; None in records of before it was counted.
     """
 
     key: str
@@ -101,6 +103,7 @@ class Record:
     peak_memory_bytes: int | None
     versions: dict[str, str]
     accuracies: dict[str, dict[str, Any]] | None = None
+    model_bits_per_weight: float | None = None
 
     @property
     def main(self) -> OnText:
@@ -152,6 +155,7 @@ class Record:
             "conditions": self.conditions,
             "compression_ratio": self.compression_ratio,
             "bits_per_weight": self.bits_per_weight,
+            "model_bits_per_weight": self.model_bits_per_weight,
             "texts": {name: on_text.to_dict() for name, on_text in self.texts.items()},
             "accuracies": self.accuracies,
             "layer_errors": self.layer_errors,
@@ -183,6 +187,7 @@ class Record:
             peak_memory_bytes=data["peak_memory_bytes"],
             versions=data["versions"],
             accuracies=data["accuracies"],
+            model_bits_per_weight=data.get("model_bits_per_weight"),
         )
 
 

@@ -33,7 +33,7 @@ from slablm.checkpoint.files import CONFIG, weight_files
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.checkpoint.shards import TensorFile
 from slablm.dense import loading
-from slablm.dense.gguf_header import read_header
+from slablm.dense.gguf_header import Header, read_header
 from slablm.dense.opening import empty_model
 from slablm.dense.targets import find_blocks
 from slablm.errors import SlabError
@@ -196,6 +196,23 @@ def embedding_size(rival: Rival, like: PreTrainedModel) -> Size:
     return Size(sum(stored.get(name, 0) for name in names), sum(tables.values()))
 
 
+def whole_size(rival: Rival, like: PreTrainedModel) -> Size:
+    """What all tensors take in a rival's file; the vocabulary of a GGUF file is none.
+
+    Args:
+        rival: as in `true_bits`.
+        like: the dense model, whose weights count, each once.
+
+    Raises:
+        SlabError: the file cannot be read.
+    """
+    weights = sum(parameter.numel() for parameter in like.parameters())
+    if rival.is_gguf:
+        return Size(sum(tensor.nbytes for tensor in _header(rival).tensors), weights)
+    pieces = [piece for file in weight_files(rival.path) for piece in TensorFile.open(file).pieces.values()]
+    return Size(sum(piece.nbytes for piece in pieces), weights)
+
+
 def _weight(module: nn.Module) -> nn.Parameter:
     """A module's weight, [out, in] or [vocabulary, width]."""
     weight: Any = module.weight
@@ -224,16 +241,20 @@ def _gguf_bytes(rival: Rival, names: list[str], blocks: int) -> dict[str, int]:
     """As `_stored_bytes`, for a GGUF file, in which tensors have other names."""
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
-    try:
-        header = read_header(rival.path)
-    except (OSError, ValueError) as error:
-        raise SlabError(f"rival {rival.name}: {error}") from error
+    header = _header(rival)
     known = {name: architecture for architecture, name in MODEL_ARCH_NAMES.items()}
     if header.architecture not in known:
         raise SlabError(f"rival {rival.name}: the gguf package does not know architecture {header.architecture!r}")
     own_names = get_tensor_name_map(known[header.architecture], blocks)
     there = {name: own for name in names if (own := own_names.get_name(name))}
     return _by_module({tensor.name: tensor.nbytes for tensor in header.tensors}, there)
+
+
+def _header(rival: Rival) -> Header:
+    try:
+        return read_header(rival.path)
+    except (OSError, ValueError) as error:
+        raise SlabError(f"rival {rival.name}: {error}") from error
 
 
 def _by_module(tensors: dict[str, int], there: dict[str, str]) -> dict[str, int]:

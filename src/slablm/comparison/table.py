@@ -52,6 +52,7 @@ class Row:
             "setting": record.cell.setting,
             "compression_ratio": record.compression_ratio,
             "bits_per_weight": record.bits_per_weight,
+            "model_bits_per_weight": record.model_bits_per_weight,
             "perplexity": record.perplexity.value,
             "stderr": _number(record.perplexity.stderr),
             "ratio_to_dense": record.ratio_to_dense,
@@ -199,6 +200,11 @@ def show_perplexity(record: Record, text: str | None = None) -> str:
     return shown if math.isnan(stderr) else f"{shown} ± {stderr:,.{digits}f}"
 
 
+def show_model_bits(record: Record) -> str:
+    """True bits per weight of the whole model; empty where they were not counted."""
+    return "" if record.model_bits_per_weight is None else f"{record.model_bits_per_weight:.2f}"
+
+
 def show_divergence(on_text: OnText) -> str:
     """KL divergence from the dense model: mean, median and 99th percentile; empty for the dense model."""
     kl = on_text.divergence
@@ -247,6 +253,7 @@ def _mean(draws: Sequence[Record]) -> Record:
     return replace(
         first,
         bits_per_weight=fmean(record.bits_per_weight for record in draws),
+        model_bits_per_weight=_mean_if_all([record.model_bits_per_weight for record in draws]),
         compression_ratio=fmean(record.compression_ratio for record in draws),
         texts={name: _mean_on_text([record.texts[name] for record in draws]) for name in first.texts},
         layer_errors=_means([record.layer_errors for record in draws]),
@@ -291,6 +298,11 @@ def _by_item(draws: Sequence[Sequence[float]]) -> tuple[float, ...]:
 
 def _means(draws: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: fmean(values[name] for values in draws) for name in draws[0] if all(name in v for v in draws)}
+
+
+def _mean_if_all(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return fmean(known) if len(known) == len(values) else None
 
 
 def _reference(group: Sequence[Record]) -> Record:
