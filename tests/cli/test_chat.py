@@ -70,6 +70,8 @@ def test_generate_reads_stdin_and_says_the_time(compressed_folder, typed):
     )
     typed("Hello\n")
     assert slablm("generate", compressed_folder, "--max-new-tokens", 5).stdout == direct.stdout
+    quantised = slablm("generate", compressed_folder, "Hello", "--max-new-tokens", 5, "--kv-cache", "fp8")
+    assert (quantised.returncode, quantised.stdout[:5]) == (0, "Hello")
     word = direct.stdout[7]
     stopped = slablm("generate", compressed_folder, "Hello", "--max-new-tokens", 5, "--stop", word)
     assert stopped.stdout == direct.stdout[: direct.stdout.index(word, 5)] + "\n"
@@ -80,6 +82,10 @@ def test_generate_reads_stdin_and_says_the_time(compressed_folder, typed):
 def test_bad_input(compressed_folder, typed):
     refused(slablm("generate", compressed_folder, "Hi", "--temp", -1), "temperature must be 0 or more")
     refused(slablm("generate", compressed_folder, "Hi", "--stop", ""), "a stop word is empty")
+    refused(
+        slablm("generate", compressed_folder, "Hi", "--kv-cache", "int3"), "kv_cache must be one of fp8, quanto, hqq"
+    )
+    refused(slablm("chat", compressed_folder, "--kv-cache", "int3"), "kv_cache must be one of fp8, quanto, hqq")
     refused(slablm("chat", "./nowhere"), "model folder './nowhere' does not exist")
     typed("")
     refused(slablm("generate", compressed_folder), "the prompt is empty")

@@ -165,7 +165,7 @@ def test_the_page_runs_in_a_browser(server, model, tmp_path):
 
 
 def test_what_was_asked_before_sigterm_is_answered_whole(talking, model):
-    with served(talking) as (process, address):
+    with served(talking, "--kv-cache", "fp8") as (process, address):
         client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0)
         begun = threading.Event()
 
@@ -191,6 +191,7 @@ def test_what_cannot_be_served(talking, tiny_gguf, tmp_path, monkeypatch):
     refused(slablm("serve", talking, "--host", "0.0.0.0"), "0.0.0.0 can be reached by others: .* --api-key-env")
     refused(slablm("serve", talking, "--api-key-env", "NO_SUCH_KEY"), "variable NO_SUCH_KEY holds no key")
     refused(slablm("serve", tiny_gguf), "is a GGUF file")
+    refused(slablm("serve", talking, "--kv-cache", "int3"), "kv_cache must be one of fp8, quanto, hqq, got 'int3'")
     refused(slablm("serve", talking, "--max-model-len", 1000), "1000 is more than the model's 128 positions")
     refused(slablm("serve", tmp_path / "nowhere"), "does not exist")
     with socket.create_server(("127.0.0.1", 0)) as taken:

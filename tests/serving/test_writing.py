@@ -1,11 +1,15 @@
 """Writing token by token, and conversations that read only what is new."""
 
+import copy
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache, cache_utils
 
 from slablm import SlabError
+from slablm.serving import kv_cache
 from slablm.serving.conversation import Conversation
+from slablm.serving.kv_cache import new_cache, use_in_generate
 from slablm.serving.writing import Sampling, prompt_ids, write
 from tests.serving.folders import TEMPLATE
 
@@ -71,6 +75,7 @@ def test_the_text_ends_where_the_model_does(model, tokenizer):
         ({"temperature": float("nan")}, "temperature must be 0 or more"),
         ({"top_p": 0}, "top_p must lie above 0"),
         ({"stop": ("",)}, "a stop word is empty"),
+        ({"kv_cache": "int3"}, "kv_cache must be one of fp8, quanto, hqq, got 'int3'"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -91,6 +96,34 @@ def test_a_conversation_reads_only_what_is_new_and_answers_as_if_it_had_read_all
     assert [message["role"] for message in conversation.messages] == ["system", *["user", "assistant"] * 2]
     conversation.reset("")
     assert conversation.ask("One").prompt_tokens == len("user: One\nassistant: ")
+
+
+@pytest.mark.skipif(not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no fp8 cache")
+def test_keys_and_values_may_be_quantised(model, talker):
+    """As `generate` does it by itself; a conversation that cannot go back in its cache is read anew."""
+    ids, sampling = prompt_ids(talker, "Hello"), Sampling(12, kv_cache="fp8")
+    found = write(model, talker, ids, sampling).tokens
+    other = copy.copy(model)
+    other.generation_config = copy.deepcopy(model.generation_config)
+    use_in_generate(other, "fp8")
+    made = other.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=1, return_dict_in_generate=True)
+    assert found == tuple(made.sequences[0, ids.shape[1] :].tolist())
+    kept = made.get("cache", made.get("past_key_values"))  # the name has changed in transformers 5.2x
+    for cache in (kept, new_cache(model, "fp8")):
+        assert {type(layer).__name__ for layer in cache.layers} == {"Fp8QuantizedLayer"}
+    assert type(new_cache(model, None)) is DynamicCache
+    conversation = Conversation(model, talker, sampling)
+    for question in ("One", "Two"):
+        assert len(conversation.ask(question).tokens) > 0
+    assert all(type(layer).__name__ == "Fp8QuantizedLayer" for layer in conversation._cache.layers)
+
+
+@pytest.mark.parametrize(("backend", "package"), [("quanto", "optimum-quanto"), ("hqq", "hqq")])
+def test_a_package_for_quantised_keys_and_values_that_is_missing_is_named(backend, package, monkeypatch):
+    for name in ("is_hqq_available", "is_optimum_quanto_available"):
+        monkeypatch.setattr(kv_cache, name, lambda: False)
+    with pytest.raises(SlabError, match=f"kv_cache {backend} needs a further package: pip install {package}"):
+        Sampling(kv_cache=backend)
 
 
 def test_an_interrupted_answer_is_part_of_the_conversation_and_nothing_half_read_is_kept(model, talker):

@@ -35,6 +35,7 @@ def chat(
     top_p: options.TopP = 1.0,
     seed: options.WritingSeed = None,
     stop: options.Stop = None,
+    kv_cache: options.KvCache = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     revision: Revision = None,
@@ -45,7 +46,7 @@ def chat(
     from slablm.serving.conversation import Conversation
     from slablm.serving.writing import Sampling
 
-    sampling = Sampling(max_new_tokens, temp, top_p, seed, tuple(stop or ()))
+    sampling = Sampling(max_new_tokens, temp, top_p, seed, tuple(stop or ()), kv_cache)
     loading.quiet_libraries()
     loaded, tokenizer = loading.load(
         model, dtype=dtype, device=device, revision=revision, trust_remote_code=trust_remote_code

@@ -23,6 +23,7 @@ def generate(
     top_p: options.TopP = 1.0,
     seed: options.WritingSeed = None,
     stop: options.Stop = None,
+    kv_cache: options.KvCache = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     revision: Revision = None,
@@ -32,7 +33,7 @@ def generate(
     from slablm.dense import loading
     from slablm.serving.writing import Sampling, chat_ids, check_text, prompt_ids, write
 
-    sampling = Sampling(max_new_tokens, temp, top_p, seed, tuple(stop or ()))
+    sampling = Sampling(max_new_tokens, temp, top_p, seed, tuple(stop or ()), kv_cache)
     if prompt is None:
         prompt = _from_stdin()
     check_text(prompt, "the prompt")

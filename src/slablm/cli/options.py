@@ -91,6 +91,14 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; a
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this much probability together.")]
 WritingSeed = Annotated[int | None, typer.Option(help="Seed of the draws. (default: another one each time)")]
 Stop = Annotated[list[str] | None, typer.Option(help="End the text in front of this word; repeat for several.")]
+KvCache = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep keys and values quantised: fp8, or quanto or hqq (4 bits; with that package). Less memory for long "
+        "texts, slower. (default: as they are)",
+        autocompletion=one_of(("fp8", "quanto", "hqq")),
+    ),
+]
 MaxMemory = Annotated[
     str | None,
     typer.Option(

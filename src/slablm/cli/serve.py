@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from slablm.cli import options
 from slablm.cli.console import Device, Dtype, TrustRemoteCode, say
 
 
@@ -21,6 +22,7 @@ def serve(
     max_model_len: Annotated[
         int | None, typer.Option(help="Tokens of a prompt and its answer together. (default: all that the model has)")
     ] = None,
+    kv_cache: options.KvCache = None,
     dtype: Dtype = "auto",
     device: Device = "cpu",
     trust_remote_code: TrustRemoteCode = False,
@@ -28,4 +30,4 @@ def serve(
     """Serve MODEL on transformers' own server, with OpenAI's API and a page to try it, until Ctrl-C or SIGTERM."""
     from slablm.serving.server import ServerOptions, serve
 
-    serve(model, ServerOptions(host, port, api_key_env, max_model_len, dtype, device, trust_remote_code), say)
+    serve(model, ServerOptions(host, port, api_key_env, max_model_len, dtype, device, trust_remote_code, kv_cache), say)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch import Tensor
-from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from slablm.serving.kv_cache import new_cache
 from slablm.serving.writing import OnText, Sampling, Written, chat_ids, check_text, write
 
 if TYPE_CHECKING:
@@ -91,4 +91,4 @@ class Conversation:
 
     def _forget(self) -> None:
         """Read all of it again the next time."""
-        self._cache, self._read = DynamicCache(config=self.model.config), list[int]()
+        self._cache, self._read = new_cache(self.model, self.sampling.kv_cache), list[int]()

@@ -22,6 +22,7 @@ from slablm.checkpoint.verification import open_folder
 from slablm.dense.loading import check_device, explained, is_compressed, locate, quiet_libraries, wanted_dtype
 from slablm.errors import SlabError
 from slablm.serving.gate import App, Gate, RequestError
+from slablm.serving.kv_cache import check_backend, use_in_generate
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ServerOptions:
         dtype: as for `slablm.dense.loading.load`.
         device: torch device.
         trust_remote_code: run model code from the hub.
+        kv_cache: one of `slablm.serving.kv_cache.BACKENDS`; None keeps keys and values as they are.
     """
 
     host: str = "127.0.0.1"
@@ -45,6 +47,7 @@ class ServerOptions:
     dtype: str = "auto"
     device: str = "cpu"
     trust_remote_code: bool = False
+    kv_cache: str | None = None
 
 
 def serve(source: str, options: ServerOptions, say: Callable[[str], None]) -> None:
@@ -101,6 +104,8 @@ def _check(source: str, options: ServerOptions) -> None:
         raise SlabError("serving needs further packages: pip install 'slablm[serve]'")
     if options.max_model_len is not None and options.max_model_len < 2:
         raise SlabError(f"max_model_len must be 2 or more, got {options.max_model_len}")
+    if options.kv_cache is not None:
+        check_backend(options.kv_cache)
     check_device(options.device)
     wanted_dtype(options.dtype, gguf=False)
     where, others = locate(source)
@@ -161,6 +166,8 @@ def _loaded(source: str, options: ServerOptions, key: str | None) -> tuple[Any, 
     for name in ("uvicorn", "uvicorn.error", "uvicorn.access"):
         logging.getLogger(name).setLevel(logging.WARNING)
     (loaded,) = serving._model_manager.loaded_models.values()
+    if options.kv_cache is not None:
+        use_in_generate(loaded.model, options.kv_cache)
     _use_answers(serving, _longest(loaded.model, options.max_model_len))
     config = serving.server.config
     # Clients drop idle connections after 5 s, and so does uvicorn: some would ask on one that is just being closed.

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from slablm.errors import SlabError
+from slablm.serving.kv_cache import check_backend, new_cache
 from slablm.serving.text import Decoder, StopWords
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ OnText = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen, and when writing ends.
+    """How tokens are chosen, when writing ends, and how what was read is kept.
 
     Attributes:
         max_new_tokens: tokens to write at most.
@@ -31,9 +32,10 @@ class Sampling:
         top_p: tokens are drawn from the likeliest with this much probability together.
         seed: of the draws; None for another one each time.
         stop: words at which writing ends; they are not part of the text.
+        kv_cache: one of `slablm.serving.kv_cache.BACKENDS`; None keeps keys and values as they are.
 
     Raises:
-        SlabError: one is out of range.
+        SlabError: one is out of range, or cannot be used here.
     """
 
     max_new_tokens: int = 64
@@ -41,6 +43,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    kv_cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
@@ -51,6 +54,8 @@ class Sampling:
             raise SlabError(f"top_p must lie above 0 and be at most 1, got {self.top_p}")
         if not all(self.stop):
             raise SlabError("a stop word is empty: it would end every text before it begins")
+        if self.kv_cache is not None:
+            check_backend(self.kv_cache)
 
     def arguments(self) -> dict[str, Any]:
         """As transformers' `generate` takes them, but for the length."""
@@ -184,6 +189,8 @@ def write(
     Raises:
         SlabError: the prompt is too long.
     """
+    if cache is None and sampling.kv_cache is not None:
+        cache = new_cache(model, sampling.kv_cache)
     room, cached = room_for_text(model, ids.shape[1]), 0 if cache is None else cache.get_seq_length()
     ids = ids.to(model.device)
     if sampling.seed is not None:
