@@ -32,11 +32,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from slablm.evaluation.perplexity import ROWS_AT_A_TIME, OnWindow, Perplexity, window_logits, window_loss
+from slablm.evaluation.perplexity import OnWindow, Perplexity, in_pieces, window_logits, window_loss
 from slablm.system.float32 import fast_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+# Rows of probabilities that are multiplied with the head at a time.
+_ROWS_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,7 @@ class DenseOutputs:
         """The same in all cases."""
         with self._beside(model, text.states[index]):
             own, dense = window_logits(model, text.windows[index])
-        pairs = zip(dense.split(ROWS_AT_A_TIME), own.split(ROWS_AT_A_TIME), strict=True)
+        pairs = zip(in_pieces(dense), in_pieces(own), strict=True)
         return own, torch.cat([divergence(p, q) for p, q in pairs])
 
     @contextmanager
@@ -222,13 +225,13 @@ def _only_weight(head: nn.Module) -> Tensor | None:
 def _averages(logits: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """`DenseText.averages` of a window."""
     normalizers = _normalizers(logits)
-    pieces = zip(torch.split(logits, ROWS_AT_A_TIME), torch.split(normalizers, ROWS_AT_A_TIME), strict=True)
+    pieces = zip(torch.split(logits, _ROWS_AT_A_TIME), torch.split(normalizers, _ROWS_AT_A_TIME), strict=True)
     return torch.cat([(rows - z[:, None]).exp_() @ weight for rows, z in pieces]).cpu(), normalizers.cpu()
 
 
 def _normalizers(logits: Tensor) -> Tensor:
     """The logarithm of Σ exp of every row."""
-    return torch.cat([rows.logsumexp(dim=-1) for rows in torch.split(logits, ROWS_AT_A_TIME)])
+    return torch.cat([rows.logsumexp(dim=-1) for rows in in_pieces(logits)])
 
 
 def divergence(dense: Tensor, own: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ method). Neighbouring windows come from the same articles, so it is a lower boun
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 OnWindow = Callable[[int, int], None]
 
-# Rows of logits turned into losses at a time: float32 copies of [seq_len, vocabulary] would cost 400 MB and more.
-ROWS_AT_A_TIME = 256
+# Logits that are gone through several times: as many as a CPU's caches hold. All of a window are 200 MB and more.
+_LOGITS_AT_A_TIME = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,16 @@ def window_logits(model: PreTrainedModel, window: Tensor) -> Tensor:
     return logits
 
 
+def rows_at_a_time(logits: Tensor) -> int:
+    """Rows of one of `in_pieces`, the last but shorter."""
+    return max(1, _LOGITS_AT_A_TIME // logits.shape[-1])
+
+
+def in_pieces(logits: Tensor) -> Sequence[Tensor]:
+    """Some rows at a time of logits, [rows, vocabulary]: float32 copies and exponentials of all would be large."""
+    return torch.split(logits, rows_at_a_time(logits))
+
+
 def window_loss(logits: Tensor, window: Tensor, index: int) -> float:
     """Mean loss of a window in nats per token, from logits [seq_len − 1, vocabulary].
 
@@ -103,7 +113,7 @@ def window_loss(logits: Tensor, window: Tensor, index: int) -> float:
         SlabError: it is NaN or Inf.
     """
     targets = window[1:].to(logits.device)
-    pieces = zip(torch.split(logits, ROWS_AT_A_TIME), torch.split(targets, ROWS_AT_A_TIME), strict=True)
+    pieces = zip(in_pieces(logits), torch.split(targets, rows_at_a_time(logits)), strict=True)
     total = sum(functional.cross_entropy(rows.float(), wanted, reduction="sum").item() for rows, wanted in pieces)
     loss = total / len(targets)
     if not math.isfinite(loss):
