@@ -31,13 +31,16 @@ LAYER = "model.layers.10.self_attn.q_proj"
 OURS, OTHERS = COLOURS[0][0], COLOURS[5][0]
 # Headline windows come first in a record.
 MODELS = {"SmolLM2-135M": "court-smollm2", "Gemma-3-270M": "court-gemma3"}
-NAMES = {
-    "slab": "SLaB 50 %",
-    "wanda": "Wanda 50 %",
-    "sparsegpt": "SparseGPT 50 %",
-    "gptq": "GPTQ",
-    "IQ4_NL": "llama.cpp IQ4_NL",
-    "Q4_0": "llama.cpp Q4_0",
+# Method, or for files what is in front of a type's name, and its name, colour and marker.
+FAMILIES = {
+    "slab+": ("slab+", OURS, "o"),
+    "slab": ("SLaB 50 %", OURS, "s"),
+    "llama.cpp": ("llama.cpp", INK[0], "^"),
+    "awq": ("AWQ", GREY, "D"),
+    "gptq": ("GPTQ", GREY, "v"),
+    "rtn": ("rounding", GREY, "x"),
+    "sparsegpt": ("SparseGPT 50 %", OTHERS, "P"),
+    "wanda": ("Wanda 50 %", OTHERS, "X"),
 }
 SPEEDS = {
     "dense float32": "dense float32",
@@ -73,29 +76,40 @@ def save(figure: Figure, name: str) -> None:
 
 
 def quality() -> Figure:
-    """Perplexity over dense, in percent, of every 4-bit format and of the methods at 50 %: a bar for each model."""
-    found = {model: headline(EXPERIMENTS / folder / "results.jsonl") for model, folder in MODELS.items()}
-    first = found[next(iter(MODELS))]
-    order = sorted(first, key=lambda setting: first[setting][1])
-    figure = Figure(figsize=(WIDTH, 0.9 + 0.36 * len(order)))
-    plot = figure.subplots()
-    for row, setting in enumerate(order):
-        for shift, records in zip((-0.2, 0.2), found.values(), strict=True):
-            if setting not in records:
-                continue
-            above = 100 * (records[setting][1] - 1)
-            colour = OURS if setting[0] in ("slab", "slab+") else GREY
-            plot.barh(row + shift, above, 0.36, color=colour, alpha=1 if shift < 0 else 0.55)
-            plot.text(above + 1, row + shift, f"+{above:.{1 if above < 100 else 0}f} %", va="center", fontsize=7)
-    names = [NAMES.get(method, method) for method, _ in order]
-    plot.set_yticks(range(len(order)), [f"{n}, {first[key][0]:.2f} bits" for n, key in zip(names, order, strict=True)])
-    plot.set_xlabel("perplexity on WikiText-2, above dense\nupper bars SmolLM2-135M, lower Gemma-3-270M")
-    horizontal(plot)
+    """Perplexity above dense, in percent, against true bits: a point per row, a line between sizes of one method."""
+    figure = Figure(figsize=(WIDTH, 3.6))
+    for plot, (model, folder) in zip(figure.subplots(1, 2, sharey=True), MODELS.items(), strict=True):
+        found = headline(EXPERIMENTS / folder / "results.jsonl")
+        for family, (name, colour, marker) in FAMILIES.items():
+            points = sorted(found.get(family, []))
+            ours = colour == OURS
+            plot.plot(
+                [bits for bits, _ in points],
+                [100 * (ratio - 1) for _, ratio in points],
+                marker=marker,
+                color=colour,
+                label=name,
+                linewidth=1.6 if ours else 0.8,
+                markersize=6 if ours else 5,
+                linestyle="-" if family != "llama.cpp" else "",
+                zorder=3 if ours else 2,
+            )
+        plot.set_title(model, fontsize=9)
+        plot.set_yscale("log")
+        plot.set_yticks([5, 10, 20, 50, 100, 200, 500, 1000], [f"+{y} %" for y in (5, 10, 20, 50, 100, 200, 500, 1000)])
+        plot.minorticks_off()
+        plot.set_xlim(2.8, 9.3)
+        plot.set_xlabel("true bits per weight")
+        plot.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
+        for side in ("top", "right"):
+            plot.spines[side].set_visible(False)
+    figure.axes[0].set_ylabel("perplexity on WikiText-2, above dense")
+    figure.axes[0].legend(frameon=False, fontsize=7, loc="upper center", bbox_to_anchor=(0.63, 1.0))
     return figure
 
 
-def headline(path: Path) -> dict[tuple[str, float | None], tuple[float, float]]:
-    """True bits per weight and perplexity over dense, of each method and budget that the documentation shows.
+def headline(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """True bits per weight and perplexity over dense of every row, by family.
 
     Args:
         path: records of `slablm compare`; of two records of the same cell the later one counts, and draws are
@@ -103,14 +117,14 @@ def headline(path: Path) -> dict[tuple[str, float | None], tuple[float, float]]:
     """
     lines = path.read_text(encoding="utf-8").splitlines()
     latest = {record.cell: record for record in (Record.from_dict(json.loads(line)) for line in lines)}
-    chosen = {}
+    found: dict[str, list[tuple[float, float]]] = {}
     for record in pooled(list(latest.values())):
         config = record.cell.config
         if record.cell.dense or (config and (config.pattern != "unstructured" or config.ratio not in (None, 0.5))):
             continue
-        budget = config.bits_per_weight if config else None
-        chosen[record.cell.method, budget] = record.bits_per_weight, record.ratio_to_dense
-    return chosen
+        family = "llama.cpp" if record.cell.rival else record.cell.method
+        found.setdefault(family, []).append((record.bits_per_weight, record.ratio_to_dense))
+    return found
 
 
 def speed() -> Figure:
