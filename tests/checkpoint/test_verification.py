@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -211,3 +213,20 @@ def test_a_config_that_is_none(text, compressed_folder, tmp_path):
         open_folder(tmp_path / "copy")
     with pytest.raises(SlabError):
         load(str(tmp_path / "copy"))
+
+
+LIMITED = """
+import pathlib, re, resource, sys
+from slablm.checkpoint.verification import _open
+data = 1024 * int(re.search(r"VmData:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
+resource.setrlimit(resource.RLIMIT_DATA, (data + (16 << 20),) * 2)
+_open(pathlib.Path(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for what the process has")
+def test_looking_at_a_file_takes_no_memory_of_its_size(tmp_path):
+    """The compressed file of a model that does not fit into memory is looked at, too."""
+    save_file({"weight": torch.zeros(64 << 20, dtype=torch.uint8)}, tmp_path / "large.safetensors")
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path / "large.safetensors")], check=False)
+    assert done.returncode == 0

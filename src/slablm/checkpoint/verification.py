@@ -145,7 +145,8 @@ def _open(path: Path) -> TensorFile:
     """
     file = TensorFile.open(path)
     try:
-        with safe_open(path, framework="pt"):
+        # Of torch's mapping the whole file would count as memory that may be written to, as under `ulimit -d`.
+        with safe_open(path, framework="np"):
             return file
     except (SafetensorError, OSError) as error:
         raise SlabError(f"{path} cannot be read ({error}): it is truncated or damaged, {WAY_OUT}") from error
