@@ -151,7 +151,7 @@ def test_inputs_shared_in_some_windows_only_are_refused():
 class Doubled:
     """Two ranks that see the same windows."""
 
-    rank = 0
+    rank, size = 0, 2
 
     def share(self, count):
         return range(count)

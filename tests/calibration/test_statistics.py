@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from slablm.calibration import statistics
-from slablm.calibration.statistics import Joint, StatsCollector
+from slablm.calibration.statistics import Joint, StatsCollector, Use
 
 
 def stats_of(collector):
@@ -35,6 +35,21 @@ def test_products_are_taken_in_strips_and_mirrored(n, monkeypatch):
         collector.add(batch, torch.tensor([0]), leaf=leaf // 2)
     inputs = torch.cat([batch[0] for batch in batches])
     assert torch.equal(stats_of(collector).gram, inputs.T @ inputs)
+
+
+def test_who_sees_all_windows_keeps_one_sum_of_those_that_are_fitted():
+    """Once others come; and it is the same to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(1, 9, 6, generator=generator) for _ in range(9)]
+    grams = []
+    for alone in (False, True):
+        collector = StatsCollector(6, with_gram=True, device=torch.device("cpu"), alone=alone)
+        for leaf, batch in enumerate(batches):
+            collector.add(batch, torch.tensor([0]), leaf, Use.FIT if leaf < 7 else Use.HOLD_BACK)
+        assert len(collector._sums[Use.FIT].nodes) == (1 if alone else 3)
+        stats = stats_of(collector)
+        grams.append((stats.gram, stats.held_out))
+    assert all(map(torch.equal, *grams))
 
 
 def test_the_first_token_counts():

@@ -67,11 +67,11 @@ def test_a_rehearsal_counts_what_a_block_takes(dtype):
 
 
 def test_gram_matrices_on_the_way():
-    """66 windows in 16 leaves: after 15 there are 4 sums, and the last one. Or 56 windows, in 14 leaves, are fitted: 3
-    sums; then the rest of leaf 13, which has no sibling, leaf 14, and the last one. Of four ranks, with 4 leaves each,
+    """66 windows in 16 leaves: after 15 there are 4 sums, and the last one. Or 56 windows, in 14 leaves, are fitted: 1
+    sum; then the rest of leaf 13, which has no sibling, leaf 14, and the last one. Of four ranks, with 4 leaves each,
     the third holds two sums and forms one more; the last one has one of leaves 12 and 13, and as many as before.
     """
-    for method, alone, four in (("slab", 0, 0), ("sparsegpt", 4 + 1 - 1, 2 + 1 - 1), ("slab+", 3 + 3 - 2, 1 + 3 - 2)):
+    for method, alone, four in (("slab", 0, 0), ("sparsegpt", 4 + 1 - 1, 2 + 1 - 1), ("slab+", 1 + 3 - 2, 1 + 3 - 2)):
         config = CompressionConfig(method, num_samples=64)
         assert (_open_sums(config, 1), _open_sums(config, 4)) == (alone, four)
 

@@ -166,11 +166,12 @@ class _BlockWatch:
         layers: target layers by full name.
         with_gram: whether XᵀX is wanted.
         samples: rows that each layer's collector will keep, as for `StatsCollector`.
+        alone: as for `StatsCollector`.
     """
 
-    def __init__(self, layers: dict[str, nn.Linear], with_gram: bool, samples: tuple[int, int]) -> None:
+    def __init__(self, layers: dict[str, nn.Linear], with_gram: bool, samples: tuple[int, int], alone: bool) -> None:
         self._routed: dict[Experts, Tensor] = {}
-        self._layers, self._with_gram, self._samples = layers, with_gram, samples
+        self._layers, self._with_gram, self._samples, self._alone = layers, with_gram, samples, alone
         self._collectors: dict[str, StatsCollector] = {}
         self._current: tuple[Tensor, int, Use] | None = None
         self._inputs: dict[str, Tensor] = {}
@@ -198,7 +199,7 @@ class _BlockWatch:
         twin = next((other for other, tensor in self._inputs.items() if tensor is inputs and other != name), None)
         if name not in self._collectors:
             in_features = self._layers[name].in_features
-            new = StatsCollector(in_features, self._with_gram, inputs.device, self._samples)
+            new = StatsCollector(in_features, self._with_gram, inputs.device, self._samples, self._alone)
             self._collectors[name] = new if twin is None or self._windows else self._collectors[twin]
         collector = self._collectors[name]
         if twin is None or self._collectors[twin] is not collector:
@@ -310,7 +311,7 @@ def collect_stats(  # noqa: PLR0913
     measured = [use is Use.MEASURE for use in uses]
     per_window = {kind: rows_per_window(measured.count(kind)) for kind in (False, True)}
     samples = [per_window[kind] * measured[mine.start : mine.stop].count(kind) for kind in (False, True)]
-    watch = _BlockWatch(layers, with_gram, (samples[0], samples[1]))
+    watch = _BlockWatch(layers, with_gram, (samples[0], samples[1]), world.size == 1)
     generator = torch.Generator().manual_seed(seed)
 
     def hook_for(name: str) -> Callable[..., None]:

@@ -22,6 +22,8 @@ from torch import Tensor
 from slablm.system.distributed import World
 
 LEAVES = 16
+# Where a sum is that is closed: above all others.
+_CLOSED = (LEAVES, 0)
 
 
 def leaf_of(window: int, windows: int) -> int:
@@ -79,6 +81,12 @@ class PairwiseSum:
         for value in rest[1:]:
             total.add_(value)
         return total
+
+    def close(self) -> None:
+        """Keep the sum of all alone: nobody will add anything."""
+        total = self.total()
+        if total is not None:
+            self.nodes[_CLOSED] = total
 
 
 def most_sums(leaves: Iterable[int]) -> tuple[int, int]:

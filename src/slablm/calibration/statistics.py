@@ -76,6 +76,8 @@ class StatsCollector:
         with_gram: whether XᵀX is wanted.
         device: where the layer runs.
         samples: rows of X that will be kept of the windows that calibrate, and of those that do not.
+        alone: whether it sees all windows, those that are fitted before those that are kept back. Then XᵀX of the
+            former is added up when the latter begin, and not kept in parts until the end.
 
     Attributes:
         tokens: rows of X so far that calibrate.
@@ -83,10 +85,15 @@ class StatsCollector:
     """
 
     def __init__(
-        self, in_features: int, with_gram: bool, device: torch.device, samples: tuple[int, int] = (SAMPLED_TOKENS, 0)
+        self,
+        in_features: int,
+        with_gram: bool,
+        device: torch.device,
+        samples: tuple[int, int] = (SAMPLED_TOKENS, 0),
+        alone: bool = False,
     ) -> None:
         self._squares: list[Tensor] = []
-        self._with_gram = with_gram
+        self._with_gram, self._alone = with_gram, alone
         self._sums = {use: PairwiseSum() for use in (Use.FIT, Use.HOLD_BACK)}
         self._sample, self._unseen = (_Rows(count, in_features, device) for count in samples)
         self._leaf: tuple[Use, int] | None = None
@@ -115,6 +122,8 @@ class StatsCollector:
             return
         if self._leaf != (use, leaf):
             self._finish_leaf()
+            if self._alone and use is Use.HOLD_BACK:
+                self._sums[Use.FIT].close()
             self._leaf = use, leaf
         if self._gram is None:
             self._gram = rows.new_zeros(rows.shape[1], rows.shape[1])

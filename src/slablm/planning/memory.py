@@ -234,6 +234,7 @@ def _open_sums(config: CompressionConfig, ranks: int) -> int:
         mine = share(World(rank, ranks), len(uses))
         leaves = {use: sorted({leaf_of(i, len(uses)) for i in mine if uses[i] is use}) for use in Use}
         fitted, left = most_sums(leaves[Use.FIT])
+        left = min(left, 1) if ranks == 1 else left  # one process adds them up as soon as it has all
         most = max(most, fitted, left + most_sums(leaves[Use.HOLD_BACK])[0])
     return max(0, most - final)
 
