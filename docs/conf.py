@@ -33,7 +33,8 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|transformers|typing|collections|pathlib|optional|Tensor|PreTrained).*"),
     ("py:class", r"Progress|Spec|slablm\.(checkpoint|config\.Pattern|dense|packing|system)\b.*"),
-    ("py:class", r"slablm\.(methods\.(results|rotation|decomposition\.Made)|planning\.(checks|timing))\b.*"),
+    ("py:class", r"slablm\.(methods\.(results|rotation)|planning\.(checks|timing))\..*"),
+    ("py:class", r"slablm\.methods\.decomposition\.Made"),
 ]
 
 myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline"]
