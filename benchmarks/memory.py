@@ -1,4 +1,4 @@
-"""Peak memory of ``slablm compress`` on a generated Llama, and again with twice the depth.
+"""Peak memory of ``slablm compress`` on a generated Llama, and again with twice the depth or with more text.
 
 The models have random FP16 weights in several shards. Every measurement is a process of its own. "Above the
 interpreter" is the peak of a compression minus the peak of a process that only makes the same imports and runs one
@@ -6,6 +6,7 @@ small product.
 
     python benchmarks/memory.py --layers 26 --hidden-size 1792 --intermediate-size 4864 --vocab-size 32000 \
         --shard-size 500MB --num-samples 8 --seq-len 512       # 2.3 GB, then 4.3 GB
+    python benchmarks/memory.py --method slab+ --num-samples 8 --seq-len 64 --then-samples 128   # the same depth, more text
     python benchmarks/memory.py --ceiling 1.2GB                # the kernel enforces it (RLIMIT_DATA above the imports)
     python benchmarks/memory.py --ranks 4 --method slab+       # of each of several processes, and what was planned
 
@@ -161,8 +162,29 @@ def compress(folder: Path, out: Path, options: argparse.Namespace, private: int)
     return json.loads(done.stdout)
 
 
+def above_the_interpreter(
+    layers: int, samples: int, options: argparse.Namespace, resident: int, private: int
+) -> int:
+    """Generate, compress and print one line; returns the bytes of the peak above `resident`."""
+    options = argparse.Namespace(**vars(options) | {"num_samples": samples})
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        folder = Path(temporary, "dense")
+        folder.mkdir()
+        total = generate(folder, layers, options)
+        shards = len(list(folder.glob("*.safetensors")))
+        result = compress(folder, Path(temporary, "out"), options, private)
+    peak = int(result["peak_memory_bytes"]) - resident
+    print(
+        f"{layers} blocks, {human_bytes(total)} in {shards} shards, {samples} windows: "
+        f"{human_bytes(peak)} above the interpreter, {result['seconds']:.0f} s, "
+        f"{human_bytes(int(result['bytes_on_disk']))} written",
+        flush=True,
+    )
+    return peak
+
+
 def main() -> None:
-    """Print one line per model, and the growth."""
+    """Print one line per run, and the growth."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=26)
     parser.add_argument("--hidden-size", type=int, default=1792, help="a multiple of 64")
@@ -174,6 +196,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--num-samples", type=int, default=8)
     parser.add_argument("--seq-len", type=int, default=512)
+    parser.add_argument("--then-samples", type=int, help="instead of twice the depth, the same with that many windows")
     parser.add_argument("--max-memory", help="as for slablm compress")
     parser.add_argument("--ceiling", help="memory a compression may take above the interpreter; it fails beyond")
     parser.add_argument("--ranks", type=int, default=1, help="processes of torchrun")
@@ -188,21 +211,11 @@ def main() -> None:
             generate(Path(temporary, "dense"), options.layers, options)
             ranks_apart(Path(temporary), options, resident)
         return
-    peaks = []
-    for layers in (options.layers, 2 * options.layers):
-        with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
-            folder = Path(temporary, "dense")
-            folder.mkdir()
-            total = generate(folder, layers, options)
-            shards = len(list(folder.glob("*.safetensors")))
-            result = compress(folder, Path(temporary, "out"), options, private)
-        peaks.append(result["peak_memory_bytes"] - resident)
-        print(
-            f"{layers} blocks, {human_bytes(total)} in {shards} shards: "
-            f"{human_bytes(peaks[-1])} above the interpreter, {result['seconds']:.0f} s, "
-            f"{human_bytes(result['bytes_on_disk'])} written"
-        )
-    print(f"growth with twice the depth: {100 * (peaks[1] / peaks[0] - 1):+.1f} %")
+    first = (options.layers, options.num_samples)
+    second = (options.layers, options.then_samples) if options.then_samples else (2 * options.layers, options.num_samples)
+    peaks = [above_the_interpreter(*run, options, resident, private) for run in (first, second)]
+    growth = peaks[1] - peaks[0]
+    print(f"growth: {'-' if growth < 0 else ''}{human_bytes(abs(growth))} ({100 * growth / peaks[0]:+.1f} %)")
 
 
 if __name__ == "__main__":

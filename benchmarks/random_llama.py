@@ -26,6 +26,7 @@ from slablm.evaluation.speed import Workload, measure_speed, weight_bytes
 from slablm.methods.rotation import Rotation, largest_block
 from slablm.methods.symbols import SymbolWeight
 from slablm.packing.symbols import pack_symbols
+from slablm.runtime import int8
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.narrow import narrow_matrices
 from slablm.runtime.replace_module import replace_module
@@ -82,8 +83,8 @@ def tensors(vocabulary: int) -> dict[str, tuple[int, ...]]:
     return {"token_embd.weight": (vocabulary, HIDDEN), "output_norm.weight": (HIDDEN,), **blocks}
 
 
-def random_model(vocabulary: int, bits: int) -> LlamaForCausalLM:
-    """In float32, its layers in symbols with rotated inputs, embedding and head in 16 bits."""
+def random_model(vocabulary: int, bits: int, head_bits: int) -> LlamaForCausalLM:
+    """In float32, its layers in symbols with rotated inputs, embedding and head in 16 bits or 8."""
     config = LlamaConfig(
         hidden_size=HIDDEN,
         intermediate_size=MLP,
@@ -101,13 +102,16 @@ def random_model(vocabulary: int, bits: int) -> LlamaForCausalLM:
             rows, columns = linear.weight.shape
             codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8)
             levels = torch.linspace(-128, 127, 2**bits).to(torch.int8)
-            scales = torch.full((rows,), 0.02 / 74).half()
+            scales = torch.full((rows,), 0.02 * 3**0.5).half()  # entries have the deviation of a fresh model's
             rotation = Rotation(columns, largest_block(columns), 0)
             layer = SlabLinear.from_packed(pack_symbols(SymbolWeight(codes, scales, levels, rotation)))
             layer.use_native()
             replace_module(model, name, layer)
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()  # as a checkpoint's, which 16 bits hold without loss
+    with torch.no_grad():
+        if head_bits == 8:
+            int8.use_int8(model, int8.head_and_embedding(model))
     narrow_matrices(model, torch.bfloat16)
     assert use_token_path(model) == BLOCKS
     return model
@@ -120,13 +124,14 @@ def compare(
     threads: str = "1,2",
     rounds: int = 3,
     bits: Annotated[int, typer.Option(help="Per symbol.")] = 4,
+    head_bits: Annotated[int, typer.Option(help="Of embedding and head: 16 or 8.")] = 16,
     prompt_tokens: int = 64,
     new_tokens: int = 64,
 ) -> None:
     """Print one JSON line per contender and number of threads."""
     programs = {file.stem: LlamaBench(str(file), llama_bench) for file in files}
     vocabulary = len(gguf.GGUFReader(files[0]).fields["tokenizer.ggml.tokens"].data)
-    model = random_model(vocabulary, bits)
+    model = random_model(vocabulary, bits, head_bits)
     counts = [int(count) for count in threads.split(",")]
     speeds = measure_speed({"slab+": model, **programs}, Workload(prompt_tokens, new_tokens), rounds, counts)
     own = {speed.threads: speed for speed in speeds if speed.contender == "slab+"}

@@ -376,6 +376,17 @@ def test_tensors_that_are_swapped_for_one_call(name):
     assert torch.equal(fed(model, tokens_of()), before)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("factor", [1e-4, 0])
+def test_a_block_that_adds_next_to_nothing_takes_the_path(factor, dtype):
+    model = model_of(dtype=dtype, num_hidden_layers=1)
+    for name, part in model.named_modules():
+        if name.endswith(("o_proj", "down_proj")):
+            part.scales.mul_(factor)
+            part.bias.data.zero_()
+    assert use_token_path(model) == 1
+
+
 @pytest.mark.parametrize("part", ["outputs", "keys", "values"])
 @pytest.mark.parametrize("value", [0.1, torch.nan])
 def test_a_kernel_that_disagrees_is_not_used(part, value, monkeypatch, caplog):
