@@ -6,7 +6,7 @@ small product.
 
     python benchmarks/memory.py --layers 26 --hidden-size 1792 --intermediate-size 4864 --vocab-size 32000 \
         --shard-size 500MB --num-samples 8 --seq-len 512       # 2.3 GB, then 4.3 GB
-    python benchmarks/memory.py --method slab+ --num-samples 8 --seq-len 64 --then-samples 128   # the same depth, more text
+    python benchmarks/memory.py --method slab+ --seq-len 64 --then-samples 128      # the same depth, more text
     python benchmarks/memory.py --ceiling 1.2GB                # the kernel enforces it (RLIMIT_DATA above the imports)
     python benchmarks/memory.py --ranks 4 --method slab+       # of each of several processes, and what was planned
 
@@ -162,9 +162,7 @@ def compress(folder: Path, out: Path, options: argparse.Namespace, private: int)
     return json.loads(done.stdout)
 
 
-def above_the_interpreter(
-    layers: int, samples: int, options: argparse.Namespace, resident: int, private: int
-) -> int:
+def above_the_interpreter(layers: int, samples: int, options: argparse.Namespace, resident: int, private: int) -> int:
     """Generate, compress and print one line; returns the bytes of the peak above `resident`."""
     options = argparse.Namespace(**vars(options) | {"num_samples": samples})
     with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
@@ -212,7 +210,7 @@ def main() -> None:
             ranks_apart(Path(temporary), options, resident)
         return
     first = (options.layers, options.num_samples)
-    second = (options.layers, options.then_samples) if options.then_samples else (2 * options.layers, options.num_samples)
+    second = (options.layers, options.then_samples) if options.then_samples else (2 * first[0], first[1])
     peaks = [above_the_interpreter(*run, options, resident, private) for run in (first, second)]
     growth = peaks[1] - peaks[0]
     print(f"growth: {'-' if growth < 0 else ''}{human_bytes(abs(growth))} ({100 * growth / peaks[0]:+.1f} %)")

@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_leaves
 
 from slablm import CompressionConfig
 from slablm.calibration import stream
+from slablm.calibration.capture import in_float32
 from slablm.compression.store import BlockStore
 from slablm.methods.drift import Drift
 from slablm.system.distributed import ALONE, World
@@ -126,3 +128,37 @@ def test_the_copies_calibrate_nothing(tiny_model):
     assert found[0].tokens == 2 * 20
     assert torch.equal(found[0].input_norms, found[1].input_norms)
     assert torch.equal(found[0].unseen, found[1].unseen)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_backward_pass_is_in_float32(dtype, tiny_model):
+    """On a CPU 16-bit ones can take minutes per block; what the model calls blocks with is of its own type."""
+    model = copy.deepcopy(tiny_model).to(dtype)
+    block, before = model.model.layers[0], copy.deepcopy(model.model.layers[0].state_dict())
+    calibration = stream.Calibration(model, model.model.layers, WINDOWS[:2], TWO, BlockStore(), ALONE)
+    layers, seen = {"down": block.mlp.down_proj}, []
+    block.self_attn.register_forward_hook(
+        lambda module, args, kwargs, output: seen.extend([kwargs, output[0]]), with_kwargs=True
+    )
+    assert calibration.sensitivity(0, layers)["down"] > 0
+    tensors = [value for value in tree_leaves(seen) if isinstance(value, torch.Tensor) and value.is_floating_point()]
+    assert len(tensors) >= 2 * 4  # hidden states, cosines, sines and outputs of two probes
+    assert {tensor.dtype for tensor in tensors} == {torch.float32}
+    for name, tensor in block.state_dict().items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, before[name])
+
+
+@torch.no_grad()
+def test_what_fails_leaves_the_block_as_it_was(tiny_model):
+    block = copy.deepcopy(tiny_model).half().model.layers[0]
+
+    def fail():
+        with in_float32(block):
+            assert block.mlp.up_proj.weight.dtype == torch.float32
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert {tensor.dtype for tensor in block.state_dict().values()} == {torch.float16}

@@ -123,6 +123,14 @@ def test_shards_in_and_out(family, quick, tmp_path):
     assert torch.equal(*logits)
 
 
+def test_float16_on_a_cpu_is_told_to_be_slow(tiny_folder, quick, tmp_path):
+    heard = {"float16": [], "bfloat16": []}
+    for dtype, lines in heard.items():
+        compress_folder(str(tiny_folder), tmp_path / dtype, quick, RunOptions(dtype=dtype), say=lines.append)
+    slow = {dtype: [line for line in lines if "--dtype float32 is faster" in line] for dtype, lines in heard.items()}
+    assert {dtype: len(lines) for dtype, lines in slow.items()} == {"float16": 1, "bfloat16": 0}
+
+
 def test_spilled_activations_change_nothing(tiny_folder, quick, tmp_path):
     window_bytes = 32 * 64 * 4
     heard = []

@@ -3,7 +3,6 @@
 import copy
 import inspect
 import io
-import logging
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ from torch.nn.utils import parametrize
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from slablm.methods.rotation import Rotation, largest_block
-from slablm.runtime import block_run
 from slablm.runtime.block_run import BlockRuns
 from slablm.runtime.kernels import backends, native
 from slablm.runtime.linear import SlabLinear
@@ -374,38 +372,3 @@ def test_tensors_that_are_swapped_for_one_call(name):
     given, own, _ = gone_on(cache, run)
     assert_alike(given, own)
     assert torch.equal(fed(model, tokens_of()), before)
-
-
-@pytest.mark.parametrize("dtype", TOLERANCES)
-@pytest.mark.parametrize("factor", [1e-4, 0])
-def test_a_block_that_adds_next_to_nothing_takes_the_path(factor, dtype):
-    model = model_of(dtype=dtype, num_hidden_layers=1)
-    for name, part in model.named_modules():
-        if name.endswith(("o_proj", "down_proj")):
-            part.scales.mul_(factor)
-            part.bias.data.zero_()
-    assert use_token_path(model) == 1
-
-
-@pytest.mark.parametrize("part", ["outputs", "keys", "values"])
-@pytest.mark.parametrize("value", [0.1, torch.nan])
-def test_a_kernel_that_disagrees_is_not_used(part, value, monkeypatch, caplog):
-    run, describe = block_run.kernel.run, block_run.kernel.describe_caches
-    caches = {}
-
-    def describe_and_keep(keys, values):
-        caches.update(keys=keys, values=values)
-        return describe(keys, values)
-
-    def run_wrong(*arguments):
-        outputs = run(*arguments)
-        (caches | {"outputs": outputs[0]})[part][..., 0] += value
-        return outputs
-
-    model = model_of(num_hidden_layers=1)
-    monkeypatch.setattr(block_run.kernel, "run", run_wrong)
-    monkeypatch.setattr(block_run.kernel, "describe_caches", describe_and_keep)
-    with caplog.at_level(logging.WARNING):
-        assert use_token_path(model) == 0
-    assert ["please report this" in record.message for record in caplog.records] == [True]
-    assert "forward" not in vars(part_of(model))

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from slablm.calibration.activations import Activations
 from slablm.calibration.pairwise import leaf_of, share
@@ -30,6 +31,8 @@ from slablm.errors import SlabError
 from slablm.methods import LayerStats
 from slablm.runtime.experts import Experts, all_tokens
 from slablm.system.distributed import ALONE, World
+
+_NARROW = (torch.float16, torch.bfloat16)
 
 
 @dataclass
@@ -44,6 +47,28 @@ class BlockCall:
         output = block(hidden, *self.args, **self.kwargs)
         states: Tensor = output[0] if isinstance(output, tuple) else output
         return states
+
+    def widened(self) -> BlockCall:
+        """The call of a block in float32: tensors of 16-bit numbers among the arguments become such."""
+        args, kwargs = tree_map(_wide, (self.args, self.kwargs))
+        return BlockCall(args, kwargs)
+
+
+@contextmanager
+def in_float32(block: nn.Module) -> Iterator[None]:
+    """Within it, a block's 16-bit tensors are in float32; then they are what they were.
+
+    Args:
+        block: dense.
+    """
+    narrow = [(t, t.dtype) for t in (*block.parameters(), *block.buffers()) if t.dtype in _NARROW]
+    try:
+        for tensor, _ in narrow:
+            tensor.data = tensor.data.float()
+        yield
+    finally:
+        for tensor, dtype in narrow:
+            tensor.data = tensor.data.to(dtype)
 
 
 @torch.no_grad()
@@ -328,3 +353,7 @@ def collect_stats(  # noqa: PLR0913
         for handle in handles:
             handle.remove()
     return watch.stats(world, dict.fromkeys(layers, 0) if owners is None else owners)
+
+
+def _wide(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _NARROW else value

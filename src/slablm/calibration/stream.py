@@ -17,12 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
 from slablm.calibration.activations import Activations
-from slablm.calibration.capture import capture_block_calls, collect_stats
+from slablm.calibration.capture import capture_block_calls, collect_stats, in_float32
 from slablm.calibration.pairwise import share
 from slablm.calibration.sensitivity import sensitivities
 from slablm.calibration.statistics import Use
@@ -129,9 +130,13 @@ class Calibration:
         """How sensitive a block is to its target layers, by name; empty where budgets are even."""
         if not layers or not len(self._probes.hidden):
             return {}
-        return sensitivities(
-            layers, lambda states: self._probes.run(index, states), self._probes.hidden, self._config.seed
-        )
+        block, call, probes = self._blocks[index], self._probes.calls[index], self._probes.hidden
+        seed = self._config.seed
+        if next(block.parameters()).device.type != "cpu":
+            return sensitivities(layers, partial(call, block), probes, seed)
+        # On CPUs backward products of float16 are hundreds of times slower, as are bfloat16's where none is built in.
+        with in_float32(block):
+            return sensitivities(layers, partial(call.widened(), block), (states.float() for states in probes), seed)
 
     def stats(
         self, index: int, layers: dict[str, nn.Linear], owners: Mapping[str, int]

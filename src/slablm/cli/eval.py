@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,8 +105,9 @@ def _perplexity(load: Any, text: str, seq_len: int, max_windows: int | None, bos
     begun = bos and adds_bos(tokenizer)
     with progress("Evaluating") as step:
         result = perplexity(loaded, windows, step)
-    number = f"{result.value:.3f} ± {result.stderr:.3f}"
-    how = f"{len(windows)} windows of {seq_len} tokens{', each begun with BOS' if begun else ''}"
+    number = _with_error(result.value, result.stderr)
+    count = "1 window" if len(windows) == 1 else f"{len(windows)} windows"
+    how = f"{count} of {seq_len} tokens{', each begun with BOS' if begun else ''}"
     if json:
         print_json(
             {
@@ -142,6 +144,11 @@ def _accuracy(
     return [(name, _line(result)) for name, result in results.items()], f"lm-eval, no examples, {_with(loaded)}"
 
 
+def _with_error(value: float, stderr: float) -> str:
+    """Of a single window or question there is none."""
+    return f"{value:.3f}" if math.isnan(stderr) else f"{value:.3f} ± {stderr:.3f}"
+
+
 def _with(model: Any) -> str:
     """What computed."""
     from slablm.system.versions import versions
@@ -151,7 +158,7 @@ def _with(model: Any) -> str:
 
 
 def _line(result: TaskResult) -> str:
-    line = f"acc {result.accuracy:.3f} ± {result.stderr:.3f} ({len(result.correct)} questions)"
+    line = f"acc {_with_error(result.accuracy, result.stderr)} ({len(result.correct)} questions)"
     norm = result.to_dict().get("acc_norm")
     return line if norm is None else f"{line}, acc_norm {norm:.3f}"
 

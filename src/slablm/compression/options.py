@@ -35,3 +35,8 @@ class RunOptions:
     max_shard_size: int = MAX_SHARD_SIZE
     mostly_dense: bool = False
     world: World = ALONE
+
+    @property
+    def compute_device(self) -> str:
+        """Of this rank."""
+        return self.device if self.world.size == 1 else self.world.device

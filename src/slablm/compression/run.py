@@ -183,6 +183,8 @@ class _Run:
         if self.dense.whole_because:
             self.say(f"The whole model is in memory: {self.dense.whole_because}")
         model, limit, ranks = self.dense.model, self.options.max_memory, self.options.world.size
+        if str(model.dtype) == "torch.float16" and self.options.compute_device == "cpu":
+            self.say("Calibrating in float16, which CPUs are slow at: --dtype float32 is faster and takes more memory")
         count, seq_len = self.windows.shape
         calibrating = self.config.num_samples
         most = max(windows_held(calibrating, count - calibrating, ranks)) * seq_len  # tokens of the busiest rank
@@ -283,7 +285,7 @@ def _open(source: str, config: CompressionConfig, options: RunOptions) -> DenseM
     return open_dense(
         source,
         dtype=options.dtype,
-        device=options.device if options.world.size == 1 else options.world.device,
+        device=options.compute_device,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         whole_because="it writes its own calibration text" if config.calibration == "self" else "",

@@ -28,7 +28,7 @@ _logger = logging.getLogger(__name__)
 # A block is compared with itself on a prompt and one new token.
 _TOKENS = 20
 # Largest difference, relative to what the block adds to the residual stream: rounding of inputs to 14 bits, and of
-# results in 16-bit models. Rounding of the stream itself, which counts where a block adds next to nothing, comes on top.
+# results in 16-bit models. On top comes rounding of the stream, which counts where a block adds next to nothing.
 _TOLERANCES = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
