@@ -77,7 +77,7 @@ def save(figure: Figure, name: str) -> None:
 
 def quality() -> Figure:
     """Perplexity above dense, in percent, against true bits: a point per row, a line between sizes of one method."""
-    ticks = (5, 10, 20, 50, 100, 200, 500, 1000)
+    ticks = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
     figure = Figure(figsize=(WIDTH, 3.6))
     for plot, (model, folder) in zip(figure.subplots(1, 2, sharey=True), MODELS.items(), strict=True):
         found = headline(EXPERIMENTS / folder / "results.jsonl")
@@ -99,7 +99,7 @@ def quality() -> Figure:
         plot.set_yscale("log")
         plot.set_yticks(ticks, [f"+{tick} %" for tick in ticks])
         plot.minorticks_off()
-        plot.set_xlim(2.8, 9.3)
+        plot.set_xlim(1.8, 9.4)
         plot.set_xlabel("true bits per weight")
         plot.grid(axis="y", color=GREY, alpha=0.25, linewidth=0.6)
     figure.axes[0].set_ylabel("perplexity on WikiText-2, above dense")
