@@ -24,10 +24,10 @@ import typer
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-import slablm  # noqa: F401 - registers the format
+from slablm import CompressionConfig
+from slablm.compression.preparation import use_head_bits
 from slablm.evaluation.llama_bench import LlamaBench
 from slablm.evaluation.speed import Workload
-from slablm.runtime import int8
 from slablm.runtime.block_run import BlockRuns
 from slablm.runtime.kernels.backends import ACTIVATION_VARIABLE
 
@@ -64,7 +64,7 @@ def with_int8_head(source: str) -> PreTrainedModel:
     model.set_input_embeddings(embedding)
     model.lm_head = head
     with torch.no_grad():
-        int8.use_int8(model, int8.head_and_embedding(model))
+        use_head_bits(model, CompressionConfig(head_bits=8))
     return model
 
 

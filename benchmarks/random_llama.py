@@ -24,12 +24,13 @@ import typer
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from slablm import CompressionConfig
+from slablm.compression.preparation import use_head_bits
 from slablm.evaluation.llama_bench import LlamaBench
 from slablm.evaluation.speed import Workload, measure_speed, weight_bytes
 from slablm.methods.rotation import Rotation, largest_block
 from slablm.methods.symbols import SymbolWeight
 from slablm.packing.symbols import pack_symbols
-from slablm.runtime import int8
 from slablm.runtime.linear import SlabLinear
 from slablm.runtime.narrow import narrow_matrices
 from slablm.runtime.replace_module import replace_module
@@ -153,8 +154,7 @@ def random_model(vocabulary: int, shape: Shape, head_bits: int) -> LlamaForCausa
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()  # as a checkpoint's, which 16 bits hold without loss
     with torch.no_grad():
-        if head_bits == 8:
-            int8.use_int8(model, int8.head_and_embedding(model))
+        use_head_bits(model, CompressionConfig(head_bits=head_bits))
     narrow_matrices(model, torch.bfloat16)
     assert use_token_path(model) == shape.blocks
     return model

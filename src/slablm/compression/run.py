@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from slablm.calibration.stream import windows_held
 from slablm.calibration.windows import calibration_windows
 from slablm.checkpoint import integrity
@@ -183,7 +185,7 @@ class _Run:
         if self.dense.whole_because:
             self.say(f"The whole model is in memory: {self.dense.whole_because}")
         model, limit, ranks = self.dense.model, self.options.max_memory, self.options.world.size
-        if str(model.dtype) == "torch.float16" and self.options.compute_device == "cpu":
+        if model.dtype == torch.float16 and self.options.compute_device == "cpu":
             self.say("Calibrating in float16, which CPUs are slow at: --dtype float32 is faster and takes more memory")
         count, seq_len = self.windows.shape
         calibrating = self.config.num_samples

@@ -92,9 +92,10 @@ def _agrees(layer: nn.Module, block: DecoderBlock) -> bool:
     results: list[list[Tensor]] = [[], []]
     angles = random(1, _TOKENS, shape.head_dim // 2).repeat(1, 1, 2)
     inputs = random(1, _TOKENS, shape.hidden)
+    parts = slice(None, -1), slice(-1, None)  # a prompt, and a new token
     for way, made in zip(ways, results, strict=True):
         cache = DynamicCache()
-        for part in (slice(None, -1), slice(-1, None)):  # a prompt, and a new token
+        for part in parts:
             given, turns = inputs[:, part].contiguous(), angles[:, part].contiguous()
             kwargs: dict[str, Any] = {
                 "attention_mask": None,
@@ -107,8 +108,9 @@ def _agrees(layer: nn.Module, block: DecoderBlock) -> bool:
             made.append((ways[0](given, **kwargs) if outputs is None else outputs) - given)
         kept: Any = cache.layers[block.index]
         made += [kept.keys, kept.values]
-    rounding = torch.finfo(weight.dtype).eps * float(inputs.float().norm())
-    differences = [_difference(own, other, rounding) for own, other in zip(*results, strict=True)]
+    eps = torch.finfo(weight.dtype).eps
+    rounding = [eps * float(inputs[:, part].float().norm()) for part in parts] + 2 * [0.0]  # none of keys and values
+    differences = [_difference(*compared) for compared in zip(*results, rounding, strict=True)]
     agree = all(difference <= _TOLERANCES[weight.dtype] for difference in differences)  # no NaN does
     if not agree:
         where = f"block {block.index} ({type(layer).__name__})"
