@@ -53,7 +53,7 @@ DTYPES = {"BF16": torch.bfloat16, "FP16": torch.float16}
 # Largest relative errors; of symbols, inputs are rounded to 16 bits.
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SYMBOL_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-SYMBOL_BITS = (2, 3, 4, 5)
+SYMBOL_BITS = (2, 3, 4, 5, 6)
 SANITIZER_SECONDS = 60
 
 Row = dict[str, Any]

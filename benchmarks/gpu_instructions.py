@@ -71,12 +71,11 @@ def print_triton(capability: int) -> None:
     from slablm.runtime.kernels import gpu
 
     rows, warps = gpu._MATVEC_ROWS[0][1], gpu._MATVEC_WARPS
-    variants = [(triton_kernels.matvec, tokens, rows, WARP * warps, {}) for tokens in (1, 2, 4, 8)]
-    variants += [(triton_kernels.matmul, tokens, tokens, 32, {"WIDEN": False}) for tokens in (16, 64)]
+    kernel, groups = triton_kernels.matvec, WARP * warps
     print(f"compute capability {capability}, triton {triton.__version__}, bfloat16 inputs, rank 1, signs")
-    for kernel, tokens, rows, groups, more in variants:
+    for tokens in (1, 2, 4, 8):
         for values in ("bf16", "i8"):
-            sizes = {"RANK": 1, "TOKENS": tokens, "ROWS": rows, "GROUPS": groups, **more}
+            sizes = {"RANK": 1, "TOKENS": tokens, "ROWS": rows, "GROUPS": groups}
             built = compiled(kernel, capability, "bf16", values, warps, **sizes)
             loop = max(loops_of(built.asm["cubin"]), key=len)
             weights = rows * groups * GROUP / (WARP * warps)
@@ -92,7 +91,7 @@ def class_of(name: str) -> str:
 def print_symbols(capability: int) -> None:
     """One line per kind of symbol and number of tokens: the shape for weights with many rows."""
     print("symbols")
-    for bits in (2, 3, 4, 5):
+    for bits in (2, 3, 4, 5, 6):
         for tokens in (1, 4, 8, 16):
             loop, weights = symbols_loop(bits, next(gpu_symbols.shapes(1 << 16, tokens)), f"sm_{capability}")
             counts = Counter(map(class_of, loop))

@@ -37,7 +37,7 @@ SHAPES = {
     "SmolLM2-135M": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
 }
 SPARSITIES = (50, 60, 70, 80)
-SYMBOL_BITS = (2, 3, 4, 5)  # the same at every sparsity
+SYMBOL_BITS = (2, 3, 4, 5, 6)  # the same at every sparsity
 FLUSH_BYTES = 96 << 20
 
 Candidate = tuple[Callable[[], object], int]  # what to run, and the weight bytes it must read

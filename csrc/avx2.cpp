@@ -150,7 +150,7 @@ struct Avx2 {
     }
 };
 
-// Tables of 16 bytes; of 5-bit symbols the top bit chooses between two of them.
+// Tables of 16 bytes; the bits of the top plane choose between two or four of them.
 struct Avx2Symbols : Avx2 {
     static constexpr int64_t kQuickTokens = 4;
     static constexpr int64_t kChunk = 32;
@@ -162,10 +162,10 @@ struct Avx2Symbols : Avx2 {
     };
     struct Index {
         __m256i bytes;  // below 16
-        __m256i top;    // 5 bits: all ones where the top bit is set
+        __m256i top[2];  // all ones where a bit of the top plane is set
     };
     struct Table {
-        __m256i low, high;
+        __m256i part[4];
     };
     using Bytes = __m256i;
     using Sums = __m256i;
@@ -179,7 +179,8 @@ struct Avx2Symbols : Avx2 {
         Symbols out{};
         out.low = _mm256_loadu_si256(from);
         if (P >= 4) out.high = _mm256_loadu_si256(from + 1);
-        if (P % 2 == 1) out.top = twice(top);
+        if (top_bits(P) == 1) out.top = twice(top);
+        if (top_bits(P) == 2) out.top = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(top));
         return out;
     }
     template <int P>
@@ -188,22 +189,32 @@ struct Avx2Symbols : Avx2 {
         const int shift = static_cast<int>(P >= 4 ? h / 2 * 4 : 2 * h);
         Index out{};
         out.bytes = _mm256_and_si256(_mm256_srli_epi16(bytes, shift), _mm256_set1_epi8((1 << low_bits(P)) - 1));
-        if (P % 2 == 0) return out;
-        // Both halves of the register hold bytes 0 to 15: bit 2 h of them is of the first 16 columns, the next of the others.
-        const __m128i bit = _mm_set1_epi8(static_cast<char>(1u << (2 * h)));
-        const __m256i bits = _mm256_set_m128i(_mm_add_epi8(bit, bit), bit);
-        out.top = _mm256_cmpeq_epi8(_mm256_and_si256(symbols.top, bits), bits);
-        if (P == 3) out.bytes = _mm256_or_si256(out.bytes, _mm256_and_si256(out.top, _mm256_set1_epi8(4)));
+        const __m128i bit = _mm_set1_epi8(static_cast<char>(1u << (2 * h))), next = _mm_add_epi8(bit, bit);
+        if (top_bits(P) == 1) {
+            // Both halves of the register hold bytes 0 to 15: bit 2 h of them is of the first 16 columns, the next of the others.
+            out.top[0] = where_set(symbols.top, _mm256_set_m128i(next, bit));
+        } else if (top_bits(P) == 2) {
+            out.top[0] = where_set(symbols.top, _mm256_set_m128i(bit, bit));
+            out.top[1] = where_set(symbols.top, _mm256_set_m128i(next, next));
+        }
+        if (P == 3) out.bytes = _mm256_or_si256(out.bytes, _mm256_and_si256(out.top[0], _mm256_set1_epi8(4)));
         return out;
     }
+    static __m256i where_set(__m256i bytes, __m256i bit) { return _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit), bit); }
     template <int P>
     static Table table(const Levels& levels) {
-        return {twice(levels.byte), twice(levels.byte + 16)};
+        return {{twice(levels.byte), twice(levels.byte + 16), twice(levels.byte + 32), twice(levels.byte + 48)}};
+    }
+    // With the lowest bit of the top plane.
+    template <int P>
+    static __m256i of_pair(const __m256i* part, const Index& own) {
+        const __m256i u = _mm256_shuffle_epi8(part[0], own.bytes);
+        return P < 5 ? u : _mm256_blendv_epi8(u, _mm256_shuffle_epi8(part[1], own.bytes), own.top[0]);
     }
     template <int P>
     static Bytes look_up(const Table& table, const Index& above, const Index& own) {
-        __m256i u = _mm256_shuffle_epi8(table.low, own.bytes);
-        if (P == 5) u = _mm256_blendv_epi8(u, _mm256_shuffle_epi8(table.high, own.bytes), own.top);
+        __m256i u = of_pair<P>(table.part, own);
+        if (P == 6) u = _mm256_blendv_epi8(u, of_pair<P>(table.part + 2, own), own.top[1]);
         // Where the symbol above is odd, all bits turn.
         const __m256i odd = _mm256_set1_epi16(static_cast<int16_t>(0xFF00));
         return _mm256_xor_si256(u, _mm256_shuffle_epi8(odd, above.bytes));

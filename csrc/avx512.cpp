@@ -122,10 +122,14 @@ constexpr Matrices kTwoBits[2] = {moving([](int part, int i) { return part / 4 *
                                   moving([](int part, int i) { return part / 4 * 2 + i % 2 + 4; })};
 constexpr Matrices kOneBit[2] = {moving([](int part, int) { return part / 2; }),
                                  moving([](int part, int) { return part / 2 + 4; })};
+// Of a plane of 2 bits, to bits 5 and 6.
+constexpr Matrices kTopTwoBits[2] = {moving([](int part, int i) { return part / 4 * 2 + (i + 1) % 2; }),
+                                     moving([](int part, int i) { return part / 4 * 2 + (i + 1) % 2 + 4; })};
 constexpr Matrices kHalvesSwapped = moving([](int, int i) { return (i + 4) % 8; });
 
-// A table of 64 bytes is one register, and its index the low 6 bits of a byte, whatever is above them. With Q bits of a
-// symbol in the low plane these are, from the lowest on: they, whether the symbol above is odd, and the symbol's top bit.
+// A table of 64 bytes is one register, one of 128 two, and its index the low bits of a byte, whatever is above them. With Q
+// bits of a symbol in the low plane these are, from the lowest on: they, whether the symbol above is odd, and those of the
+// top plane.
 struct Avx512Symbols : Avx512 {
     static constexpr int64_t kChunk = 64;
     static constexpr int kBatchTokens = 12;
@@ -138,7 +142,9 @@ struct Avx512Symbols : Avx512 {
         __m512i symbol;  // all bits of an index but bit Q
         __m512i odd;     // bit Q of the index of the row below
     };
-    using Table = __m512i;
+    struct Table {
+        __m512i low, high;
+    };
     using Bytes = __m512i;
     struct Sums {
         __m512i high, low;  // of products with the high 8 bits of inputs, and with the low 7
@@ -150,7 +156,8 @@ struct Avx512Symbols : Avx512 {
         Symbols out{};
         if (P >= 4) out.low = _mm512_loadu_si512(low);
         if (P < 4) out.low = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(low)));
-        if (P % 2 == 1) out.top = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(top)));
+        if (top_bits(P) == 1) out.top = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(top)));
+        if (top_bits(P) == 2) out.top = _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(top)));
         return out;
     }
     static __m512i multiply(__m512i bytes, const Matrices& by) {
@@ -167,7 +174,9 @@ struct Avx512Symbols : Avx512 {
             out.symbol = h == 0 ? symbols.low : swapped;
             out.odd = h == 0 ? swapped : symbols.low;
         }
-        if (P % 2 == 1) out.symbol = select((1 << low_bits(P)) - 1, out.symbol, multiply(symbols.top, kOneBit[h]));
+        if (top_bits(P) == 0) return out;
+        const __m512i top = multiply(symbols.top, (top_bits(P) == 1 ? kOneBit : kTopTwoBits)[h]);
+        out.symbol = select((1 << low_bits(P)) - 1, out.symbol, top);
         return out;
     }
     using Avx512::select;
@@ -178,17 +187,19 @@ struct Avx512Symbols : Avx512 {
     template <int P>
     static Table table(const Levels& levels) {
         constexpr int Q = low_bits(P);
-        uint8_t bytes[64];
-        for (int k = 0; k < 64; ++k) {
+        uint8_t bytes[128];
+        for (int k = 0; k < 128; ++k) {
             const int symbol = k % (1 << Q) | k >> (Q + 1) << Q;
             const uint8_t u = levels.byte[symbol % (1 << P)];
             bytes[k] = k >> Q & 1 ? static_cast<uint8_t>(255 - u) : u;
         }
-        return _mm512_loadu_si512(bytes);
+        return {_mm512_loadu_si512(bytes), _mm512_loadu_si512(bytes + 64)};
     }
     template <int P>
-    static Bytes look_up(Table table, const Index& above, const Index& own) {
-        return _mm512_permutexvar_epi8(select(0xFF ^ 1 << low_bits(P), own.symbol, above.odd), table);
+    static Bytes look_up(const Table& table, const Index& above, const Index& own) {
+        const __m512i index = select(0xFF ^ 1 << low_bits(P), own.symbol, above.odd);
+        if (P < 6) return _mm512_permutexvar_epi8(index, table.low);
+        return _mm512_permutex2var_epi8(table.low, index, table.high);
     }
     static Floats floats(Bytes bytes, int64_t i) {
         const __m256i half = i < 2 ? _mm512_castsi512_si256(bytes) : _mm512_extracti64x4_epi64(bytes, 1);

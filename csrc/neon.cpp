@@ -132,17 +132,16 @@ struct Neon {
     }
 };
 
-// Bytes are looked up in tables of 32.
+// Bytes are looked up in tables of 32 and 64.
 struct NeonSymbols : PlainSymbols<Neon> {
     static constexpr int64_t kChunk = 16;
     static constexpr int quick_rows(int tokens) { return 4 / tokens; }
 
     struct Symbols {
-        const uint8_t* low;
-        uint8x16_t top;
+        const uint8_t *low, *top;
     };
     using Index = uint8x16_t;
-    using Table = uint8x16x2_t;
+    using Table = uint8x16x4_t;
     using Bytes = uint8x16_t;
     struct Sums {
         int32x4_t low, high;
@@ -151,27 +150,31 @@ struct NeonSymbols : PlainSymbols<Neon> {
     using Neon::load;
     template <int P>
     static Symbols load(const uint8_t* low, const uint8_t* top) {
-        return {low, P % 2 == 1 ? vld1q_u8(top) : vdupq_n_u8(0)};
+        return {low, top};
     }
     template <int P>
     static Index index(const Symbols& symbols, int64_t h) {
-        constexpr int Q = low_bits(P);
-        constexpr int64_t kParts = low_stride(P) / kChunk;
+        const uint8x16_t symbol = fields<low_bits(P)>(symbols.low, h);
+        if constexpr (top_bits(P) == 0) return symbol;
+        else return vorrq_u8(symbol, vshlq_n_u8(fields<top_bits(P)>(symbols.top, h), low_bits(P)));
+    }
+    // Of a plane of Q bits.
+    template <int Q>
+    static uint8x16_t fields(const uint8_t* plane, int64_t h) {
+        constexpr int64_t kParts = kTileColumns * Q / 8 / kChunk;
         const int8x16_t down = vdupq_n_s8(static_cast<int8_t>(-Q * (h / kParts)));
-        const uint8x16_t fields = vshlq_u8(vld1q_u8(symbols.low + h % kParts * kChunk), down);
-        const uint8x16_t symbol = vandq_u8(fields, vdupq_n_u8((1 << Q) - 1));
-        if (P % 2 == 0) return symbol;
-        const uint8x16_t top = vtstq_u8(symbols.top, vdupq_n_u8(static_cast<uint8_t>(1 << h)));
-        return vorrq_u8(symbol, vandq_u8(top, vdupq_n_u8(1 << Q)));
+        return vandq_u8(vshlq_u8(vld1q_u8(plane + h % kParts * kChunk), down), vdupq_n_u8((1 << Q) - 1));
     }
     template <int P>
     static Table table(const Levels& levels) {
-        return {{vld1q_u8(levels.byte), vld1q_u8(levels.byte + 16)}};
+        return {{vld1q_u8(levels.byte), vld1q_u8(levels.byte + 16), vld1q_u8(levels.byte + 32), vld1q_u8(levels.byte + 48)}};
     }
     // Where the symbol above is odd, all bits turn.
     template <int P>
     static Bytes look_up(const Table& table, Index above, Index own) {
-        return veorq_u8(vqtbl2q_u8(table, own), vtstq_u8(above, vdupq_n_u8(1)));
+        const uint8x16_t odd = vtstq_u8(above, vdupq_n_u8(1));
+        if (P < 6) return veorq_u8(vqtbl2q_u8({{table.val[0], table.val[1]}}, own), odd);
+        return veorq_u8(vqtbl4q_u8(table, own), odd);
     }
     static Floats floats(Bytes bytes, int64_t i) {
         const uint16x8_t wide = vmovl_u8(i == 0 ? vget_low_u8(bytes) : vget_high_u8(bytes));

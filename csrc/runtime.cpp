@@ -208,7 +208,7 @@ int32_t slablm_trellis_columns(int32_t set, const TrellisBlock* block, int32_t t
     constexpr int64_t kWeightsPerEntry = 100;  // of a product, which take as long
     const TrellisKernel settle = trellis_of(set);
     if (settle == nullptr || block == nullptr || block->rows < 0 || block->columns < 0) return -1;
-    if (block->bits < 2 || block->bits > 5) return -1;
+    if (block->bits < 2 || block->bits > 6) return -1;
     const auto run = [&](float* scratch, int64_t begin, int64_t end) { settle(*block, begin, end, scratch); };
     const int64_t numbers = kMostBatchRows * block->columns, work = kWeightsPerEntry * block->columns;
     return for_rows_with<float>(numbers, block->rows, work, threads, run) ? 0 : -1;

@@ -185,6 +185,6 @@ inline bool rotates(int64_t columns, int64_t block) {
 }
 
 inline bool valid(const SlabSymbols* weight) {
-    return weight != nullptr && weight->rows >= 0 && weight->columns > 0 && weight->bits >= 2 && weight->bits <= 5 &&
+    return weight != nullptr && weight->rows >= 0 && weight->columns > 0 && weight->bits >= 2 && weight->bits <= 6 &&
            (weight->block == 0 || rotates(weight->columns, weight->block));
 }

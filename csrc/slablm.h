@@ -10,7 +10,7 @@
 #endif
 
 // Changes whenever a struct or a signature below does; Python refuses a library with another number.
-constexpr int32_t kAbiVersion = 7;
+constexpr int32_t kAbiVersion = 8;
 
 constexpr int64_t kWordBits = 64;      // columns per plane word, and per activation scale
 constexpr int64_t kMaxTokens = 8;      // tokens of one decode call
@@ -46,7 +46,7 @@ struct SlabSymbols {
     int64_t rows, columns;
     int64_t block;           // of the rotation of the inputs, a power of two that divides `columns`; 0: none
     uint64_t seed;           // of the rotation's signs
-    int64_t bits;            // of a symbol, 2 to 5
+    int64_t bits;            // of a symbol, 2 to 6
     const uint8_t* symbols;
     const uint16_t* scales;  // [rows], FP16, finite and not negative
     const int8_t* levels;    // [2^bits]
@@ -285,7 +285,7 @@ extern const Kernels kPortableKernels, kAvx2Kernels, kAvx512Kernels, kNeonKernel
 // A block of columns that become trellis-coded symbols one after the other (slablm/methods/trellis.py). Everything is
 // row-major without gaps.
 struct TrellisBlock {
-    int64_t rows, columns, bits;  // of a symbol, 2 to 5
+    int64_t rows, columns, bits;  // of a symbol, 2 to 6
     const float* current;         // [columns, rows]
     const float* before;          // [columns, rows], or null
     const float* coefficients;    // [columns, columns], transposed: row l is what moves column l

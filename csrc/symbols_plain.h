@@ -34,12 +34,14 @@ struct PlainSymbols : Base {
     }
     template <int P>
     static Index index(const Symbols& symbols, int64_t h) {
-        constexpr int Q = low_bits(P);
+        constexpr int Q = low_bits(P), T = top_bits(P);
         Index out;
         for (int64_t k = 0; k < kChunk; ++k) {
             const int64_t column = h * kChunk + k;
             unsigned symbol = symbols.low[column % low_stride(P)] >> (column / low_stride(P) * Q) & ((1u << Q) - 1);
-            if (P % 2 == 1) symbol |= (symbols.top[column % kTopStride] >> (column / kTopStride) & 1u) << Q;
+            if constexpr (T > 0) {
+                symbol |= (symbols.top[column % top_stride(P)] >> (column / top_stride(P) * T) & ((1u << T) - 1)) << Q;
+            }
             out.lane[k] = static_cast<uint8_t>(symbol);
         }
         return out;

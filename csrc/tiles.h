@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int kTable = 32;
+constexpr int kTable = 64;
 constexpr float kMiddle = 127.5f;
 constexpr float kSteps = 128.0f;
 
@@ -24,14 +24,16 @@ void for_bits(const SlabSymbols& weight, const Run& run) {
     if (weight.bits == 2) return run(Constant<2>());
     if (weight.bits == 3) return run(Constant<3>());
     if (weight.bits == 4) return run(Constant<4>());
-    run(Constant<5>());
+    if (weight.bits == 5) return run(Constant<5>());
+    run(Constant<6>());
 }
 
 constexpr int low_bits(int bits) { return bits < 4 ? 2 : 4; }
+constexpr int top_bits(int bits) { return bits - low_bits(bits); }
 constexpr int64_t tile_bytes(int bits) { return kTileRows * kTileColumns * bits / 8; }
 // Bytes of a row of a tile in the low plane and in the top one.
 constexpr int64_t low_stride(int bits) { return kTileColumns * low_bits(bits) / 8; }
-constexpr int64_t kTopStride = kTileColumns / 8;
+constexpr int64_t top_stride(int bits) { return kTileColumns * top_bits(bits) / 8; }
 
 // One plane of Q bits of a tile of half the width, as that of a whole tile with symbols 0 in the second half: field f of
 // byte k is column f * bytes + k, where a row of the whole tile has twice the bytes.
@@ -67,7 +69,8 @@ struct TileReader {
         if (words % 2 == 0) return;
         const uint8_t* half = first + whole * tile_bytes(P);
         widen_plane<low_bits(P)>(half, last);
-        if (P % 2 == 1) widen_plane<1>(half + kTileRows * low_stride(P) / 2, last + kTileRows * low_stride(P));
+        constexpr int64_t kLow = kTileRows * low_stride(P);
+        if constexpr (top_bits(P) > 0) widen_plane<top_bits(P)>(half + kLow / 2, last + kLow);
     }
 
     const uint8_t* tile(int64_t t) const { return t < whole ? first + t * tile_bytes(P) : last; }
@@ -85,7 +88,7 @@ constexpr int64_t row_above(int64_t r) { return (r + kTileRows - 1) % kTileRows;
 
 template <class Isa, int P>
 typename Isa::Symbols load_row(const uint8_t* tile, int64_t r) {
-    return Isa::template load<P>(tile + r * low_stride(P), tile + kTileRows * low_stride(P) + r * kTopStride);
+    return Isa::template load<P>(tile + r * low_stride(P), tile + kTileRows * low_stride(P) + r * top_stride(P));
 }
 
 // u by symbol, repeated.

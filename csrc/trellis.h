@@ -18,7 +18,7 @@
 #include "slablm.h"
 
 // Rows, parities and levels become constants.
-#define UNROLLED_ALL _Pragma("GCC unroll 16")
+#define UNROLLED_ALL _Pragma("GCC unroll 32")
 
 namespace {
 
@@ -39,7 +39,7 @@ inline TileFloats all(float value) { return value - TileFloats{}; }
 
 // Levels by parity, ascending, and the midpoints between neighbours.
 struct TrellisLevels {
-    alignas(64) float level[2][16] = {}, middle[2][16] = {};
+    alignas(64) float level[2][32] = {}, middle[2][32] = {};
 
     TrellisLevels(const float* levels, int64_t bits) {
         const int64_t half = int64_t{1} << (bits - 1);
@@ -84,15 +84,18 @@ template <int P>
 Nearest nearest(const TrellisLevels& levels, int parity, TileFloats sought) {
     TileInts index{};
 #if defined(__AVX512F__)
-    // A table of 16 floats is one register: half as many steps as there are bits, each with a midpoint looked up.
-    const __m512 middle = _mm512_load_ps(levels.middle[parity]);
-    const auto look_up = [](TileInts at, __m512 table) {
-        return reinterpret_cast<TileFloats>(_mm512_permutexvar_ps(reinterpret_cast<__m512i>(at), table));
+    // A table of 16 floats is one register, one of 32 two: as many steps as there are bits but one, each with a midpoint
+    // looked up.
+    const auto look_up = [](TileInts at, const float* table) {
+        const __m512i lanes = reinterpret_cast<__m512i>(at);
+        const __m512 first = _mm512_load_ps(table);
+        if (P < 6) return reinterpret_cast<TileFloats>(_mm512_permutexvar_ps(lanes, first));
+        return reinterpret_cast<TileFloats>(_mm512_permutex2var_ps(first, lanes, _mm512_load_ps(table + 16)));
     };
     UNROLLED_ALL for (int step = 1 << (P - 2); step > 0; step /= 2) {
-        index = sought > look_up(index + (step - 1), middle) ? index + step : index;
+        index = sought > look_up(index + (step - 1), levels.middle[parity]) ? index + step : index;
     }
-    return {index, look_up(index, _mm512_load_ps(levels.level[parity]))};
+    return {index, look_up(index, levels.level[parity])};
 #else
     TileFloats level = all(levels.level[parity][0]);
     UNROLLED_ALL for (int i = 1; i < 1 << (P - 1); ++i) {
@@ -248,7 +251,8 @@ void settle_rows(const TrellisBlock& block, int64_t begin, int64_t end, float* s
     if (block.bits == 2) return settle_batches<2>(block, begin, end, scratch);
     if (block.bits == 3) return settle_batches<3>(block, begin, end, scratch);
     if (block.bits == 4) return settle_batches<4>(block, begin, end, scratch);
-    settle_batches<5>(block, begin, end, scratch);
+    if (block.bits == 5) return settle_batches<5>(block, begin, end, scratch);
+    settle_batches<6>(block, begin, end, scratch);
 }
 
 }  // namespace

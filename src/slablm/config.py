@@ -167,7 +167,7 @@ class CompressionConfig:
 
     Args:
         method: name of the algorithm, a key of `slablm.methods.METHODS`. ``slab`` is the paper's, with a sparse matrix
-            of 16-bit values; ``slab+`` gives each weight one symbol of 2 to 5 bits, which is far smaller.
+            of 16-bit values; ``slab+`` gives each weight one symbol of 2 to 6 bits, which is far smaller.
         ratio: the paper's compression ratio CR in (0, 1): the share of the FP16 bits that is removed. The paper counts
             values, sign bits and factors; positions are free (the true size is reported beside it, always). None for
             0.5, and with `slab+`, which has `bits_per_weight` in its place; without meaning for the quantizers.

@@ -57,8 +57,9 @@ class Reader:
         self.entries = config["quantization_config"]
         assert self.entries["quant_method"] == "slab"
         self.int8_rows, self.experts = (self.entries.get(key, []) for key in ("int8_rows", "experts"))
-        assert self.entries["format_version"] == (9 if self.experts else 8)
         self.modules, self.value_dtype = self.entries["modules"], self.entries["value_dtype"]
+        six_bits = any(entry.get("symbol_bits") == 6 for entry in self.modules.values())
+        assert self.entries["format_version"] == (10 if six_bits else 9 if self.experts else 8)
         index = folder / "model.safetensors.index.json"
         single = folder / "model.safetensors"
         weight_map = None if single.exists() else json.loads(index.read_text(encoding="utf-8"))["weight_map"]
@@ -172,7 +173,7 @@ def value(symbols, p, n, i, j, levels):
 def symbol(symbols, p, n, i, j):
     w = 64 if j // 128 == n // 128 and -(-n // 64) % 2 else 128
     at, result, low = j // 128 * 64 * p, 0, 0  # 64 p bytes in each tile before this one
-    for q in {2: [2], 3: [2, 1], 4: [4], 5: [4, 1]}[p]:
+    for q in {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2]}[p]:
         width = w * q // 8
         f, k = divmod(j % 128, width)
         result |= (symbols[i // 4][at + i % 4 * width + k] >> q * f) % 2**q << low

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slablm import CompressionConfig, SlabError, SlabLinear
+from slablm.checkpoint.description import Description
 from slablm.checkpoint.guard import check_version
 from slablm.checkpoint.inspection import inspect_folder
 from slablm.dense.loading import load
@@ -82,8 +83,13 @@ def test_entries_of_a_layer(case, copy_of, compressed_folder):
     refused(folder, match)
 
 
+def turned_otherwise(config):
+    modules = config["quantization_config"]["modules"]
+    next(entry for entry in modules.values() if "rotation" in entry)["seed"] = 12345
+
+
 SYMBOL_ENTRIES = {
-    "6 bits": (of_layer(symbol_bits=6), "'symbol_bits' of .* is 6"),
+    "7 bits": (of_layer(symbol_bits=7), "'symbol_bits' of .* is 7"),
     "bits of text": (of_layer(symbol_bits="3"), "'symbol_bits' of .* is '3'"),
     "no columns": (of_layer(in_features=0), "'in_features' of .* is 0"),
     "columns of another number of tiles": (of_layer(in_features=65), r"symbols' is .*, config.json says .*|not what"),
@@ -94,7 +100,7 @@ SYMBOL_ENTRIES = {
     "a fraction": (of_layer(rotation=0.5, seed=1), "'rotation' of .* is 0.5"),
     "a seed without a rotation": (of_layer(rotation=None, seed=1), "'seed' of .* is 1"),
     "another rotation": (of_layer(rotation=8, seed=1), "not what the files"),
-    "another seed": (of_layer(seed=12345), "not what the files"),
+    "another seed": (turned_otherwise, "not what the files"),
     "kept": (of_layer(kept=3), "has an unknown entry 'kept'"),
     "groups": (of_layer(group_size=64), "has an unknown entry 'group_size'"),
 }
@@ -112,6 +118,14 @@ def test_entries_of_a_layer_with_symbols(case, symbol_folder, tmp_path):
 def test_symbols_are_no_part_of_earlier_versions(version, symbol_folder, tmp_path):
     shutil.copytree(symbol_folder, tmp_path / "copy")
     refused(age(tmp_path / "copy", version), f"has symbols, which format {version} has not")
+
+
+def test_symbols_of_6_bits_are_no_part_of_version_9(symbol_folder):
+    entries = json.loads((symbol_folder / "config.json").read_text())["quantization_config"]
+    entries["modules"][LAYER].update(symbol_bits=6)
+    assert Description.of_config(entries | {"format_version": 10}).written_version == 10
+    with pytest.raises(SlabError, match="it has symbols of 6 bits, which format 9 has not"):
+        Description.of_config(entries | {"format_version": 9})
 
 
 def test_symbols_of_the_form_that_was_never_released(symbol_folder, tmp_path):
@@ -161,7 +175,7 @@ def test_entries_of_the_checkpoint(case, copy_of, compressed_folder):
     refused(folder, match)
 
 
-@pytest.mark.parametrize("version", [True, "4", 3.0, None, [5], 0, 10])
+@pytest.mark.parametrize("version", [True, "4", 3.0, None, [5], 0, 11])
 def test_versions_that_are_none(version):
     with pytest.raises(SlabError, match="is not supported"):
         check_version(version)

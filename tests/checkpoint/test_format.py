@@ -21,6 +21,7 @@ KINDS = {
     "positions alone": ("llama", {"method": "wanda"}, {}, "positions"),
     "symbols": ("llama-tied", {"method": "slab+", "ratio": None}, {}, "symbols"),
     "symbols of many bits": ("llama", {"method": "slab+", "ratio": None, "bits_per_weight": 6.0}, {}, "levels"),
+    "symbols of 6 bits": ("llama", {"method": "slab+", "ratio": None, "bits_per_weight": 16.0}, {}, "levels"),
     "int8 rows": ("llama", {"head_bits": 8}, {}, "scales"),
     "tied int8 rows": ("gemma3_text", {"head_bits": 8}, {"max_shard_size": 60_000}, "scales"),
     "several files": ("llama-tied", {}, {"max_shard_size": 60_000}, "states"),
@@ -37,6 +38,8 @@ def test_a_second_reader(kind, quick, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SlabLinear)}
     assert layers.keys() == reader.modules.keys()
+    if kind == "symbols of 6 bits":
+        assert reader.entries["format_version"] == 10
     for name, layer in layers.items():
         expected, found = layer.packed.dense().numpy(), reader.dense(name)
         assert found.dtype == expected.dtype == np.float32

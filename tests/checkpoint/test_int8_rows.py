@@ -65,7 +65,8 @@ def refused(folder, match):
 def test_what_is_written(folder):
     config, stored = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
     entries = config["quantization_config"]
-    assert (entries["format_version"], entries["int8_rows"]) == (8, [HEAD, EMBEDDING])
+    assert entries["format_version"] >= 8
+    assert entries["int8_rows"] == [HEAD, EMBEDDING]
     assert config["dtype"] == "float32"
     names = [EMBEDDING] if is_tied(folder) else [EMBEDDING, HEAD]
     assert {name for name in stored if name.startswith((EMBEDDING, HEAD))} == {

@@ -27,7 +27,7 @@ def test_every_tile_gets_its_nearest_values(arguments, name):
 
 
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("apart", [False, True])
 def test_it_chooses_as_plain_torch_does(name, bits, apart):
     """But for ways that are all but equally near, and what follows them."""
@@ -93,7 +93,7 @@ def test_what_c_would_misread_is_refused(change, position):
 
 @needs_library
 def test_more_levels_than_symbols_can_name_are_refused():
-    arguments = random_block(2, 8, 6, apart=False)
+    arguments = random_block(2, 8, 7, apart=False)
     with pytest.raises(RuntimeError, match="refused its arguments"):
         native.trellis_columns(LIBRARY, SETS[0], *arguments)
 
@@ -118,7 +118,7 @@ def test_otherwise_it_is_plain_torch(dtype, monkeypatch):
         assert torch.equal(found, expected)
 
 
-@given(st.integers(0, 9), st.integers(1, 70), st.integers(2, 5), st.integers(0, 1000))
+@given(st.integers(0, 9), st.integers(1, 70), st.integers(2, 6), st.integers(0, 1000))
 def test_sums_in_one_pass_are_those_of_one_symbol_after_the_other(m, n, bits, seed):
     generator = torch.Generator().manual_seed(seed)
     signed, importance = torch.randn(m, n, generator=generator), torch.rand(n, generator=generator)

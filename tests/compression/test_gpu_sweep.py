@@ -37,7 +37,7 @@ def emulated(tmp_path_factory):
     """`trellis_columns_on_gpu` on the CPU; `adverse` is the order in which threads take turns."""
     folder = tmp_path_factory.mktemp("libraries")
     kernels = {}
-    for bits in range(2, 6):
+    for bits in range(2, 7):
         text = f'#include "{symbols_host.HEADER}"\n{SHUFFLE}{source(bits)}LAUNCHER({NAME})\n'
         kernels[source(bits)] = symbols_host.HostKernel(symbols_host.build(text, folder / f"{bits}.so"), NAME)
 
@@ -58,7 +58,7 @@ def test_the_text_gives_every_tile_its_nearest_values(emulated, arguments, adver
     check_settled(arguments, *emulated(*arguments, adverse=adverse))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_the_text_chooses_as_plain_torch_does(emulated, bits):
     """But for tiles with two ways all but equally near, and what follows them."""
     arguments = random_block(40, 130, bits, apart=bits % 2 == 1)
@@ -84,7 +84,7 @@ def test_slab_plus_is_as_good_with_the_text(emulated, monkeypatch):
 
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100"])
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_the_text_compiles(architecture, bits):
     assert f".text.{NAME}\0".encode() in cuda.compiled(source(bits), architecture)
 
@@ -103,7 +103,7 @@ def test_a_gpu_gives_every_tile_its_nearest_values(arguments):
 
 
 @needs_gpu
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_a_gpu_chooses_as_plain_torch_does(bits):
     arguments = random_block(128, 3001, bits, apart=bits % 2 == 1)
     found, expected = trellis_columns(*on_gpu(arguments)), trellis_columns(*arguments)

@@ -205,7 +205,7 @@ def test_changed_text_model_and_machine_are_refused(stopped, quick, tmp_path, mo
         patch.setattr(torch, "get_num_threads", lambda: 77)
         refused(r"another number of threads \(was 1, is 77\)")
     with monkeypatch.context() as patch:  # a finished block may have been noted in another form
-        patch.setattr(fingerprint, "FORMAT_VERSION", 77)
+        patch.setattr(fingerprint, "READABLE_VERSIONS", (77,))
         refused(r"another format version \(was \d+, is 77\)")
     shard = sorted(source.glob("model-*.safetensors"))[-1]
     data = bytearray(shard.read_bytes())

@@ -31,7 +31,7 @@ def loss(chosen, demands):
 
 def budget_of(demands, share):
     """Bits per weight, a share of the way from the least to the most that the layers can have."""
-    low, high = (size([c] * len(demands), demands) for c in (0, 3))
+    low, high = (size([c] * len(demands), demands) for c in (0, len(demands[0].sizes) - 1))
     return (low + share * (high - low)) / sum(d.weights for d in demands)
 
 
@@ -40,17 +40,17 @@ def test_the_budget_is_kept_and_nothing_more_fits(demands, share):
     budget = budget_of(demands, share)
     chosen = allot(budget, demands)
     room = budget * sum(d.weights for d in demands) * (1 + 2e-9)
-    assert all(0 <= c <= 3 for c in chosen)
+    assert all(c in range(len(SYMBOL_BITS)) for c in chosen)
     assert size(chosen, demands) <= room
     for i, c in enumerate(chosen):
-        if c < 3:
+        if c + 1 < len(SYMBOL_BITS):
             assert size([*chosen[:i], c + 1, *chosen[i + 1 :]], demands) > room * (1 - 4e-9)
 
 
 def best_loss(budget, demands):
-    """Of all 4ⁿ choices that fit."""
+    """Of all choices that fit."""
     room = budget * sum(d.weights for d in demands) * (1 + 1e-9)
-    choices = product(range(4), repeat=len(demands))
+    choices = product(range(len(demands[0].sizes)), repeat=len(demands))
     return min(loss(chosen, demands) for chosen in choices if size(chosen, demands) <= room)
 
 
@@ -77,7 +77,7 @@ def test_no_choice_is_much_better_for_layers_of_similar_size(demands, share):
 @settings(max_examples=40)
 @given(st.lists(st.floats(-12, 12), min_size=1, max_size=4), st.floats(0, 1))
 def test_no_choice_is_better_for_layers_of_one_size(importances, share):
-    demands = [Demand.of((48, 256), importance) for importance in importances]
+    demands = [Demand(48 * 256, importance, (2.0, 3.0, 4.0, 5.0, 6.0)) for importance in importances]
     budget = budget_of(demands, share)
     assert loss(allot(budget, demands), demands) == pytest.approx(best_loss(budget, demands))
 
@@ -145,7 +145,7 @@ def test_a_demand_has_the_sizes_of_files(shape):
     assert demand.weights == math.prod(shape)
     assert demand.importance == 3.5
     assert [size * demand.weights for size in demand.sizes] == pytest.approx(
-        [8 * symbol_bytes(shape, bits) for bits in (2, 3, 4, 5)]
+        [8 * symbol_bytes(shape, bits) for bits in (2, 3, 4, 5, 6)]
     )
 
 

@@ -178,7 +178,7 @@ def test_clearly_better_than_slab_of_more_bits():
     assert slow_error(weight, plus.dense(), held_out) < 0.75 * slow_error(weight, slab.dense(), held_out)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 129), (130, 7), (5, 128), (4, 200)])
 def test_any_shape_and_the_same_bits_every_time(bits, shape):
     weight, gram, held_out = correlated(*shape, tokens=2 * shape[1] + 5)
@@ -200,7 +200,7 @@ def test_a_long_row_is_rotated_in_blocks():
 
 def test_more_bits_are_better():
     weight, gram, held_out = correlated(48, 64)
-    results = [decomposed(weight, stats_of(gram, held_out), bits).dense() for bits in (2, 3, 4, 5)]
+    results = [decomposed(weight, stats_of(gram, held_out), bits).dense() for bits in (2, 3, 4, 5, 6)]
     errors = [slow_error(weight, dense, held_out) for dense in results]
     assert all(more < 0.5 * fewer for fewer, more in pairwise(errors))
 

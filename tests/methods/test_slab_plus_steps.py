@@ -31,7 +31,7 @@ def test_columns_count_by_the_norm_of_their_input(bits):
     assert slow_error(weight, found, ones.diag()) < 0.99 * slow_error(weight, squared, ones.diag())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 @pytest.mark.parametrize("n", [16, 37])
 def test_without_correlations_the_sweep_is_rounding(bits, n):
     """Whatever the order of the columns is."""
@@ -74,7 +74,7 @@ def test_descent_gives_every_column_its_best_symbols(m, n, bits, seed):
     assert slow_error(weight, found, gram) <= slow_error(weight, alphabet.dense(start), gram) * (1 + 1e-4)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_every_step_helps(bits):
     weight, gram, _ = wide()
     alphabet, problem = start_of(weight, gram, bits), Problem(weight, damped(gram, 0.01))

@@ -30,7 +30,7 @@ def distortion(weight, alphabet):
     return (weight - alphabet.dense(nearest_symbols(weight, alphabet.scales, alphabet.values()))).square()
 
 
-@given(SHAPES, st.integers(2, 5), st.integers(0, 1000))
+@given(SHAPES, st.integers(2, 6), st.integers(0, 1000))
 def test_all_columns_at_once_are_each_by_itself(shape, bits, seed):
     weight, _ = problem(*shape, seed)
     scales = weight.abs().amax(dim=1)
@@ -43,7 +43,7 @@ def test_all_columns_at_once_are_each_by_itself(shape, bits, seed):
         torch.testing.assert_close((found - weight[:, j]).norm(), (values - weight[:, j]).norm())
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_levels_are_the_least_squares_solution(bits):
     """Moving any of them, either way, only makes it worse."""
     weight, importance = problem(16, 64, bits)
@@ -139,7 +139,7 @@ def start(m, n, bits, seed):
     return Problem(weight, gram), nearest_symbols(weight, alphabet.scales, alphabet.values()), alphabet
 
 
-@given(SHAPES, st.integers(2, 5), st.integers(0, 1000))
+@given(SHAPES, st.integers(2, 6), st.integers(0, 1000))
 def test_scales_are_the_least_squares_solution(shape, bits, seed):
     given_problem, codes, alphabet = start(*shape, bits, seed)
     fitted, residual = refit(given_problem, codes, alphabet)

@@ -14,7 +14,7 @@ from tests.methods.test_symbols import random_symbols
 
 @st.composite
 def weights(draw):
-    bits, m, n = draw(st.integers(2, 5)), draw(st.integers(1, 9)), draw(st.integers(1, 300))
+    bits, m, n = draw(st.integers(2, 6)), draw(st.integers(1, 9)), draw(st.integers(1, 300))
     block = draw(st.sampled_from([b for b in (1, 2, 4, 64) if n % b == 0]))
     return random_symbols(m, n, bits, draw(st.integers(0, 1000)), block)
 
@@ -25,7 +25,7 @@ def symbol_at(packed, bits, n, i, j):
     width = 64 if j // 128 == n // 128 and -(-n // 64) % 2 else 128
     at = j // 128 * 4 * 128 * bits // 8
     symbol = low = 0
-    for q in {2: [2], 3: [2, 1], 4: [4], 5: [4, 1]}[bits]:
+    for q in {2: [2], 3: [2, 1], 4: [4], 5: [4, 1], 6: [4, 2]}[bits]:
         per_row = width * q // 8
         field, byte = divmod(j % 128, per_row)
         symbol |= (row_of_tiles[at + i % 4 * per_row + byte] >> (field * q)) % 2**q << low
@@ -33,7 +33,7 @@ def symbol_at(packed, bits, n, i, j):
     return symbol
 
 
-@given(st.integers(1, 9), st.integers(1, 300), st.integers(2, 5), st.integers(0, 1000))
+@given(st.integers(1, 9), st.integers(1, 300), st.integers(2, 6), st.integers(0, 1000))
 def test_tiles_lie_as_the_format_says(m, n, bits, seed):
     symbols = torch.randint(0, 2**bits, (m, n), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     packed = pack_tiles(symbols, bits)

@@ -8,7 +8,7 @@ since format version 4 (`Description.digest`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from slablm.checkpoint.guard import (
     FIRST_WITH_EXPERTS,
     FIRST_WITH_FP16_GRID,
     FIRST_WITH_INT8_ROWS,
+    FIRST_WITH_SIX_BITS,
     FIRST_WITH_SYMBOLS,
     UNRELEASED_SYMBOLS,
     check_version,
@@ -44,6 +45,7 @@ from slablm.packing import Spec
 
 _PLANES = (".states", ".positions", ".symbols")  # one of them is there in every compressed layer, and in no other
 _ERRORS = ("output_error", "unseen_error")
+_SIX_BITS = 6
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,8 @@ class Description:
         ):
             if names is not None and format_version < first:
                 raise damaged(f"is damaged: it has {key}, which format {format_version} has not", "")
+        if format_version < FIRST_WITH_SIX_BITS and _six_bits(specs):
+            raise damaged(f"is damaged: it has symbols of 6 bits, which format {format_version} has not", "")
         rows, apart = read_names("int8_rows", int8_rows, specs), read_names("experts", experts, specs)
         return cls(specs, value_dtype, format_version, rows, apart)
 
@@ -107,7 +111,7 @@ class Description:
     @property
     def written_version(self) -> int:
         """Of what is written: the first that has all that there is."""
-        return written_version(bool(self.experts))
+        return version_of(self.modules, self.experts)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -214,6 +218,15 @@ def _check_layer(name: str, module: ModuleSpec, dtype: torch.dtype, pieces: Mapp
                 f"{str(part_dtype).removeprefix('torch.')} {list(part_shape)}: {WAY_OUT}"
             )
     return spec
+
+
+def version_of(modules: Mapping[str, ModuleSpec], experts: Sequence[str]) -> int:
+    """The version of a `Description` that is to be written."""
+    return written_version(bool(experts), _six_bits(modules))
+
+
+def _six_bits(modules: Mapping[str, ModuleSpec]) -> bool:
+    return any(isinstance(spec, SymbolModule) and spec.symbol_bits == _SIX_BITS for spec in modules.values())
 
 
 def _piece(pieces: Mapping[str, Piece], name: str, where: Path) -> Piece:

@@ -21,9 +21,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from slablm.checkpoint import integrity
 from slablm.checkpoint.config_file import config_digest
-from slablm.checkpoint.description import Description, drift_entry, read_drift
+from slablm.checkpoint.description import Description, drift_entry, read_drift, version_of
 from slablm.checkpoint.entries import ModuleSpec
-from slablm.checkpoint.guard import FORMAT_VERSION, GUARD, QUANT_METHOD, check_version, written_version
+from slablm.checkpoint.guard import FORMAT_VERSION, GUARD, QUANT_METHOD, check_version
 from slablm.checkpoint.layer_report import LayerReport
 from slablm.checkpoint.places import place_experts, place_int8_rows, place_layers
 from slablm.checkpoint.stored import stored_form
@@ -253,7 +253,7 @@ def describe(
         dtype = getattr(torch, config.value_dtype or "")
         modules[report.name] = ModuleSpec.of(layer.spec, dtype, report.output_error, report.unseen_error)
     experts = [name for name, _ in all_experts(model)]
-    version = written_version(bool(experts))
+    version = version_of(modules, experts)
     lists: dict[str, Any] = {"int8_rows": int8_names(model) or None, "experts": experts or None}
     quantization_config = SlabQuantizationConfig(
         modules, config.value_dtype or "", config, version, drift=drift, **lists

@@ -16,7 +16,7 @@ import torch
 
 from slablm.checkpoint import integrity
 from slablm.checkpoint.files import CONFIG
-from slablm.checkpoint.guard import FORMAT_VERSION
+from slablm.checkpoint.guard import READABLE_VERSIONS
 from slablm.checkpoint.save import RUN
 from slablm.checkpoint.shards import Piece, byte_view
 from slablm.compression.options import RunOptions
@@ -65,7 +65,7 @@ def fingerprint(
     """
     # Of a text that is longer than the windows, the rest changes nothing; nor does it matter where it lies.
     shown: dict[str, Any] = {name: value for name, value in made_from.items() if name != "calibration text"}
-    shown |= {"device": options.device, "format version": FORMAT_VERSION}
+    shown |= {"device": options.device, "format version": READABLE_VERSIONS[-1]}
     shown |= {f"setting {key}": value for key, value in config.to_dict().items() if key != "calibration"}
     shown["calibration tokens"] = integrity.digest(windows)
     shown |= {f"version of {name}": version for name, version in versions().items()}

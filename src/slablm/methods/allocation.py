@@ -42,7 +42,7 @@ class Demand:
     Attributes:
         weights: m · n.
         importance: log₂ of s σ² det(H)^{1/n}; only differences between layers matter.
-        sizes: true bits per weight with symbols of 2, 3, 4 and 5 bits, ascending.
+        sizes: true bits per weight with symbols of 2, 3, 4, 5 and 6 bits, ascending.
     """
 
     weights: int

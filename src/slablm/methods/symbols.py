@@ -27,7 +27,7 @@ from torch.nn import functional
 
 from slablm.methods.rotation import Rotation
 
-FEWEST_BITS, MOST_BITS = 2, 5
+FEWEST_BITS, MOST_BITS = 2, 6
 # Rows whose symbols depend on each other.
 TILE_ROWS = 4
 _SCALE_BITS, _LEVEL_BITS = 16, 8

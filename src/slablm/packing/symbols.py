@@ -25,7 +25,7 @@ class SymbolSpec(StoredSpec):
     Attributes:
         out_features: m.
         in_features: n.
-        bits: p, bits of a symbol, 2 to 5.
+        bits: p, bits of a symbol, 2 to 6.
         rotation: of the inputs, if there is one.
     """
 

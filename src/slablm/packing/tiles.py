@@ -1,4 +1,4 @@
-"""Symbols of 2 to 5 bits in tiles: what a file holds is what a kernel reads.
+"""Symbols of 2 to 6 bits in tiles: what a file holds is what a kernel reads.
 
 A matrix of symbols [m, n] is cut into tiles of 4 rows and w = 128 columns; where ⌈n / 64⌉ is odd, the last tile of
 every four rows has w = 64. Columns are filled up to N = 64 ⌈n / 64⌉ and rows to a multiple of 4, with symbols 0. Tiles
@@ -7,7 +7,7 @@ follow each other along the rows, and each is contiguous.
 A symbol of p bits is split into fields, each of which has a *plane* of its own in the tile, one behind the other:
 
     p = 2: a plane of 2 bits        p = 3: the low 2 bits, then the top bit
-    p = 4: a plane of 4 bits        p = 5: the low 4 bits, then the top bit
+    p = 4: a plane of 4 bits        p = 5, 6: the low 4 bits, then the top one or two
 
 In a plane of q bits a row of the tile takes b = w q / 8 bytes, rows one after the other. Field f (from the lowest bits
 on) of byte k belongs to column f b + k: so one shift and one mask turn a vector of bytes into symbols of as many
@@ -24,7 +24,7 @@ from slablm.methods.symbols import TILE_ROWS
 
 TILE_COLUMNS, HALF_TILE = 128, 64
 # Bits of the planes, by the bits of a symbol.
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1)}
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2)}
 
 
 def padded_columns(n: int) -> int:
@@ -42,7 +42,7 @@ def pack_tiles(symbols: Tensor, bits: int) -> Tensor:
 
     Args:
         symbols: [m, n] uint8, below 2^bits.
-        bits: p, 2 to 5.
+        bits: p, 2 to 6.
 
     Returns:
         uint8, of shape `tiled_shape`.

@@ -229,7 +229,7 @@ def choices(draw):
         lanes(10), lanes(14), kv_heads * draw(st.integers(1, 3)), kv_heads, head_dim, activation, head_dim**-0.5
     )
     kind = Kind(
-        bits=draw(st.integers(2, 5)),
+        bits=draw(st.integers(2, 6)),
         rotated=draw(st.sampled_from([0, 0, 1, 8, 256])),
         joined=(draw(st.booleans()), draw(st.booleans())),
         bias=draw(st.booleans()),

@@ -99,7 +99,7 @@ extern "C" void decode_tile(const u8* tile, const u32* levels, int W, u32 (*foun
             u32 low[4], top[4];
             for (int row = 0; row < 4; row++) {
                 low[row] = ((const u32*)(tile + low_offset(W, row, t)))[i];
-                top[row] = TOP_PLANE ? ((const u32*)(tile + top_offset(W, row)))[i] : 0;
+                top[row] = TOP_BITS ? ((const u32*)(tile + top_offset(W, row, t)))[i] : 0;
             }
             decode(found, table, low, top, t);
         }
@@ -111,7 +111,7 @@ extern "C" u32 bytes_of(int W) { return tile_bytes(W); }
 @pytest.fixture(scope="module")
 def decoders(folder):
     text = (symbols_host.SOURCES / "symbols_decode.cuh").read_text(encoding="utf-8") + DECODE
-    return {bits: symbols_host.build(text, folder / f"decode{bits}.so", f"-DBITS={bits}") for bits in range(2, 6)}
+    return {bits: symbols_host.build(text, folder / f"decode{bits}.so", f"-DBITS={bits}") for bits in range(2, 7)}
 
 
 def decoded(decoder, tile, levels, words):
@@ -122,7 +122,7 @@ def decoded(decoder, tile, levels, words):
     return found.unflatten(4, (2, 2)).permute(2, 5, 0, 1, 3, 4).reshape(4, 32 * words)
 
 
-@given(st.integers(2, 5), st.integers(1, 3), st.integers(0, 1000))
+@given(st.integers(2, 6), st.integers(1, 3), st.integers(0, 1000))
 def test_a_tile_is_decoded_to_its_levels(decoders, bits, halves, seed):
     """Levels, all their bits turned below an odd symbol, of every row, lane and word of whole tiles and half ones."""
     n, decoder = 64 * halves, decoders[bits]
@@ -279,7 +279,7 @@ def on_gpu(weight):
 def gpu_weights(draw):
     n = draw(st.integers(1, 3000) | st.sampled_from([64, 128, 192, 1024, 2048, 4096]))
     block = draw(st.none() | st.sampled_from([2**k for k in range(13) if n % 2**k == 0]))
-    return weight_of(draw(st.integers(1, 300)), n, draw(st.integers(2, 5)), block, draw(st.integers(0, 2**31)))
+    return weight_of(draw(st.integers(1, 300)), n, draw(st.integers(2, 6)), block, draw(st.integers(0, 2**31)))
 
 
 @needs_gpu

@@ -100,7 +100,7 @@ def choices(draw):
         "seed": draw(st.integers(0, 2**31)),
         "shape": BlockShape(lanes(10), lanes(14), heads, kv_heads, head_dim, activation, head_dim**-0.5),
         "kind": Kind(
-            bits=draw(st.integers(2, 5)),
+            bits=draw(st.integers(2, 6)),
             rotated=draw(st.sampled_from([0, 0, 1, 8, 256])),
             joined=(draw(st.booleans()), draw(st.booleans())),
             bias=draw(st.booleans()),

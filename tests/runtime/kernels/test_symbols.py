@@ -26,7 +26,7 @@ def weights(draw):
     n = draw(st.integers(1, 400) | st.sampled_from([64, 128, 192, 256, 320, 384]))
     block = draw(st.none() | st.sampled_from([2**k for k in range(largest_block(n).bit_length())]))
     rotation = None if block is None else Rotation(n, block, draw(st.integers(0, 2**64 - 1)))
-    m, bits = draw(st.integers(1, 400) if draw(st.booleans()) else st.integers(1, 10)), draw(st.integers(2, 5))
+    m, bits = draw(st.integers(1, 400) if draw(st.booleans()) else st.integers(1, 10)), draw(st.integers(2, 6))
     return random_symbols(m, n, bits, rotation, draw(st.integers(0, 2**31)))
 
 
@@ -82,7 +82,7 @@ def test_every_instruction_set_equals_the_reference(weight, tokens, dtype, seed)
 
 @needs_library
 @pytest.mark.parametrize("name", SETS)
-@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_relative_error_of_a_layer(name, bits):
     weight = random_symbols(64, 1088, bits)
     for tokens, bound in ((1, 2e-4), (3, 2e-4), (4, 2e-4), (8, 1e-6)):

@@ -25,7 +25,7 @@ from slablm.packing.symbols import PackedSymbols
 from slablm.runtime.kernels.layout import NativeWeight
 
 MAX_TOKENS = 8
-ABI_VERSION = 7
+ABI_VERSION = 8
 # Fastest first; the number is the library's.
 INSTRUCTION_SETS = {"avx512": 2, "avx2": 1, "neon": 3, "portable": 0}
 

@@ -14,7 +14,7 @@
 // it gives 255 or 0, as the top bit of the byte is. So in a table of bytes 0 and 255 in turns it gives 255 for odd
 // nibbles, whatever their other bits are. This mask turns the bits of the row below. (Symbols of 2 bits take the parity
 // above into the index instead.) Where symbols have 4 bits and more it also chooses between two tables, of even and of
-// odd symbols, in which the other three bits are looked up; the fifth bit chooses between two such pairs.
+// odd symbols, in which the other three bits are looked up; the bits of the top plane choose between two or four such pairs.
 
 typedef unsigned char u8;
 typedef unsigned int u32;
@@ -27,7 +27,7 @@ typedef unsigned long long u64;
 #endif
 
 #define LOW_BITS (BITS >= 4 ? 4 : 2)
-#define TOP_PLANE (BITS == 3 || BITS == 5)
+#define TOP_BITS (BITS - LOW_BITS)
 #define LEVELS (1 << BITS)
 
 SHARED_CODE u32 permute(u32 low, u32 high, u32 selector) {
@@ -59,19 +59,23 @@ SHARED_CODE u32 tile_bytes(int W) { return 16 * W * BITS; }
 SHARED_CODE u32 low_offset(int W, int row, int t) {
     return LOW_BITS == 4 ? 16 * W * row + 4 * W * t : 8 * W * row + 4 * W * (t & 1);
 }
-SHARED_CODE u32 top_offset(int W, int row) { return 16 * W * LOW_BITS + 4 * W * row; }
-
-// Symbols as nibbles; of 5 bits the lower four.
-SHARED_CODE u32 nibbles(u32 low, u32 top, int t) {
-    if (BITS >= 4) return low;
-    const u32 fields = low >> (2 * (t >> 1)) & 0x33333333u;
-    return BITS == 2 ? fields : fields | (rotate_left(top, 2 - t) & 0x44444444u);
+SHARED_CODE u32 top_offset(int W, int row, int t) {
+    return 16 * W * LOW_BITS + 4 * W * TOP_BITS * row + (TOP_BITS == 2 ? 4 * W * (t & 1) : 0);
 }
 
-// The bytes of all levels. Of 2 bits a word, and one for τ = -1; of 3 bits two words; else two words of even symbols,
-// two of odd ones, and of 5 bits the same for symbols from 16 on.
+// Of a word of a plane of 2 bits, the symbols of lane t, in nibbles.
+SHARED_CODE u32 fields(u32 word, int t) { return word >> (2 * (t >> 1)) & 0x33333333u; }
+
+// Symbols as nibbles; of 5 and 6 bits the lower four.
+SHARED_CODE u32 nibbles(u32 low, u32 top, int t) {
+    if (BITS >= 4) return low;
+    return BITS == 2 ? fields(low, t) : fields(low, t) | (rotate_left(top, 2 - t) & 0x44444444u);
+}
+
+// The bytes of all levels. Of 2 bits a word, and one for τ = -1; of 3 bits two words; else, for every 16 symbols, two words
+// of even ones and two of odd ones.
 struct Table {
-    u32 words[8];
+    u32 words[BITS == 6 ? 16 : 8];
 };
 
 // Of levels four in a word.
@@ -87,24 +91,28 @@ SHARED_CODE Table table_of(const u32* levels) {
     return table;
 }
 
-// What is looked up for a word of a row, four nibbles at a time: selectors of a table, of the mask of odd symbols, and
-// of one of two results.
+// What is looked up for a word of a row, four nibbles at a time: selectors of a table, of the mask of odd symbols, of one of
+// two results, and of one of two such halves.
 struct Selectors {
-    u32 index, parity, half;
+    u32 index, parity, half, quarter;
 };
 
 // `above`: the nibbles of the row above.
 SHARED_CODE Selectors selectors(u32 own, u32 above, u32 top, int t) {
-    Selectors result = {own, own, 0};
+    Selectors result = {own, own, 0, 0};
     if (BITS == 2) result.index |= above << 2 & 0x44444444u;
     if (BITS >= 4) result.index = own >> 1 & 0x77777777u;
     if (BITS == 5) result.half = (rotate_left(top, 2 - t) & 0x44444444u) | 0x32103210u;
+    if (BITS == 6) {
+        result.half = (fields(top, t) << 2 & 0x44444444u) | 0x32103210u;
+        result.quarter = (fields(top, t) << 1 & 0x44444444u) | 0x32103210u;
+    }
     return result;
 }
 
 // The upper four nibbles.
 SHARED_CODE Selectors upper(Selectors s) {
-    s.index >>= 16, s.parity >>= 16, s.half >>= 16;
+    s.index >>= 16, s.parity >>= 16, s.half >>= 16, s.quarter >>= 16;
     return s;
 }
 
@@ -119,8 +127,13 @@ SHARED_CODE u32 of_pair(const u32* words, u32 index, u32 own) {
 SHARED_CODE u32 look_up(const Table& table, Selectors s, u32 own, u32 above) {
     if (BITS == 2) return permute(table.words[0], table.words[1], s.index);
     if (BITS == 3) return permute(table.words[0], table.words[1], s.index) ^ above;
-    const u32 first = of_pair(table.words, s.index, own);
-    return (BITS == 4 ? first : permute(first, of_pair(table.words + 4, s.index, own), s.half)) ^ above;
+    u32 found = of_pair(table.words, s.index, own);
+    if (BITS >= 5) found = permute(found, of_pair(table.words + 4, s.index, own), s.half);
+    if (BITS == 6) {
+        const u32 third = of_pair(table.words + 8, s.index, own), fourth = of_pair(table.words + 12, s.index, own);
+        found = permute(found, permute(third, fourth, s.half), s.quarter);
+    }
+    return found ^ above;
 }
 
 // A word of all four rows: their bytes, of the lower and of the upper nibbles.

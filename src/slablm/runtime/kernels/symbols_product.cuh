@@ -60,7 +60,7 @@ __device__ __forceinline__ void read(Piece<W>& piece, const u8* stage, int lane)
 #pragma unroll
     for (int row = 0; row < 4; row++) {
         read_words<W>(piece.low[row], stage + g * TILE_ROOM + low_offset(W, row, t));
-        if (TOP_PLANE) read_words<W>(piece.top[row], stage + g * TILE_ROOM + top_offset(W, row));
+        if (TOP_BITS) read_words<W>(piece.top[row], stage + g * TILE_ROOM + top_offset(W, row, t));
     }
 }
 
@@ -71,7 +71,7 @@ __device__ __forceinline__ void multiply_tile(Sums& kept, const Piece<W>& piece,
     for (int i = 0; i < W; i++) {
         u32 low[4], top[4], bytes[4][2];
 #pragma unroll
-        for (int row = 0; row < 4; row++) low[row] = piece.low[row][i], top[row] = TOP_PLANE ? piece.top[row][i] : 0;
+        for (int row = 0; row < 4; row++) low[row] = piece.low[row][i], top[row] = TOP_BITS ? piece.top[row][i] : 0;
         decode(bytes, table, low, top, t);
 #pragma unroll
         for (int f = 0; f < 2; f++) {

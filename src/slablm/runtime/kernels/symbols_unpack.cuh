@@ -27,8 +27,8 @@ extern "C" __global__ void unpack(
     const int row = begin + blockIdx.x, above = (row + 3) % 4;
     const u8* const from = symbols + (long long)(row / 4) * halves * tile_bytes(2) + tile * tile_bytes(4);
     const u32 low = __ldg((const u32*)(from + low_offset(W, row % 4, t)) + i);
-    const u32 top = TOP_PLANE ? __ldg((const u32*)(from + top_offset(W, row % 4)) + i) : 0;
-    const u32 own = nibbles(low, top, t), fifth = BITS == 5 ? top >> t : 0;
+    const u32 top = TOP_BITS ? __ldg((const u32*)(from + top_offset(W, row % 4, t)) + i) : 0;
+    const u32 own = nibbles(low, top, t), upper = BITS == 6 ? fields(top, t) : BITS == 5 ? top >> t & 0x11111111u : 0;
     const u32 minus = nibbles(__ldg((const u32*)(from + low_offset(W, above, t)) + i), 0, t);
     const float scale = from_half(scales[row]);
     scalar* const to = outputs + (long long)blockIdx.x * n;
@@ -39,7 +39,7 @@ extern "C" __global__ void unpack(
 #pragma unroll
         for (int k = 0; k < 4; k++) {
             const int at = 8 * k + 4 * part;
-            const float size = scale * values[(own >> at & 15) | (fifth >> at & 1) << 4];
+            const float size = scale * values[(own >> at & 15) | (upper >> at & 3) << 4];
             numbers[k] = minus >> at & 1 ? -size : size;
         }
         write_four(to + column, numbers, n - column, n % 4 == 0);
