@@ -103,7 +103,7 @@ METHODS: dict[str, Method] = {
         needs_held_out=True,
         takes_true_bits=True,
         kept_matrices=5,  # G rotated; the factors of both, with two dampings
-        version=6,
+        version=7,
         workspace=_slab_plus_workspace,
     ),
     "wanda": Method(wanda, _PRUNED, workspace=_pruner_workspace),
