@@ -305,3 +305,8 @@ extern const TrellisKernel kPortableTrellis, kAvx2Trellis, kAvx512Trellis, kNeon
 
 // Returns 0, or -1 if the arguments are out of range or memory is short.
 SLABLM_API int32_t slablm_trellis_columns(int32_t set, const TrellisBlock* block, int32_t threads);
+
+// gram += X'X of bfloat16 rows [tokens, columns], without what is left of the diagonal's blocks of 48 columns. Both are
+// row-major without gaps. Returns kNoKernel, and computes nothing, if this CPU has no instructions for it in the set.
+SLABLM_API int32_t slablm_add_gram(int32_t set, const uint16_t* rows, int64_t tokens, int64_t columns, float* gram,
+                                   int32_t threads);

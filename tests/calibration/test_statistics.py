@@ -37,6 +37,28 @@ def test_products_are_taken_in_strips_and_mirrored(n, monkeypatch):
     assert torch.equal(stats_of(collector).gram, inputs.T @ inputs)
 
 
+def test_products_of_bfloat16_are_those_of_float32(monkeypatch):
+    """By a kernel if there is one, and without it; what else is kept is the same to the last bit."""
+    generator = torch.Generator().manual_seed(0)
+    batches = [torch.randn(2, 9, 300, generator=generator).bfloat16() for _ in range(3)]
+
+    def collected(dtype):
+        collector = StatsCollector(300, with_gram=True, device=torch.device("cpu"))
+        for batch in batches:
+            collector.add(batch.to(dtype), torch.tensor([0, 12, 3]))
+        return stats_of(collector)
+
+    wide, fast = collected(torch.float32), collected(torch.bfloat16)
+    monkeypatch.setattr(statistics, "gram_kernel", lambda rows: None)
+    without = collected(torch.bfloat16)
+    assert torch.equal(without.gram, wide.gram)
+    assert (fast.gram - wide.gram).norm() < 1e-6 * wide.gram.norm()
+    for stats in (fast, wide):
+        assert torch.equal(stats.gram, stats.gram.T)
+    assert torch.equal(fast.input_norms, wide.input_norms)
+    assert torch.equal(fast.sample, wide.sample)
+
+
 def test_who_sees_all_windows_keeps_one_sum_of_those_that_are_fitted():
     """Once others come; and it is the same to the last bit."""
     generator = torch.Generator().manual_seed(0)

@@ -11,6 +11,8 @@ it keeps such rows alone. The squares of every call are summed in float64 on the
 end in the order of the windows, whichever rank ran them; XᵀX is added up pairwise (`slablm.calibration.pairwise`). So
 both are the same bits for any number of ranks. What collectors of several ranks have seen of one layer is put together
 piece by piece, on the rank that decomposes it (`Joint`).
+
+XᵀX of bfloat16 inputs is a kernel's where the CPU has one (`slablm.runtime.kernels.gram`), else torch's in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from torch import Tensor
 from slablm.calibration.pairwise import PairwiseSum
 from slablm.errors import SlabError
 from slablm.methods import LayerStats
+from slablm.runtime.kernels import gram_kernel
 
 SAMPLED_TOKENS = 512
 # Narrower strips of XᵀX save no more.
@@ -109,7 +112,8 @@ class StatsCollector:
             leaf: of the sum XᵀX; all calls of one come in a row.
             use: what their window is there for.
         """
-        rows = inputs.detach().reshape(-1, inputs.shape[-1]).float()
+        narrow = inputs.detach().reshape(-1, inputs.shape[-1])
+        rows = narrow.float()
         if not len(rows):  # nothing was sent to it this time
             return
         (self._unseen if use is Use.MEASURE else self._sample).add(rows[sampled.to(rows.device) % rows.shape[0]])
@@ -127,7 +131,12 @@ class StatsCollector:
             self._leaf = use, leaf
         if self._gram is None:
             self._gram = rows.new_zeros(rows.shape[1], rows.shape[1])
-        add_upper(self._gram, rows)
+        add = gram_kernel(narrow)
+        if add is None:
+            add_upper(self._gram, rows)
+        else:
+            del rows  # the kernel takes half as much
+            add(self._gram, narrow)
 
     def pieces(self) -> dict[str, Tensor]:
         """What there is so far, for `Joint.add`; the collector is not to be used any more."""
@@ -162,9 +171,11 @@ def add_upper(gram: Tensor, rows: Tensor) -> None:
 
 
 def mirror(gram: Tensor) -> None:
-    """Fill what `add_upper` leaves out."""
+    """Fill what is below the diagonal from what is above."""
     for start, stop in _strips(len(gram)):
         gram[stop:, start:stop] = gram[start:stop, stop:].T
+        corner = gram[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
 
 
 def _strips(n: int) -> Iterator[tuple[int, int]]:

@@ -103,6 +103,7 @@ def load() -> Library | str:
     functions.slablm_symbols_matmul.argtypes = (i32, pointer, pointer, i32, i64, i32, pointer, i32, i32)
     functions.slablm_symbols_unpack.argtypes = (i32, pointer, i64, i64, pointer, i32, i32)
     functions.slablm_trellis_columns.argtypes = (i32, pointer, i32)
+    functions.slablm_add_gram.argtypes = (i32, pointer, i64, i64, pointer, i32)
     functions.slablm_blocks.argtypes = (i32, pointer, pointer, i64, pointer, i32)
     for function in (functions.slablm_prompt_heads, functions.slablm_prompt_outputs):
         function.argtypes = (i32, pointer, pointer, pointer, pointer, i32)
