@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from slablm.errors import SlabError
+from slablm.methods.cholesky import upper_factor
 from slablm.methods.decomposition import LayerStats
 
 BLOCK_SIZE = 128
@@ -174,12 +175,9 @@ def factored(gram: Tensor, damping: float = DAMPING) -> Factor:
     dead = diagonal == 0
     mean = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
     for step in DAMPING_STEPS:
-        reversed_gram = gram.flip(0, 1)
-        reversed_gram.diagonal().add_(dead.flip(0) * mean + step * damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(reversed_gram)
-        if not failed:
-            del reversed_gram  # as large as the largest thing there is: no more of them than needed
-            return Factor(lower.flip(0, 1), dead)
+        triangle = upper_factor(gram, dead * mean + step * damping * mean)
+        if triangle is not None:
+            return Factor(triangle, dead)
     raise SlabError(
         f"the Gram matrix of the calibration inputs is not positive definite, even with {step * damping:g} of its "
         "mean diagonal added: use more calibration windows, or a method that needs no Gram matrix"
