@@ -55,6 +55,7 @@ BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SYMBOL_BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 SYMBOL_BITS = (2, 3, 4, 5, 6)
 SANITIZER_SECONDS = 60
+HEAD = (128256, 4096)  # of Llama-3-8B
 
 Row = dict[str, Any]
 
@@ -68,6 +69,11 @@ def packed_on_gpu(m: int, n: int, ratio: float, dtype: torch.dtype = torch.bfloa
 def symbols_on_gpu(m: int, n: int, bits: int) -> PackedSymbols:
     packed = random_symbols(m, n, bits)
     return replace(packed, **{name: part.to(DEVICE) for name, part in packed.parts().items()})
+
+
+def int8_on_gpu(m: int, n: int) -> tuple[Tensor, Tensor]:
+    rows = torch.randint(-127, 128, (m, n), dtype=torch.int8, device=DEVICE)
+    return rows, torch.rand(m, device=DEVICE).half()
 
 
 def dense_calls(m: int, n: int, tokens: int, dtype: torch.dtype) -> list[Run]:
@@ -97,6 +103,9 @@ def check(shapes: tuple[tuple[int, int], ...]) -> Row:
                 sys.exit(f"wrong result: unpacking {m}x{n}, {bits}-bit symbols")
             run = lambda inputs, symbols=symbols: kernels.symbols_linear(inputs, symbols)  # noqa: E731
             compare(f"{m}x{n}, {bits}-bit symbols", run, symbols.dense(), SYMBOL_BOUNDS, worst)
+        rows, scales = int8_on_gpu(m, n)
+        run = lambda inputs, rows=rows, scales=scales: kernels.dense_linear(inputs, rows, scales)  # noqa: E731
+        compare(f"{m}x{n}, int8 rows", run, rows.double() * scales.double()[:, None], SYMBOL_BOUNDS, worst)
     layer = SlabLinear.from_packed(packed_on_gpu(1024, 4096, 0.5))
     layer.use_native()
     inputs = torch.randn(1, 4096, device=DEVICE, dtype=torch.bfloat16)
@@ -174,6 +183,22 @@ def layer_table(shapes: list[tuple[int, int]], options: argparse.Namespace) -> l
                     flush=True,
                 )
     return rows
+
+
+def head_table(options: argparse.Namespace) -> Row:
+    """A head in int8 rows beside one in bfloat16."""
+    rows, scales = int8_on_gpu(*HEAD)
+    found: Row = {}
+    for tokens in (1, 4, 8):
+        inputs = torch.randn(tokens, HEAD[1], device=DEVICE, dtype=torch.bfloat16)
+        runs = {"BF16": dense_calls(*HEAD, tokens, torch.bfloat16)}
+        runs["int8 rows"] = [lambda inputs=inputs: kernels.dense_linear(inputs, rows, scales)]
+        found[f"{tokens} tokens"] = times = microseconds(runs, options.rounds)
+        print(
+            f"head {HEAD[0]}x{HEAD[1]}, {tokens} token(s): {times['int8 rows']:.1f} us, x BF16 "
+            f"{times['BF16'] / times['int8 rows']:.2f}"
+        )
+    return found
 
 
 def block_table(options: argparse.Namespace) -> Row:
@@ -277,6 +302,7 @@ def main() -> None:
         parts = {
             "errors": lambda: check(CHECKED),
             "layers": lambda: layer_table(shapes, options),
+            "head_us": lambda: head_table(options),
             "block_us": lambda: block_table(options),
             "decomposition_seconds": lambda: decomposition_table(shapes),
         }

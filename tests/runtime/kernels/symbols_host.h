@@ -143,6 +143,13 @@ static inline int __reduce_add_sync(unsigned, int value) {
     return sum;
 }
 
+static inline float __shfl_xor_sync(unsigned, float value, int apart) {
+    const unsigned brought = __float_as_uint(value);
+    int turn;
+    const auto all = exchange(&brought, 1, turn);
+    return __uint_as_float(all[running % WARP ^ apart][turn][0]);
+}
+
 static void copy(const Copy& copy) { memcpy(copy.to, copy.from, COPY_BYTES); }
 
 static inline void fetch(unsigned char* to, const unsigned char* from) {
@@ -172,6 +179,11 @@ static inline void wait_for_all() {
 }
 
 static inline int byte_of(unsigned word, int k) { return (signed char)(word >> (8 * k)); }
+
+static inline int dot4(unsigned a, unsigned b, int sum) {
+    for (int k = 0; k < 4; k++) sum += byte_of(a, k) * byte_of(b, k);
+    return sum;
+}
 
 // The fragments as the PTX manual has them. A: row g and g + 8, columns 4t … and 16 + 4t …, in a0, a1 and a2, a3. B:
 // column g, rows 4t … and 16 + 4t …. Sums: rows g and g + 8, columns 2t and 2t + 1.

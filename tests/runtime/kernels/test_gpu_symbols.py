@@ -36,6 +36,8 @@ VARIANTS = [
     (4, torch.bfloat16, Shape(16, 4, 3, 1)),
     (5, HALF, Shape(4, 2, 2, 1)),
     (5, torch.float32, Shape(8, 2, 4, 1)),
+    (6, torch.bfloat16, Shape(4, 2, 2, 1)),
+    (6, torch.float32, Shape(1, 2, 3, 1)),
 ]
 # Rows, columns, and a block of the rotation: half tiles alone and behind whole ones, columns that fill none, more
 # columns than one block of threads prepares.

@@ -5,7 +5,8 @@
 - CPU, a few tokens (decode): the compiled kernel reads the planes directly, `native.matvec`;
 - CPU, more tokens (prefill): rows are unpacked a tile at a time into a small buffer, which torch multiplies; there is
   never a dense weight;
-- GPU: the Triton kernels, which make the same distinction themselves (`slablm.runtime.kernels.gpu`);
+- GPU: the Triton kernels, which make the same distinction themselves (`slablm.runtime.kernels.gpu`), and for int8 rows
+  and a few tokens a kernel in CUDA C++ (`gpu_int8`);
 - no kernels for the device: the reference in plain torch.
 
 Which kernels there are, `backends` knows. Under `torch.compile`, and where a gradient with respect to the inputs is
@@ -25,8 +26,8 @@ from torch.nn import functional
 
 from slablm.errors import SlabError
 from slablm.packing import PackedWeight
-from slablm.runtime.kernels import native, reference
-from slablm.runtime.kernels.backends import TRITON, backend
+from slablm.runtime.kernels import gpu_int8, native, reference
+from slablm.runtime.kernels.backends import CUDA, TRITON, backend, symbols_backend
 from slablm.runtime.kernels.gpu_layout import GpuWeight, to_gpu
 from slablm.runtime.kernels.layout import NativeWeight, to_native
 from slablm.system.float32 import fast_float32
@@ -124,8 +125,19 @@ def needs_operator(inputs: Tensor) -> bool:
     return torch.compiler.is_compiling() or gradient or type(inputs) not in (Tensor, nn.Parameter)
 
 
+def _on_gpu(inputs: Tensor, weight: Tensor, scales: Tensor | None) -> bool:
+    """Whether the kernel for NVIDIA GPUs multiplies int8 rows with these inputs."""
+    if weight.device.type != "cuda" or scales is None or inputs.dtype not in KERNEL_DTYPES:
+        return False
+    return gpu_int8.reads(weight, scales) and symbols_backend(weight.device).name == CUDA
+
+
 def _run_dense(inputs: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
     m, n = weight.shape
+    if inputs.numel() <= gpu_int8.FEW_TOKENS * n and _on_gpu(inputs, weight, scales):
+        assert scales is not None
+        with torch.cuda.device(weight.device):
+            return gpu_int8.linear(inputs.reshape(-1, n).contiguous(), weight, scales).view(*inputs.shape[:-1], m)
     chosen = backend(weight.device)
     readable = inputs.dtype in KERNEL_DTYPES and weight.is_contiguous() and (scales is None or scales.is_contiguous())
     if chosen.library is not None and readable and inputs.numel() <= native.MAX_TOKENS * n:

@@ -34,7 +34,7 @@ FEW_TOKENS = 32
 # Tokens of one product, rounded up to one of these; the last is what fits into registers.
 _TOKENS = (1, 2, 4, 8, 16)
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_TEXTS = tuple(f"symbols_{part}.cuh" for part in ("decode", "device", "inputs", "product", "unpack"))
+_TEXTS = ("numbers.cuh", *(f"symbols_{part}.cuh" for part in ("decode", "device", "inputs", "product", "unpack")))
 _THREADS = 256
 # Rows of a block of threads in `matvec`.
 _ROWS = 32

@@ -26,26 +26,8 @@
 #define RECORD_BYTES (UNIT_BYTES + TILE * COLUMNS)
 #define OPERAND_BYTES (QUADS * RECORD_BYTES)  // of a tile
 
-typedef unsigned short half_bits;
-
 // Single instructions. Tests without a GPU have their own in C++, and compile all the rest as it is.
 #ifdef __CUDACC__
-__device__ __forceinline__ float from_half(half_bits bits) {
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-    return value;
-}
-__device__ __forceinline__ half_bits to_half(float value) {
-    half_bits bits;
-    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-__device__ __forceinline__ half_bits to_bfloat16(float value) {
-    half_bits bits;
-    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-    return bits;
-}
-
 // 16 bytes from global to shared memory, without registers and without waiting.
 __device__ __forceinline__ void fetch(u8* to, const u8* from) {
     const u32 address = (u32)__cvta_generic_to_shared(to);
@@ -73,32 +55,6 @@ __device__ __forceinline__ void multiply_next(int* sums, const u32* a, u32 b0, u
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 #endif
-
-#if TYPE == 0
-typedef float scalar;
-__device__ __forceinline__ float widen(scalar value) { return value; }
-__device__ __forceinline__ scalar narrow(float value) { return value; }
-#elif TYPE == 1
-typedef half_bits scalar;
-__device__ __forceinline__ float widen(scalar value) { return from_half(value); }
-__device__ __forceinline__ scalar narrow(float value) { return to_half(value); }
-#else
-typedef half_bits scalar;
-__device__ __forceinline__ float widen(scalar value) { return __uint_as_float((u32)value << 16); }
-__device__ __forceinline__ scalar narrow(float value) { return to_bfloat16(value); }
-#endif
-
-// The next launch may start before this one ends (programmatic dependent launch), and waits before it reads from it.
-__device__ __forceinline__ void start_next() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
 
 __device__ __forceinline__ int tiles_of(int n) { return (n + TILE - 1) / TILE; }
 __device__ __forceinline__ int halves_of(int n) { return (n + TILE / 2 - 1) / (TILE / 2); }

@@ -83,30 +83,6 @@ extern "C" __global__ void rotate(
         outputs[token * n + start + k] = narrow(columns[place(k)]);
 }
 
-// The four columns of a lane as 16-bit integers in two words; the unit of the tile over 128, and that times ½ Σ x.
-__device__ __forceinline__ float2 integers(const float* values, u32* words) {
-    // Of floats without a sign the bits ascend as they do, and NaN is above all.
-    u32 bits = 0;
-#pragma unroll
-    for (int k = 0; k < 4; k++) bits = max(bits, __float_as_uint(fabsf(values[k])));
-    bits = __reduce_max_sync(~0u, bits);
-    const float most = 127 * 256 + 127, largest = __uint_as_float(bits);
-    const float scale = largest > 1e-30f ? most / largest : 0.f;  // of what is smaller the scale would not be finite
-    int sum = 0;
-    words[0] = words[1] = 0;
-#pragma unroll
-    for (int k = 0; k < 4; k++) {
-        const int x = __float2int_rn(fminf(fmaxf(values[k] * scale, -most), most)), hi = (x + 128) >> 8;
-        sum += x;
-        words[0] |= (u32)(hi & 255) << (8 * k);
-        words[1] |= (u32)((x - 256 * hi) & 255) << (8 * k);
-    }
-    sum = __reduce_add_sync(~0u, sum);
-    // A token that is not finite becomes NaN as a whole.
-    const float unit = bits < 0x7F800000 ? largest / (128 * most) : __int_as_float(0x7FFFFFFF);
-    return make_float2(unit, 0.5f * sum * unit);
-}
-
 // Grid: pieces of `size` columns (a multiple of a tile, and of a block of the rotation); tokens.
 extern "C" __global__ void __launch_bounds__(512) quantize(
     const scalar* inputs, const u32* minus, u8* operand, int n, int size, int block) {
@@ -130,9 +106,11 @@ extern "C" __global__ void __launch_bounds__(512) quantize(
             values[k] = inside ? columns[place(tile * TILE + places[k])] : 0.f;
         }
         u32 words[2];
-        const float2 unit = integers(values, words);
+        int sum;
+        const float unit = integers<1>(values, words, words + 1, sum) / 128;
+        sum = __reduce_add_sync(~0u, sum);
         u8* const record = operand + index * OPERAND_BYTES + token / 4 * RECORD_BYTES;
-        if (lane == 0) ((float2*)record)[token % 4] = unit;
+        if (lane == 0) ((float2*)record)[token % 4] = make_float2(unit, 0.5f * sum * unit);
         if (c >= half) continue;
         const int column = step / 2 * COLUMNS + 2 * (token % 4);
         u8* const at = record + UNIT_BYTES + column * 64 + t * 16 + step % 2 * 8 + c % 4 * 2;
