@@ -77,7 +77,7 @@ def save(figure: Figure, name: str) -> None:
 
 def quality() -> Figure:
     """Perplexity above dense, in percent, against true bits: a point per row, a line between sizes of one method."""
-    ticks = (2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    ticks = (0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
     figure = Figure(figsize=(WIDTH, 3.6))
     for plot, (model, folder) in zip(figure.subplots(1, 2, sharey=True), MODELS.items(), strict=True):
         found = headline(EXPERIMENTS / folder / "results.jsonl")
