@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import ctypes
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from slablm.runtime.kernels.gpu_text import TYPES, text_of
 from slablm.system import cuda
 
 FEW_TOKENS = 32
 # Tokens of one launch, rounded up to one of these.
 _TOKENS = (1, 2, 4, 8)
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TEXTS = ("numbers.cuh", "int8_rows.cuh")
 _WARPS, _ROWS = 8, 4  # of a block, and of a warp at a time
 _CHUNK = 512
@@ -81,6 +80,4 @@ def _limits(device: torch.device) -> tuple[int, int]:
 @cache
 def source(dtype: torch.dtype, tokens: int) -> str:
     """The text that is compiled for inputs of a type, and so many tokens."""
-    constants = {"TYPE": _TYPES[dtype], "TOKENS": tokens, "WARPS": _WARPS}
-    lines = [f"#define {name} {value}\n" for name, value in constants.items()]
-    return "".join((*lines, *(Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _TEXTS)))
+    return text_of({"TYPE": TYPES[dtype], "TOKENS": tokens, "WARPS": _WARPS}, _TEXTS)

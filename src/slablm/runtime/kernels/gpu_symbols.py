@@ -17,7 +17,6 @@ import ctypes
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,12 +27,12 @@ from slablm.methods.symbols import TILE_ROWS
 from slablm.packing.planes import pack_bits
 from slablm.packing.symbols import PackedSymbols
 from slablm.packing.tiles import TILE_COLUMNS
+from slablm.runtime.kernels.gpu_text import TYPES, text_of
 from slablm.system import cuda
 
 FEW_TOKENS = 32
 # Tokens of one product, rounded up to one of these; the last is what fits into registers.
 _TOKENS = (1, 2, 4, 8, 16)
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _TEXTS = ("numbers.cuh", *(f"symbols_{part}.cuh" for part in ("decode", "device", "inputs", "product", "unpack")))
 _THREADS = 256
 # Rows of a block of threads in `matvec`.
@@ -224,10 +223,8 @@ def _kernel(name: str, inputs: Tensor, weight: PackedSymbols | None = None, shap
 @cache
 def source(bits: int, dtype: torch.dtype, shape: Shape) -> str:
     """The text that is compiled for symbols of `bits` bits, and so on."""
-    constants = {"BITS": bits, "TYPE": _TYPES[dtype], **{name.upper(): value for name, value in vars(shape).items()}}
-    lines = [f"#define {name} {value}\n" for name, value in constants.items()]
-    texts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in _TEXTS]
-    return "".join((*lines, *texts))
+    constants = {"BITS": bits, "TYPE": TYPES[dtype], **{name.upper(): value for name, value in vars(shape).items()}}
+    return text_of(constants, _TEXTS)
 
 
 @cache
